@@ -1,0 +1,36 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+# Each makes .venv if it is missing and installs the versions that constraints.txt pins.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test check format numerics clean
+
+demo: $(READY)
+	$(BIN)/stepforge demo --output out/demo.html
+
+test: check
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/structure
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Measures the rounding errors and writes docs/numerics.md.
+numerics: $(READY)
+	$(BIN)/python docs/make_numerics.py
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stepforge needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

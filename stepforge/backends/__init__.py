@@ -1,0 +1,102 @@
+"""The ways to run a step, and the choice between them.
+
+A backend is a module with a ``name``, ``refuses(p, g, group)``, which says why it cannot serve a
+parameter, and ``run(batch)``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from stepforge.backends import foreach, reference
+from stepforge.backends.batch import Batch
+
+__all__ = ["BACKENDS", "Batch", "Choice", "choose"]
+
+
+class Backend(Protocol):
+    """What the rest of the library knows of a backend."""
+
+    name: str
+
+    def refuses(
+        self, p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]
+    ) -> str | None:
+        """Why it cannot serve a parameter with that gradient and options; None if it can."""
+
+    def run(self, batch: Batch) -> None:
+        """Computes a batch and stores its results."""
+
+
+#: Every backend, the fastest first.
+BACKENDS: dict[str, Backend] = {module.name: module for module in (foreach, reference)}
+#: Those that ``fused=True`` asks for: kernels generated from the whole graph.
+FUSED: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that serves a parameter, and why none that is faster does.
+
+    Attributes:
+        backend: the backend.
+        reasons: for each that was passed over, its name and why, in one clause.
+    """
+
+    backend: Backend
+    reasons: tuple[tuple[str, str], ...] = ()
+
+
+def choose(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -> Choice:
+    """The backend for a parameter, by its group's ``fused`` and ``foreach``.
+
+    ``fused=True`` asks for a generated kernel and ``foreach=True`` for the foreach path; with
+    either False and the other unset, or both False, the reference runs; with both unset the
+    fastest that can. The environment variable ``STEPFORGE_BACKEND`` overrides them.
+
+    Raises:
+        ValueError: ``STEPFORGE_BACKEND`` names no backend.
+        RuntimeError: what was asked for cannot serve this parameter.
+    """
+    reasons: list[tuple[str, str]] = []
+    for candidate, asked_for in _candidates(group):
+        backend = BACKENDS.get(candidate)
+        why_not = backend.refuses(p, g, group) if backend else "there is none for it"
+        if backend and why_not is None:
+            return Choice(backend, tuple(reasons))
+        reasons.append((candidate, str(why_not)))
+        if asked_for:
+            raise RuntimeError(
+                f"{asked_for} cannot serve a parameter of shape {tuple(p.shape)}, {p.dtype} on "
+                f"{p.device.type}: {why_not}"
+            )
+    raise AssertionError("the reference refuses nothing")
+
+
+def _candidates(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Backends to try in turn, each with the words that ask for it and no other, if any do."""
+    forced = os.environ.get("STEPFORGE_BACKEND")
+    fused, wants_foreach = group["fused"], group["foreach"]
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(
+                f"STEPFORGE_BACKEND is {forced!r}; it must be one of {', '.join(BACKENDS)}"
+            )
+        yield forced, f"STEPFORGE_BACKEND={forced}"
+    elif fused:
+        for backend in FUSED:
+            yield backend, ""
+        yield "a generated kernel", "fused=True"
+    elif wants_foreach:
+        yield "foreach", ""
+        yield "reference", ""
+    elif fused is None and wants_foreach is None:
+        for backend in BACKENDS:
+            yield backend, ""
+    else:
+        yield "reference", ""

@@ -1,0 +1,164 @@
+"""The foreach backend: a graph evaluated on lists of tensors through ``torch._foreach_*``.
+
+One call for each operation and all parameters together, which on an accelerator is one launch.
+No form that fuses a product into a sum (``alpha``, ``value``, ``addcmul``) is used, as those round
+once where the graph rounds twice.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+
+from stepforge.backends.batch import Batch
+from stepforge.backends.rounding import correct_sqrt
+from stepforge.expr import Expr
+
+name = "foreach"
+
+Tensors: TypeAlias = list[torch.Tensor]
+#: What stands for a uniform value: one number for all rows, or a list with one for each row.
+Uniform: TypeAlias = "float | list[Any]"
+
+
+def refuses(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -> str | None:
+    """Why this backend cannot serve a parameter, or None if it can."""
+    if group["differentiable"]:
+        return "autograd does not go through torch._foreach operations"
+    if g is not None and g.is_sparse:
+        return "its gradient is sparse"
+    return None
+
+
+def run(batch: Batch) -> None:
+    """Computes all rows together and stores their results."""
+    values: dict[Expr, Any] = dict(batch.coefficients)
+    for node in batch.graph.inputs:
+        if node.varying:
+            values[node] = [x.to(batch.dtype) for x in batch.columns[str(node.value)]]
+    outputs = {name: node for name, node in batch.graph.outputs.items() if node.varying}
+    uses = Counter(arg for node in batch.graph.varying for arg in node.args)
+    uses.update(outputs.values())
+    owned: set[Expr] = set()  # results that nothing else aliases: free to be overwritten
+    for node in batch.graph.varying:
+        args = [arg.value if arg.op == "constant" else values[arg] for arg in node.args]
+        uses.subtract(node.args)
+        first = node.args[0]
+        in_place = IN_PLACE.get(node.op) if first in owned and not uses[first] else None
+        if in_place is not None and all(arg is not first for arg in node.args[1:]):
+            in_place(*args)
+            values[node] = args[0]
+        else:
+            values[node] = list(OPERATIONS[node.op](*args))
+        if node.op == "where":
+            owned.difference_update(node.args)
+        else:
+            owned.add(node)
+        for arg in node.args:
+            if not uses[arg]:
+                values.pop(arg, None)
+    results = {name: values[node] for name, node in outputs.items()}
+    for name, node in outputs.items():
+        if node.op in ("input", "where"):
+            results[name] = [x.clone() for x in results[name]]
+    for name, result in results.items():
+        if not (outputs[name].op == "input" and outputs[name].value == name):
+            torch._foreach_copy_(batch.columns[name], result)
+
+
+def _is_list_of_tensors(x: Any) -> bool:
+    return isinstance(x, list) and isinstance(x[0], torch.Tensor)
+
+
+def _sub(x: Any, y: Any) -> Sequence[torch.Tensor]:
+    if _is_list_of_tensors(x):
+        return torch._foreach_sub(x, y)
+    difference = torch._foreach_sub(y, x)  # y - x is -(x - y), exactly
+    torch._foreach_neg_(difference)
+    return difference
+
+
+def _div(x: Any, y: Tensors) -> Sequence[torch.Tensor]:
+    if _is_list_of_tensors(x):
+        return torch._foreach_div(x, y)
+    return [
+        torch.div(torch.as_tensor(number, dtype=row.dtype, device=row.device), row)
+        for number, row in zip(_for_each_row(x, y), y, strict=True)
+    ]
+
+
+def _sqrt(x: Tensors) -> Sequence[torch.Tensor]:
+    if x[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return [correct_sqrt(row) for row in x]
+    return torch._foreach_sqrt(x)
+
+
+def _finite(x: Tensors) -> Sequence[torch.Tensor]:
+    largest = torch.finfo(x[0].dtype).max
+    clamped = torch._foreach_clamp_max(x, largest)
+    torch._foreach_clamp_min_(clamped, -largest)
+    return clamped
+
+
+def _where(condition: list[Any], x: Any, y: Any) -> Tensors:
+    like = x if _is_list_of_tensors(x) else y if _is_list_of_tensors(y) else condition
+    rows = zip(condition, _for_each_row(x, like), _for_each_row(y, like), like, strict=True)
+    return [_where_row(*row) for row in rows]
+
+
+def _where_row(condition: Any, x: Any, y: Any, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition.to(torch.bool), x, y)
+    chosen = x if condition else y
+    return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(like, chosen)
+
+
+def _for_each_row(x: Uniform | Tensors, like: Tensors) -> list[Any]:
+    return x if isinstance(x, list) else [x] * len(like)
+
+
+def _row_by_row(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
+    def on_lists(x: Any, y: Any) -> Tensors:
+        like = x if isinstance(x, list) else y
+        pairs = zip(_for_each_row(x, like), _for_each_row(y, like), strict=True)
+        return [function(*pair) for pair in pairs]
+
+    return on_lists
+
+
+#: What each operation of the vocabulary does here.
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": torch._foreach_add,
+    "sub": _sub,
+    "mul": torch._foreach_mul,
+    "div": _div,
+    "neg": torch._foreach_neg,
+    "abs": torch._foreach_abs,
+    "sqrt": _sqrt,
+    "sign": torch._foreach_sign,
+    "maximum": torch._foreach_maximum,
+    "minimum": torch._foreach_minimum,
+    "finite": _finite,
+    "where": _where,
+    "lt": _row_by_row(operator.lt),
+    "le": _row_by_row(operator.le),
+    "eq": _row_by_row(operator.eq),
+    "ne": _row_by_row(operator.ne),
+}
+
+#: The operations that can overwrite their first operand when nothing reads it again.
+IN_PLACE: dict[str, Callable[..., None]] = {
+    "add": torch._foreach_add_,
+    "sub": torch._foreach_sub_,
+    "mul": torch._foreach_mul_,
+    "div": torch._foreach_div_,
+    "neg": torch._foreach_neg_,
+    "abs": torch._foreach_abs_,
+    "sign": torch._foreach_sign_,
+    "maximum": torch._foreach_maximum_,
+    "minimum": torch._foreach_minimum_,
+}

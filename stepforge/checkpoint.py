@@ -1,0 +1,376 @@
+"""Checkpoints: the state dict, and loading one without surprises.
+
+The format is torch.optim's, so that either library continues what the other began. Loading checks
+everything before it changes anything, and never aliases what it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from stepforge.declare import EXECUTION_FLAGS, Hyperparameter, Rule
+from stepforge.ops import scalar_dtype
+
+__all__ = ["LoadResult", "Loading", "apply", "examine", "pack"]
+
+
+class LoadResult(NamedTuple):
+    """What ``load_state_dict(..., strict=False)`` did not load, as ``nn.Module`` reports it.
+
+    Keys are ``"parameter.state"`` or ``"parameter"``, a parameter being given by its name, or by
+    its number in the order of the groups; ``"param_groups[i].option"`` for a group's options.
+
+    Attributes:
+        missing_keys: expected, but not in the state dict.
+        unexpected_keys: in the state dict, but of no use here.
+        mismatched_keys: of another shape or kind than the parameter.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[str]
+
+    def __repr__(self) -> str:
+        if not any(self):
+            return "<All keys matched successfully>"
+        fields = ", ".join(f"{name}={keys!r}" for name, keys in self._asdict().items())
+        return f"LoadResult({fields})"
+
+
+@dataclass
+class Loading:
+    """What loading a state dict will do, once all of it has been checked.
+
+    Attributes:
+        state: the new state of each parameter that gets one; None removes what it has.
+        extra: entries of the state that belong to no parameter.
+        groups: for each param group, the options to change.
+        names: for each param group, the parameters' names to adopt, or None.
+        result: what does not fit.
+    """
+
+    state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
+    extra: dict[Any, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    names: list[list[str] | None] = field(default_factory=list)
+    result: LoadResult = field(default_factory=lambda: LoadResult([], [], []))
+
+
+def pack(
+    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The state dict: parameters are replaced by their numbers; tensors are not copied."""
+    numbers: dict[int, int] = {}
+    packed_groups = []
+    start = 0
+    for group in groups:
+        for number, p in enumerate(group["params"], start):
+            numbers.setdefault(id(p), number)
+        packed = {name: value for name, value in group.items() if name != "params"}
+        packed["params"] = [numbers[id(p)] for p in group["params"]]
+        packed_groups.append(packed)
+        start += len(group["params"])
+    packed_state = {
+        (numbers[id(key)] if isinstance(key, torch.Tensor) else key): value
+        for key, value in state.items()
+    }
+    return {"state": packed_state, "param_groups": packed_groups}
+
+
+def examine(
+    rule: Rule,
+    groups: Sequence[Mapping[str, Any]],
+    state_dict: Mapping[str, Any],
+    *,
+    strict: bool,
+    foreign: frozenset[str],
+) -> Loading:
+    """Checks a state dict against an optimizer's groups, and says what loading it will do.
+
+    Args:
+        rule: the optimizer's rule.
+        groups: its param groups.
+        state_dict: what is to be loaded. It is not changed, and nothing in the answer aliases it.
+        strict: whether anything missing, unexpected or mismatched is an error.
+        foreign: hyperparameters that only other optimizers have.
+
+    Raises:
+        ValueError: the state dict has another structure, a value out of its range or, if
+            ``strict``, anything that does not fit.
+        TypeError: a value in it is of the wrong kind.
+    """
+    saved_groups = _saved_groups(state_dict)
+    by_name = all("param_names" in group for group in [*groups, *saved_groups])
+    if not by_name and strict:
+        _check_sizes(groups, saved_groups)
+    match = _match_by_name if by_name else _match_by_order
+    matches = list(match(groups, saved_groups))
+    loading = Loading()
+    for index, group in enumerate(groups):
+        members = [m for m in matches if m.group == index]
+        source = _group_source(index, members, saved_groups, by_name, strict)
+        options = _new_options(rule, index, group, source, foreign, loading.result)
+        loading.groups.append(options)
+        adopt = source is not None and not by_name and "param_names" in source
+        loading.names.append(list(source["param_names"]) if source is not None and adopt else None)
+        for member in members:
+            _examine_parameter(rule, {**group, **options}, member, state_dict["state"], loading)
+    _examine_leftovers(matches, saved_groups, state_dict["state"], loading)
+    if strict and any(loading.result):
+        raise ValueError(_complaint(loading.result))
+    return loading
+
+
+def apply(
+    loading: Loading, groups: Sequence[dict[str, Any]], state: dict[Any, Any], *, strict: bool
+) -> None:
+    """Carries out what :func:`examine` found to be right."""
+    for group, options, names in zip(groups, loading.groups, loading.names, strict=True):
+        for name, value in options.items():
+            current = group.get(name)
+            if isinstance(current, torch.Tensor) and not isinstance(value, tuple):
+                # A tensor of the user's, whom a scheduler or a captured graph may share: kept.
+                with torch.no_grad():
+                    current.fill_(float(value))
+            else:
+                group[name] = value
+        if names is not None:
+            group["param_names"] = names
+    if strict:
+        state.clear()
+    for p, entry in loading.state.items():
+        if entry is None:
+            state.pop(p, None)
+        else:
+            state[p] = entry
+    state.update(loading.extra)
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A parameter, and where the state dict has it."""
+
+    group: int
+    p: torch.Tensor
+    label: str
+    saved_group: int | None
+    saved_id: Any
+
+
+def _saved_groups(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        shown = list(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(
+            f"an optimizer's state dict has 'state' and 'param_groups', but this one is {shown}"
+        )
+    groups = state_dict["param_groups"]
+    for index, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"param_groups[{index}] of the state dict has no 'params'")
+        if len(group.get("param_names", group["params"])) != len(group["params"]):
+            raise ValueError(
+                f"param_groups[{index}] of the state dict has {len(group['params'])} parameters "
+                f"but {len(group['param_names'])} names"
+            )
+    if not isinstance(state_dict["state"], Mapping):
+        raise ValueError("'state' of the state dict is not a dict")
+    return list(groups)
+
+
+def _check_sizes(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    if len(groups) != len(saved_groups):
+        raise ValueError(
+            "loaded state dict has a different number of parameter groups: "
+            f"{len(saved_groups)}, but the optimizer has {len(groups)}"
+        )
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        if len(group["params"]) != len(saved["params"]):
+            raise ValueError(
+                "loaded state dict contains a parameter group that doesn't match the size of "
+                f"optimizer's group: param_groups[{index}] has {len(saved['params'])} parameters, "
+                f"but the optimizer's has {len(group['params'])}"
+            )
+
+
+def _match_by_order(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> Iterator[_Match]:
+    number = 0
+    for index, group in enumerate(groups):
+        names = group.get("param_names")
+        saved = saved_groups[index]["params"] if index < len(saved_groups) else []
+        for position, p in enumerate(group["params"]):
+            label = names[position] if names else str(number)
+            number += 1
+            if position < len(saved):
+                yield _Match(index, p, label, index, saved[position])
+            else:
+                yield _Match(index, p, label, None, None)
+
+
+def _match_by_name(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[Mapping[str, Any]]
+) -> Iterator[_Match]:
+    saved = {
+        name: (index, saved_id)
+        for index, group in enumerate(saved_groups)
+        for name, saved_id in zip(group["param_names"], group["params"], strict=True)
+    }
+    for index, group in enumerate(groups):
+        for name, p in zip(group["param_names"], group["params"], strict=True):
+            yield _Match(index, p, name, *saved.get(name, (None, None)))
+
+
+def _group_source(
+    index: int,
+    members: Sequence[_Match],
+    saved_groups: Sequence[Mapping[str, Any]],
+    by_name: bool,
+    strict: bool,
+) -> Mapping[str, Any] | None:
+    """The saved group from which a group takes its options; None keeps those it has."""
+    if not by_name or not members:
+        return saved_groups[index] if index < len(saved_groups) else None
+    sources = sorted({m.saved_group for m in members if m.saved_group is not None})
+    if len(sources) > 1 and strict:
+        raise ValueError(
+            f"the parameters of param_groups[{index}] are in the groups {sources} of the state "
+            "dict, which may have different options: group them alike, or pass strict=False to "
+            "keep the options of this optimizer"
+        )
+    return saved_groups[sources[0]] if len(sources) == 1 else None
+
+
+def _new_options(
+    rule: Rule,
+    index: int,
+    group: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    foreign: frozenset[str],
+    result: LoadResult,
+) -> dict[str, Any]:
+    if source is None:
+        return {}
+    options: dict[str, Any] = {}
+    for name, declared in rule.hyperparameters.items():
+        if name in EXECUTION_FLAGS or not declared.init:
+            continue
+        if name in source:
+            options[name] = declared.checked(copy.deepcopy(source[name]))
+        elif not declared.newer:
+            result.missing_keys.append(f"param_groups[{index}].{name}")
+    for state in rule.states.values():
+        # A flag that adds a state is on if either has it on: the state begins where it is missing.
+        if state.when in options:
+            options[state.when] = options[state.when] or group[state.when]
+    own = {*rule.hyperparameters, "params", "param_names"}
+    for name in source:
+        if name in foreign:
+            result.unexpected_keys.append(f"param_groups[{index}].{name}")
+        elif name not in own:
+            options[name] = copy.deepcopy(source[name])
+    return options
+
+
+def _examine_parameter(
+    rule: Rule, group: Mapping[str, Any], member: _Match, saved: Mapping[Any, Any], loading: Loading
+) -> None:
+    if member.saved_group is None:
+        loading.result.missing_keys.append(member.label)
+        return
+    entry = saved.get(member.saved_id)
+    if not entry:  # it had not been stepped yet
+        loading.state[member.p] = None
+        return
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"the state of parameter {member.label} is not a dict")
+    expected = {s.key: s for s in rule.states.values() if s.on(group)}
+    problems = len(loading.result.missing_keys) + len(loading.result.mismatched_keys)
+    loaded: dict[str, Any] = {}
+    for key in ("step", *expected):
+        is_scalar = key == "step" or expected[key].scalar
+        optional = key != "step" and expected[key].when is not None
+        if key not in entry:
+            if not optional:
+                loading.result.missing_keys.append(f"{member.label}.{key}")
+        elif not _fits(entry[key], member.p, is_scalar):
+            loading.result.mismatched_keys.append(f"{member.label}.{key}")
+        elif is_scalar:
+            loaded[key] = scalar_state(entry[key], member.p, group)
+        else:
+            loaded[key] = entry[key].detach().to(member.p.device, copy=True)
+    known = {"step", *(s.key for s in rule.states.values())}
+    unexpected = [f"{member.label}.{key}" for key in entry if key not in known]
+    loading.result.unexpected_keys.extend(unexpected)
+    # Half a state is worse than none: a large step count with empty moments explodes.
+    if problems == len(loading.result.missing_keys) + len(loading.result.mismatched_keys):
+        loading.state[member.p] = loaded
+
+
+def _fits(value: Any, p: torch.Tensor, is_scalar: bool) -> bool:
+    if is_scalar:
+        if isinstance(value, torch.Tensor):
+            return value.numel() == 1 and not value.is_complex()
+        return isinstance(value, (int, float))
+    return (
+        isinstance(value, torch.Tensor)
+        and value.shape == p.shape
+        and value.is_complex() == p.is_complex()
+    )
+
+
+def scalar_state(value: Any, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """A scalar state, given as a number or a tensor, as an optimizer keeps it; a copy."""
+    on_device = group["capturable"] or group["fused"]
+    device = p.device if on_device else torch.device("cpu")
+    if not isinstance(value, torch.Tensor):
+        return torch.tensor(float(value), dtype=scalar_dtype(), device=device)
+    return value.detach().reshape(()).to(device, copy=True)
+
+
+def _examine_leftovers(
+    matches: Sequence[_Match],
+    saved_groups: Sequence[Mapping[str, Any]],
+    saved: Mapping[Any, Any],
+    loading: Loading,
+) -> None:
+    used = {m.saved_id for m in matches if m.saved_group is not None}
+    for group in saved_groups:
+        names = group.get("param_names", group["params"])
+        for name, saved_id in zip(names, group["params"], strict=True):
+            if saved_id not in used:
+                loading.result.unexpected_keys.append(str(name))
+    in_groups = {saved_id for group in saved_groups for saved_id in group["params"]}
+    for key, value in saved.items():
+        if key in in_groups:
+            continue
+        if isinstance(key, int):
+            loading.result.unexpected_keys.append(str(key))
+        else:
+            loading.extra[key] = copy.deepcopy(value)
+
+
+def _complaint(result: LoadResult) -> str:
+    parts = []
+    for label, keys in zip(("missing", "unexpected", "of another shape or kind"), result):
+        if keys:
+            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            parts.append(f"{label}: {shown}")
+    return (
+        f"the state dict does not fit this optimizer ({'; '.join(parts)}); nothing was loaded, "
+        "pass strict=False to load what fits"
+    )
+
+
+def complete_options(hyperparameters: Mapping[str, Hyperparameter], group: dict[str, Any]) -> None:
+    """Gives a group that was pickled by an older version the options it does not know."""
+    for name, declared in hyperparameters.items():
+        if name not in group or not declared.init:
+            group[name] = declared.default

@@ -1,0 +1,414 @@
+"""Expression graphs: what a rule does, recorded by running it once on symbols.
+
+A symbol is *uniform* when it is one number for a whole tensor (a hyperparameter, the step number,
+a scalar state) and *varying* when it has a value for every element (the parameter, its gradient,
+a moment). Whatever depends on uniform symbols alone is uniform too, and is computed once per
+tensor in float64; only the varying rest becomes the work of a kernel.
+
+The graph is built in one **normal form**, so that every backend performs the same operations in
+the same order and stores the same bits:
+
+* a chain of uniform factors on a varying value is one factor: ``mu * m / (1 - x)`` is ``m * c``;
+* division by a uniform value is multiplication by its reciprocal;
+* neutral elements vanish (``x + 0``, ``x * 1``, ``x * 0``), which is how an option that is off
+  leaves no trace;
+* commutative operands stand in one order, and equal expressions are one node;
+* nothing else is re-associated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
+
+Operand: TypeAlias = "Expr | float"
+
+COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
+#: No two backends round these alike, so they may not reach a kernel.
+UNIFORM_ONLY = frozenset({"exp", "log", "pow", "stored"})
+
+
+class Expr:
+    """A node of the graph: an input, a constant, or an operation on other nodes.
+
+    Arithmetic and comparisons on nodes make new nodes. A node has no truth value: a rule that
+    wants to choose writes ``where(condition, a, b)``.
+
+    Attributes:
+        op: ``"input"``, ``"constant"`` or the name of an operation.
+        args: the operands, in order.
+        value: the name of an input, the number of a constant, otherwise None.
+        varying: True if the value differs between the elements of a tensor.
+        boolean: True if the value is the outcome of a comparison.
+        index: the position in the order of creation; operands come before their users.
+    """
+
+    __slots__ = ("args", "boolean", "index", "op", "trace", "value", "varying")
+
+    def __init__(
+        self,
+        trace: Trace,
+        op: str,
+        args: tuple[Expr, ...],
+        value: str | float | None,
+        varying: bool,
+    ) -> None:
+        self.trace = trace
+        self.op = op
+        self.args = args
+        self.value = value
+        self.varying = varying
+        self.boolean: bool = op in COMPARISONS or (op == "where" and args[1].boolean)
+        self.index = len(trace)
+
+    def __add__(self, other: Operand) -> Expr:
+        return self.trace.apply("add", self, other)
+
+    def __radd__(self, other: Operand) -> Expr:
+        return self.trace.apply("add", other, self)
+
+    def __sub__(self, other: Operand) -> Expr:
+        return self.trace.apply("sub", self, other)
+
+    def __rsub__(self, other: Operand) -> Expr:
+        return self.trace.apply("sub", other, self)
+
+    def __mul__(self, other: Operand) -> Expr:
+        return self.trace.apply("mul", self, other)
+
+    def __rmul__(self, other: Operand) -> Expr:
+        return self.trace.apply("mul", other, self)
+
+    def __truediv__(self, other: Operand) -> Expr:
+        return self.trace.apply("div", self, other)
+
+    def __rtruediv__(self, other: Operand) -> Expr:
+        return self.trace.apply("div", other, self)
+
+    def __pow__(self, other: Operand) -> Expr:
+        return self.trace.apply("pow", self, other)
+
+    def __rpow__(self, other: Operand) -> Expr:
+        return self.trace.apply("pow", other, self)
+
+    def __neg__(self) -> Expr:
+        return self.trace.apply("neg", self)
+
+    def __pos__(self) -> Expr:
+        return self
+
+    def __abs__(self) -> Expr:
+        return self.trace.apply("abs", self)
+
+    def __lt__(self, other: Operand) -> Expr:
+        return self.trace.apply("lt", self, other)
+
+    def __le__(self, other: Operand) -> Expr:
+        return self.trace.apply("le", self, other)
+
+    def __gt__(self, other: Operand) -> Expr:
+        return self.trace.apply("lt", other, self)
+
+    def __ge__(self, other: Operand) -> Expr:
+        return self.trace.apply("le", other, self)
+
+    def __eq__(self, other: object) -> Expr:  # type: ignore[override]
+        return self.trace.apply("eq", self, other)  # type: ignore[arg-type]
+
+    def __ne__(self, other: object) -> Expr:  # type: ignore[override]
+        return self.trace.apply("ne", self, other)  # type: ignore[arg-type]
+
+    # Nodes are keys of dicts by identity; `==` is an operation of the graph.
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"`{self}` is a symbol and has no truth value while a rule is traced: "
+            "write where(condition, a, b) instead of `if`, `and`, `or` or `not`"
+        )
+
+    def __float__(self) -> NoReturn:
+        raise TypeError(
+            f"`{self}` is a symbol and has no number yet while a rule is traced: "
+            "use the functions of stepforge.ops instead of those of math"
+        )
+
+    __int__ = __index__ = __float__
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(f"`{self}` is a symbol: it has no elements to iterate over")
+
+    def __repr__(self) -> str:
+        if self.op in ("input", "constant"):
+            return str(self.value)
+        return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+class Trace:
+    """The nodes of one graph while it is being built; equal expressions are one node.
+
+    Example:
+        >>> trace = Trace()
+        >>> m, c, d = trace.input("m", varying=True), trace.input("c"), trace.input("d")
+        >>> c * m / d
+        mul(m, div(c, d))
+        >>> (c * m / d) is (m * c / d)
+        True
+    """
+
+    def __init__(self) -> None:
+        self._nodes: dict[tuple[Any, ...], Expr] = {}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def input(self, name: str, *, varying: bool = False) -> Expr:
+        """The symbol of that name."""
+        return self._node("input", value=name, varying=varying)
+
+    def constant(self, value: float) -> Expr:
+        """The node of a number that the rule itself contains."""
+        return self._node("constant", value=float(value))
+
+    def apply(self, op: str, *operands: Operand) -> Expr:
+        """The node for ``op`` on the operands, in normal form.
+
+        Raises:
+            TypeError: an operand is neither a number nor a node of this trace, is a truth value
+                where a number is due (or the reverse), or varies where only a uniform may stand.
+        """
+        args = [self._lift(operand) for operand in operands]
+        _check_kinds(op, args)
+        node = _NORMAL_FORM[op](self, *args) if op in _NORMAL_FORM else self._node(op, *args)
+        if node.op in UNIFORM_ONLY and node.varying:
+            raise TypeError(
+                f"`{node}` varies: {node.op} is for uniform values only, "
+                "as no two backends round it alike"
+            )
+        return node
+
+    def _lift(self, operand: object) -> Expr:
+        if isinstance(operand, Expr):
+            if operand.trace is not self:
+                raise TypeError(f"`{operand}` belongs to another trace")
+            return operand
+        if isinstance(operand, (int, float)):
+            return self.constant(operand)
+        raise TypeError(
+            f"a rule computes with symbols and numbers, not with {type(operand).__name__}: "
+            "use the functions of stepforge.ops"
+        )
+
+    def _node(
+        self,
+        op: str,
+        *args: Expr,
+        value: str | float | None = None,
+        varying: bool = False,
+    ) -> Expr:
+        # repr tells 0.0 from -0.0, which compare equal.
+        key = (op, repr(value), *(arg.index for arg in args))
+        node = self._nodes.get(key)
+        if node is None:
+            varying = varying or any(arg.varying for arg in args)
+            node = self._nodes[key] = Expr(self, op, args, value, varying)
+        return node
+
+
+def _check_kinds(op: str, args: Sequence[Expr]) -> None:
+    wants_boolean = [op == "where" and position == 0 for position in range(len(args))]
+    if op == "where" and args[1].boolean and args[2].boolean:
+        wants_boolean = [True, True, True]
+    for arg, boolean in zip(args, wants_boolean, strict=True):
+        if arg.boolean != boolean:
+            due = "a comparison" if boolean else "a number"
+            raise TypeError(f"`{arg}` stands in {op} where {due} is due")
+
+
+def _is(node: Expr, number: float) -> bool:
+    return node.op == "constant" and node.value == number
+
+
+def _scaled(node: Expr) -> bool:
+    """Whether the node is a varying value times a uniform factor (always in this order)."""
+    return node.op == "mul" and node.args[0].varying and not node.args[1].varying
+
+
+def _ordered(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    """One order for the operands of a commutative operation: varying first, then by creation."""
+    return (a, b) if (not a.varying, a.index) <= (not b.varying, b.index) else (b, a)
+
+
+def _add(trace: Trace, a: Expr, b: Expr) -> Expr:
+    if _is(a, 0):
+        return b
+    if _is(b, 0):
+        return a
+    return trace._node("add", *_ordered(a, b))
+
+
+def _sub(trace: Trace, a: Expr, b: Expr) -> Expr:
+    if _is(b, 0):
+        return a
+    if _is(a, 0):
+        return _neg(trace, b)
+    return trace._node("sub", a, b)
+
+
+def _neg(trace: Trace, a: Expr) -> Expr:
+    if a.op == "neg":
+        return a.args[0]
+    if a.op == "constant":
+        return trace.constant(-float(a.value))  # type: ignore[arg-type]
+    if _scaled(a):
+        return trace._node("mul", a.args[0], _neg(trace, a.args[1]))
+    return trace._node("neg", a)
+
+
+def _mul(trace: Trace, a: Expr, b: Expr) -> Expr:
+    if _is(a, 0) or _is(b, 0):
+        return trace.constant(0)
+    if _is(a, 1):
+        return b
+    if _is(b, 1):
+        return a
+    a, b = _ordered(a, b)
+    if _scaled(a) and not b.varying:
+        varying, factor = a.args
+        return trace._node("mul", varying, _mul(trace, factor, b))
+    return trace._node("mul", a, b)
+
+
+def _div(trace: Trace, a: Expr, b: Expr) -> Expr:
+    if _is(b, 1):
+        return a
+    if _is(a, 0):
+        return a
+    if _scaled(a) and not b.varying:
+        varying, factor = a.args
+        return trace._node("mul", varying, _div(trace, factor, b))
+    if a.varying and not b.varying:
+        return trace._node("mul", a, _div(trace, trace.constant(1), b))
+    return trace._node("div", a, b)
+
+
+def _pow(trace: Trace, base: Expr, exponent: Expr) -> Expr:
+    if not base.varying and not exponent.varying:
+        return trace._node("pow", base, exponent)
+    if exponent.op == "constant":
+        power = float(exponent.value)  # type: ignore[arg-type]
+        if power == 0.5:
+            return trace.apply("sqrt", base)
+        if power == int(power):
+            return _integer_power(trace, base, int(power))
+    raise TypeError(
+        f"`{base}` varies and can be raised to a whole number or to 0.5 only, not to `{exponent}`"
+    )
+
+
+def _integer_power(trace: Trace, base: Expr, power: int) -> Expr:
+    if power < 0:
+        return _div(trace, trace.constant(1), _integer_power(trace, base, -power))
+    if power == 0:
+        return trace.constant(1)
+    half = _integer_power(trace, base, power // 2)
+    square = _mul(trace, half, half)
+    return _mul(trace, square, base) if power % 2 else square
+
+
+def _maximum(trace: Trace, a: Expr, b: Expr) -> Expr:
+    return trace._node("maximum", *_ordered(a, b))
+
+
+def _minimum(trace: Trace, a: Expr, b: Expr) -> Expr:
+    return trace._node("minimum", *_ordered(a, b))
+
+
+def _where(trace: Trace, condition: Expr, a: Expr, b: Expr) -> Expr:
+    return a if a is b else trace._node("where", condition, a, b)
+
+
+_NORMAL_FORM: dict[str, Callable[..., Expr]] = {
+    "add": _add,
+    "sub": _sub,
+    "neg": _neg,
+    "mul": _mul,
+    "div": _div,
+    "pow": _pow,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "where": _where,
+}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced rule: two straight-line programs, the uniform one and the varying one.
+
+    Attributes:
+        outputs: the node of each result, by name.
+        uniform: the operations of the uniform program, operands first.
+        varying: the operations of the varying program, operands first.
+        coefficients: the uniform nodes that the varying program reads (constants left out),
+            in the order of their creation. They are all that a kernel needs to be told.
+        inputs: the inputs that a result depends on, uniform and varying.
+    """
+
+    outputs: Mapping[str, Expr]
+    uniform: tuple[Expr, ...]
+    varying: tuple[Expr, ...]
+    coefficients: tuple[Expr, ...]
+    inputs: tuple[Expr, ...]
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Expr]) -> Graph:
+        """The graph of those results, without the nodes that no result needs."""
+        nodes = _reachable(outputs.values())
+        operations = [node for node in nodes if node.args]
+        varying = tuple(node for node in operations if node.varying)
+        read = {arg for node in varying for arg in node.args}
+        return cls(
+            outputs=dict(outputs),
+            uniform=tuple(node for node in operations if not node.varying),
+            varying=varying,
+            coefficients=tuple(
+                node
+                for node in nodes
+                if node in read and not node.varying and node.op != "constant"
+            ),
+            inputs=tuple(node for node in nodes if node.op == "input"),
+        )
+
+
+def _reachable(roots: Iterable[Expr]) -> list[Expr]:
+    seen: set[Expr] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.args)
+    return sorted(seen, key=lambda node: node.index)
+
+
+def evaluate(
+    program: Sequence[Expr],
+    values: dict[Expr, Any],
+    operations: Mapping[str, Callable[..., Any]],
+) -> dict[Expr, Any]:
+    """Runs a program: applies each operation to the values of its operands, in order.
+
+    Args:
+        program: operations in an order that has operands first, as in :class:`Graph`.
+        values: the value of every input that the program reads. The values of the operations are
+            added to it.
+        operations: what each operation does, by name.
+
+    Returns:
+        ``values``, now with an entry for every node of the program.
+    """
+    for node in program:
+        args = [arg.value if arg.op == "constant" else values[arg] for arg in node.args]
+        values[node] = operations[node.op](*args)
+    return values

@@ -1,0 +1,361 @@
+"""The vocabulary of rules: the functions a rule may use beside ``+ - * / ** < <= > >= abs``.
+
+Every function takes numbers, numpy arrays, tensors or symbols, and answers in kind; a rule written
+with them can be run on tensors as it stands, or traced into a graph.
+
+The vocabulary is closed and small, because everything in it must round alike on every backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from stepforge.expr import Expr
+
+#: A number, a numpy array, a torch tensor or a symbol.
+Value: TypeAlias = Any
+
+__all__ = [
+    "VOCABULARY",
+    "Value",
+    "decay",
+    "ema",
+    "exp",
+    "finite",
+    "log",
+    "maximum",
+    "minimum",
+    "sign",
+    "sqrt",
+    "stored",
+    "where",
+]
+
+_Implementations: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
+def _apply(op: str, implementations: _Implementations, *operands: Value) -> Value:
+    """Applies one operation to operands of whatever kind they are.
+
+    Args:
+        op: the name of the operation in the graph, should an operand be a symbol.
+        implementations: what it does to numbers, to numpy arrays, to tensors.
+        operands: the operands.
+    """
+    on_numbers, on_arrays, on_tensors = implementations
+    if any(isinstance(x, Expr) for x in operands):
+        symbol = next(x for x in operands if isinstance(x, Expr))
+        return symbol.trace.apply(op, *operands)
+    tensor = next((x for x in operands if isinstance(x, torch.Tensor)), None)
+    if tensor is not None:
+        return on_tensors(*(_as_tensor(x, tensor) for x in operands))
+    if any(isinstance(x, (np.ndarray, np.generic)) for x in operands):
+        return on_arrays(*operands)
+    return on_numbers(*operands)
+
+
+def _as_tensor(x: Value, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(x, torch.Tensor):
+        return x
+    if isinstance(x, bool):
+        return torch.tensor(x, device=like.device)
+    return torch.tensor(x, dtype=like.dtype, device=like.device)
+
+
+def sqrt(x: Value) -> Value:
+    """The square root, correctly rounded in every backend.
+
+    Example:
+        >>> sqrt(2.25)
+        1.5
+    """
+    return _apply("sqrt", (_number_sqrt, np.sqrt, torch.sqrt), x)
+
+
+def exp(x: Value) -> Value:
+    """The exponential of a uniform value.
+
+    Example:
+        >>> exp(0.0)
+        1.0
+    """
+    return _apply("exp", (_number_exp, _each(_number_exp), torch.exp), x)
+
+
+def log(x: Value) -> Value:
+    """The natural logarithm of a uniform value.
+
+    Example:
+        >>> log(1.0)
+        0.0
+    """
+    return _apply("log", (_number_log, _each(_number_log), torch.log), x)
+
+
+def sign(x: Value) -> Value:
+    """-1, 0 or 1; 0 for NaN, as ``torch.sign`` has it.
+
+    Example:
+        >>> sign(-3.0)
+        -1.0
+    """
+    return _apply("sign", (_number_sign, _array_sign, torch.sign), x)
+
+
+def maximum(x: Value, y: Value) -> Value:
+    """The larger of two; NaN if either is.
+
+    Example:
+        >>> maximum(1.0, 2.0)
+        2.0
+    """
+    return _apply("maximum", (_number_maximum, np.maximum, torch.maximum), x, y)
+
+
+def minimum(x: Value, y: Value) -> Value:
+    """The smaller of two; NaN if either is.
+
+    Example:
+        >>> minimum(1.0, 2.0)
+        1.0
+    """
+    return _apply("minimum", (_number_minimum, np.minimum, torch.minimum), x, y)
+
+
+def where(condition: Value, x: Value, y: Value) -> Value:
+    """``x`` where the condition holds, ``y`` elsewhere; what is not chosen is not looked at.
+
+    Example:
+        >>> where(2.0 > 1.0, 3.0, 4.0)
+        3.0
+    """
+    if isinstance(condition, bool) and not isinstance(x, Expr) and not isinstance(y, Expr):
+        return x if condition else y
+    return _apply("where", (_number_where, np.where, _tensor_where), condition, x, y)
+
+
+def finite(x: Value) -> Value:
+    """``x`` with an infinity replaced by the largest finite number of its sign; NaN stays.
+
+    Example:
+        >>> finite(float("inf")) < float("inf")
+        True
+    """
+    return _apply("finite", (_number_finite, _array_finite, _tensor_finite), x)
+
+
+def stored(x: Value) -> Value:
+    """A uniform value rounded to what a scalar state holds: float32, as torch.optim keeps it.
+
+    Under ``torch.set_default_dtype(torch.float64)`` scalar states are float64 and nothing is
+    rounded.
+
+    Example:
+        >>> stored(0.1)
+        0.10000000149011612
+    """
+    return _apply("stored", (_number_stored, _array_stored, _tensor_stored), x)
+
+
+def ema(average: Value, value: Value, beta: Value) -> Value:
+    """One step of an exponential moving average: ``beta * average + (1 - beta) * value``.
+
+    Computed as the nearer end plus a fraction of the difference, so that the two weights sum to
+    one whatever ``beta`` rounds to: with 0.999 and 0.001 each rounded to float32 an average of
+    squares ends up 1.3e-5 too large. An average that has overflowed stays infinite.
+
+    Args:
+        average: the average so far.
+        value: what it moves towards.
+        beta: the weight of the average so far, uniform, in [0, 1].
+
+    Example:
+        >>> ema(8.0, 4.0, 0.75)
+        7.0
+    """
+    near = beta >= 0.5
+    difference = value - finite(average)
+    return where(near, average, value) + difference * where(near, 1 - beta, -beta)
+
+
+def decay(h: Any, p: Value, g: Value) -> tuple[Value, Value]:
+    """Weight decay in its two forms, chosen by ``h.decoupled_weight_decay``.
+
+    L2 adds ``weight_decay * p`` to the gradient. Decoupled decay leaves the gradient alone and
+    takes ``lr * weight_decay * p`` off the parameter together with the rule's own step, as in
+    Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", Algorithm 2, line 12
+    (with torch.optim's parametrization, in which ``lr`` multiplies the decay as well).
+
+    Args:
+        h: hyperparameters ``lr``, ``weight_decay``, ``decoupled_weight_decay``.
+        p: the parameter.
+        g: its gradient.
+
+    Returns:
+        The gradient for the rule to use, and what to subtract from the parameter beside its step.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> h = SimpleNamespace(lr=0.5, weight_decay=0.25, decoupled_weight_decay=False)
+        >>> decay(h, p=8.0, g=1.0)
+        (3.0, 0.0)
+        >>> h.decoupled_weight_decay = True
+        >>> decay(h, p=8.0, g=1.0)
+        (1.0, 1.0)
+    """
+    if h.decoupled_weight_decay:
+        return g, h.lr * h.weight_decay * p
+    return g + h.weight_decay * p, 0.0
+
+
+def _number_sqrt(x: float) -> float:
+    return math.sqrt(x) if x >= 0 else math.nan
+
+
+def _number_exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _number_log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+def _number_sign(x: float) -> float:
+    return float((x > 0) - (x < 0))
+
+
+def _number_maximum(x: float, y: float) -> float:
+    return x if x != x or x >= y else y
+
+
+def _number_minimum(x: float, y: float) -> float:
+    return x if x != x or x <= y else y
+
+
+def _number_where(condition: bool, x: Value, y: Value) -> Value:
+    return x if condition else y
+
+
+def _number_finite(x: float) -> float:
+    return x if x != x else min(max(x, -sys.float_info.max), sys.float_info.max)
+
+
+def _number_stored(x: float) -> float:
+    return float(_array_stored(x))
+
+
+def _array_sign(x: Value) -> Value:
+    return np.where(np.isnan(x), 0.0, np.sign(x))
+
+
+def _array_finite(x: Value) -> Value:
+    largest = np.finfo(np.result_type(x)).max
+    return np.clip(x, -largest, largest)
+
+
+def _array_stored(x: Value) -> Value:
+    return np.asarray(x).astype(scalar_numpy_dtype()).astype(np.float64)
+
+
+def _tensor_where(condition: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.where(condition.to(torch.bool), x, y)
+
+
+def _tensor_finite(x: torch.Tensor) -> torch.Tensor:
+    largest = torch.finfo(x.dtype).max
+    return torch.clamp(x, -largest, largest)
+
+
+def _tensor_stored(x: torch.Tensor) -> torch.Tensor:
+    return x.to(scalar_dtype()).to(x.dtype)
+
+
+def scalar_dtype() -> torch.dtype:
+    """The dtype of scalar states, the step number among them; torch.optim's choice."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def scalar_numpy_dtype() -> type[np.floating[Any]]:
+    """:func:`scalar_dtype` in numpy's terms."""
+    return np.float64 if scalar_dtype() == torch.float64 else np.float32
+
+
+def _each(function: Callable[..., float]) -> Callable[..., Any]:
+    """Applies a function of numbers to every element of arrays.
+
+    numpy's own vector forms of transcendental functions round differently from one instruction
+    set to the next; the C library's do not. Equal operands, the usual case, are computed once.
+    """
+    remembered = functools.lru_cache(maxsize=256)(function)
+
+    def on_arrays(*operands: Value) -> Any:
+        columns = np.broadcast_arrays(*operands)
+        shape = columns[0].shape
+        if columns[0].size and all((column == column.flat[0]).all() for column in columns):
+            return np.full(shape, function(*(float(column.flat[0]) for column in columns)))
+        values = [remembered(*row) for row in zip(*(c.flat for c in columns), strict=True)]
+        return np.array(values, dtype=np.float64).reshape(shape)
+
+    return on_arrays
+
+
+def _number_power(base: float, exponent: float) -> float:
+    try:
+        return math.pow(base, exponent)
+    except OverflowError:
+        return math.inf
+    except ValueError:  # 0 to a negative power, or a root of a negative number
+        return math.inf if base == 0 else math.nan
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if isinstance(base, torch.Tensor) or isinstance(exponent, torch.Tensor):
+        return base**exponent
+    if isinstance(base, np.ndarray) or isinstance(exponent, np.ndarray):
+        return _array_power(base, exponent)
+    return _number_power(base, exponent)
+
+
+_array_power = _each(_number_power)
+
+
+def _divide(x: Value, y: Value) -> Value:
+    if isinstance(x, float) and isinstance(y, float):
+        return float(np.divide(x, y))
+    return x / y
+
+
+#: What each operation of the graph does to numbers, arrays and tensors.
+VOCABULARY: dict[str, Callable[..., Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": _divide,
+    "neg": operator.neg,
+    "abs": abs,
+    "pow": _power,
+    "sqrt": sqrt,
+    "exp": exp,
+    "log": log,
+    "sign": sign,
+    "maximum": maximum,
+    "minimum": minimum,
+    "finite": finite,
+    "where": where,
+    "stored": stored,
+    "lt": operator.lt,
+    "le": operator.le,
+    "eq": operator.eq,
+    "ne": operator.ne,
+}

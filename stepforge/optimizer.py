@@ -1,0 +1,378 @@
+"""The optimizer contract: param groups, state, hooks, checkpoints and the step.
+
+:class:`Optimizer` is a ``torch.optim.Optimizer``, so that schedulers, gradient scalers and trainers
+take it. It inherits hook registration, ``zero_grad`` and profiling, and owns what it does better:
+declarations, validation, ``add_param_group``, checkpoints and the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar
+from typing import Any, ClassVar, cast, dataclass_transform, overload
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from stepforge import checkpoint, plan
+from stepforge.checkpoint import LoadResult
+from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
+
+__all__ = ["Optimizer"]
+
+
+@dataclass_transform(field_specifiers=(hyper,))
+class Optimizer(torch.optim.Optimizer):
+    """Base of all optimizers: a rule, its hyperparameters and its states.
+
+    A subclass names its rule and declares the rest in its body; its constructor, with
+    ``params`` first, is made from the declarations. Every optimizer takes the keyword arguments
+    below beside its own.
+
+    Args:
+        params: parameters, or ``(name, parameter)`` pairs, or dicts that describe param groups:
+            ``"params"`` and any hyperparameters that differ from the constructor's.
+        maximize: climb the objective instead of descending it.
+        foreach: True asks for the foreach path, False (with ``fused`` unset or False) for the
+            reference; None for the fastest that serves each parameter.
+        capturable: keep step numbers and scalar states on the device and never wait for it.
+        differentiable: let autograd see the step.
+        fused: True asks for a generated kernel, and for an error where there is none.
+
+    Attributes:
+        param_groups: a list of dicts, one a group: ``"params"`` and every hyperparameter.
+        state: for each parameter that was stepped, a dict of its states and ``"step"``.
+        defaults: the constructor's hyperparameters.
+
+    Raises:
+        ValueError: a hyperparameter is out of its range, a parameter is in two groups or is not a
+            leaf, or there are no parameters.
+        TypeError: something is of the wrong kind.
+
+    Example:
+        >>> import torch
+        >>> from stepforge.declare import NonNegative
+        >>> def gradient_descent(h, t, p, g):
+        ...     return p - h.lr * g
+        >>> class SGD(Optimizer, rule=gradient_descent):
+        ...     lr: NonNegative = 0.5
+        >>> p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> p.grad = torch.tensor([2.0, 2.0])
+        >>> SGD([p]).step()
+        >>> p.tolist()
+        [0.0, 1.0]
+    """
+
+    _hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
+    _rule: ClassVar[Rule]
+    #: Whether the rule leaves an element alone whose gradient is zero, so that a sparse gradient
+    #: needs to touch only the elements it names.
+    _takes_sparse: ClassVar[bool] = False
+    #: Whether states are made by the constructor instead of at the first step.
+    _eager_state: ClassVar[bool] = False
+    _in_step = False
+
+    params: InitVar[ParamsT]
+    maximize: bool = hyper(default=False, kw_only=True, newer=True)
+    foreach: bool | None = hyper(default=None, kw_only=True, newer=True)
+    capturable: bool = hyper(default=False, kw_only=True, newer=True)
+    differentiable: bool = hyper(default=False, kw_only=True, newer=True)
+    fused: bool | None = hyper(default=None, kw_only=True, newer=True)
+
+    def __init_subclass__(cls, rule: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hyperparameters, states = read_body(cls, cls._hyperparameters)
+        inherited = getattr(cls, "_rule", None)
+        if rule is None and hyperparameters == cls._hyperparameters and not states:
+            return  # a subclass that changes behaviour only; trainers make them at run time
+        if rule is None and inherited is None:
+            raise TypeError(f"class {cls.__name__} names no rule: write rule=... in its header")
+        cls._hyperparameters = hyperparameters
+        cls._rule = Rule(
+            rule or cast(Rule, inherited).function,
+            hyperparameters,
+            states or (inherited.states if inherited else {}),
+        )
+        if "__init__" not in vars(cls):
+            _give_constructor(cls)
+
+    def __init__(self, params: ParamsT, **options: Any) -> None:
+        if not hasattr(self, "_rule"):
+            raise TypeError("Optimizer is a base: subclass it with rule=...")
+        defaults = {
+            name: declared.checked(options.get(name, declared.default))
+            for name, declared in self._hyperparameters.items()
+        }
+        self._check_options(defaults)
+        super().__init__(params, defaults)
+        self._restore_capabilities()
+        if self._eager_state:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p] = plan.initial_state(self._rule, p, group)
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Raises if options that are right by themselves exclude each other."""
+        if options["fused"] and options["differentiable"]:
+            raise RuntimeError("`fused` does not support `differentiable`")
+        if options["fused"] and options["foreach"]:
+            raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+        if options["foreach"] and options["differentiable"]:
+            raise RuntimeError("`foreach` does not support `differentiable`")
+
+    def _restore_capabilities(self) -> None:
+        """Sets the attributes that others look for and that no pickle carries."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            checkpoint.complete_options(self._hyperparameters, group)
+            for p in group["params"]:
+                entry = self.state.get(p, {})
+                for key in ("step", *(s.key for s in self._rule.states.values() if s.scalar)):
+                    if key in entry and not isinstance(entry[key], torch.Tensor):
+                        entry[key] = checkpoint.scalar_state(entry[key], p, group)
+        self._restore_capabilities()
+
+    def _patch_step_function(self) -> None:
+        # torch wraps the step of every class in hooks and a profiler record. Where a subclass
+        # overrides it and calls super().step(), both are wrapped; only the outer one may fire.
+        cls = type(self)
+        self._zero_grad_profile_name = f"Optimizer.zero_grad#{cls.__name__}.zero_grad"
+        if not getattr(cls.step, "hooked", False):
+            hooked = _outermost(cls.step, self.profile_hook_step(cls.step))
+            hooked.hooked = True  # type: ignore[attr-defined]
+            cls.step = hooked  # type: ignore[method-assign]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group, as when frozen layers are unfrozen.
+
+        Args:
+            param_group: ``"params"``, a parameter, or an ordered collection of parameters or of
+                ``(name, parameter)`` pairs; and any hyperparameters that differ from the
+                constructor's. It is not changed.
+
+        Raises:
+            ValueError: a hyperparameter is out of its range; a parameter is not a leaf, or is in
+                another group; names are given for some parameters only.
+            TypeError: something is of the wrong kind.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        group = self.defaults | param_group
+        group["params"], names = _params_and_names(param_group)
+        if names is not None:
+            group["param_names"] = names
+        for name, declared in self._hyperparameters.items():
+            if not declared.init and group[name] != declared.default:
+                raise ValueError(f"{name} is always {declared.default} in {type(self).__name__}")
+            group[name] = declared.checked(group[name])
+        self._check_options(group)
+        self._check_params(group)
+        self.param_groups.append(group)
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        params = group["params"]
+        for p in params:
+            if not isinstance(p, torch.Tensor):
+                raise TypeError(
+                    "optimizer can only optimize Tensors, but one of the params is "
+                    + torch.typename(p)
+                )
+            if not self.defaults["differentiable"] and not (p.is_leaf or p.retains_grad):
+                raise ValueError("can't optimize a non-leaf Tensor")
+        if len(params) != len(set(params)):
+            warnings.warn(
+                "optimizer contains a parameter group with duplicate parameters; each is stepped "
+                "as often as it is listed",
+                stacklevel=5,
+            )
+        for other in self.param_groups:
+            if ("param_names" in group) != ("param_names" in other):
+                given = "with names" if "param_names" in group else "without names"
+                raise ValueError(
+                    "all optimizer param groups should be with/without names. "
+                    f"cannot add param group {given} to the optimizer"
+                )
+            if not set(other["params"]).isdisjoint(params):
+                raise ValueError("some parameters appear in more than one parameter group")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer, in the format of torch.optim.
+
+        Returns:
+            A dict with ``"state"``, the states of each parameter by its number, and
+            ``"param_groups"``, the options of each group with its parameters' numbers. Tensors
+            are the optimizer's own: copy what has to outlive the next step.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = checkpoint.pack(self.param_groups, self.state)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = _unless_none(post_hook(self, state_dict), state_dict)
+        return state_dict
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> LoadResult:
+        """Loads what :meth:`state_dict`, or that of the torch.optim twin, has returned.
+
+        Everything is checked before anything changes. Tensors are copied to their parameter's
+        device and keep their dtype. The options of the groups are loaded, except ``foreach``,
+        ``fused``, ``capturable`` and ``differentiable``, which stay as they are here, and a flag
+        that adds a state, such as ``amsgrad``, which is on if it is on in either. A learning rate
+        that is a tensor is updated in place. If both sides have names for all parameters, they
+        are matched by name, whatever their order; otherwise by order.
+
+        Args:
+            state_dict: the state dict. It is not changed.
+            strict: False to load what fits. A parameter whose states do not all fit keeps the
+                state it has.
+
+        Returns:
+            What was missing, unexpected or mismatched; nothing if ``strict``.
+
+        Raises:
+            ValueError: the state dict is not an optimizer's, holds a value out of its range or,
+                if ``strict``, does not fit in every entry.
+        """
+        given = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            given = _unless_none(pre_hook(self, given), given)
+        found = checkpoint.examine(
+            self._rule,
+            self.param_groups,
+            given,
+            strict=strict,
+            foreign=_hyperparameters_of_others(self._hyperparameters),
+        )
+        checkpoint.apply(found, self.param_groups, self.state, strict=strict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+        return found.result
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Steps every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss and its gradients anew; called first.
+
+        Returns:
+            The closure's loss; None without one.
+
+        Raises:
+            RuntimeError: a gradient is sparse and the rule does not take them, or what ``fused``
+                or ``STEPFORGE_BACKEND`` asks for cannot serve a parameter. Nothing has changed.
+            TypeError: a parameter with a gradient is not of a floating point or complex dtype.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            rows = plan.check(self.param_groups, self.state, refuses_sparse=self._refuses_sparse())
+            for row in rows:
+                row.state = self.state[row.p]
+            plan.run(self._rule, rows)
+        return loss
+
+    def _refuses_sparse(self) -> str | None:
+        """What to say of a sparse gradient; None if the rule takes them."""
+        if self._takes_sparse:
+            return None
+        return (
+            f"{type(self).__name__} does not support sparse gradients, "
+            "please consider Adagrad instead"
+        )
+
+
+Optimizer._hyperparameters, _ = read_body(Optimizer, {})
+
+
+def _give_constructor(cls: type[Optimizer]) -> None:
+    """Defines ``cls.__init__`` with the signature that the declarations describe."""
+    signature = signature_of(cls._hyperparameters, ParamsT)
+
+    def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}() {error}") from None
+        params = arguments.pop("params")
+        Optimizer.__init__(self, params, **arguments)
+
+    receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[receiver, *signature.parameters.values()]
+    )
+    __init__.__annotations__ = {
+        name: parameter.annotation for name, parameter in signature.parameters.items()
+    } | {"return": None}
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    __init__.__module__ = cls.__module__
+    cls.__init__ = __init__  # type: ignore[method-assign]
+
+
+def _outermost(inner: Callable[..., Any], hooked: Callable[..., Any]) -> Callable[..., Any]:
+    """``hooked`` when called from outside, ``inner`` when called from within another step."""
+
+    @functools.wraps(inner)
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if self.__dict__.get("_in_step", False):
+            return inner(self, *args, **kwargs)
+        self._in_step = True
+        try:
+            return hooked(self, *args, **kwargs)
+        finally:
+            self._in_step = False
+
+    return step
+
+
+def _params_and_names(
+    param_group: Mapping[str, Any],
+) -> tuple[list[torch.Tensor], list[str] | None]:
+    if "params" not in param_group:
+        raise ValueError(f"a param group needs 'params', but got only {list(param_group)}")
+    params = param_group["params"]
+    if isinstance(params, torch.Tensor):
+        return [params], None
+    if isinstance(params, set):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering "
+            "of tensors in sets will change between runs. Please use a list instead."
+        )
+    members = list(params)
+    names = [member[0] for member in members if isinstance(member, tuple)]
+    if not names:
+        return members, None
+    if len(names) != len(members):
+        raise ValueError(
+            "all optimizer params should be with/without names. Some param names are missing"
+        )
+    return [member[1] for member in members], names
+
+
+def _hyperparameters_of_others(own: Mapping[str, Any]) -> frozenset[str]:
+    """The hyperparameters that other optimizers have and this one has not."""
+    names: set[str] = set()
+    pending: list[type[Optimizer]] = [Optimizer]
+    while pending:
+        cls = pending.pop()
+        names.update(cls._hyperparameters)
+        pending.extend(cls.__subclasses__())
+    return frozenset(names - set(own))
+
+
+def _unless_none(result: Any, otherwise: Any) -> Any:
+    return otherwise if result is None else result
