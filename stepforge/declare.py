@@ -314,7 +314,7 @@ class Rule:
         the hyperparameters' names (``betas[0]`` for a component) and by the states' letters.
         """
         statics = {
-            name: group[name] if parameter.static else _is_zero(group[name])
+            name: group[name] if parameter.static else is_off(group[name])
             for name, parameter in self.hyperparameters.items()
             if (parameter.static or parameter.zero_is_off) and name not in EXECUTION_FLAGS
         }
@@ -374,7 +374,8 @@ class Rule:
         return outputs
 
 
-def _is_zero(value: Any) -> bool:
+def is_off(value: Any) -> bool:
+    """Whether a value that ``zero_is_off`` is exactly 0; a tensor never is, as it can change."""
     return not isinstance(value, torch.Tensor) and value == 0
 
 

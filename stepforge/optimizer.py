@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar
-from typing import Any, ClassVar, cast, dataclass_transform, overload
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -21,11 +21,48 @@ from stepforge import checkpoint, plan
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
 
-__all__ = ["Optimizer"]
+__all__ = ["Optimizer", "ParamsT"]
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _eager(function: _Function) -> _Function:
+    """Marks what ``torch.compile`` must not trace but run: it reads numbers out of tensors."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+_count = _eager(plan.count)
 
 
 @dataclass_transform(field_specifiers=(hyper,))
-class Optimizer(torch.optim.Optimizer):
+class _Declared(torch.optim.Optimizer):
+    """Reads the declarations of every class below it, and gives it its rule and constructor.
+
+    A class of its own, as type checkers take the declarations of the classes below the one that
+    bears ``dataclass_transform``, not of that one itself.
+    """
+
+    _hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
+    _rule: ClassVar[Rule]  # absent from bases
+
+    def __init_subclass__(cls, rule: Callable[..., Any] | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hyperparameters, states = read_body(cls, cls._hyperparameters)
+        inherited: Rule | None = getattr(cls, "_rule", None)
+        if rule is None and hyperparameters == cls._hyperparameters and not states:
+            return  # a subclass that changes behaviour only; trainers make them at run time
+        cls._hyperparameters = hyperparameters
+        if inherited is not None:
+            rule, states = rule or inherited.function, states or dict(inherited.states)
+        if rule is None:
+            return  # a base of optimizers, not one itself
+        cls._rule = Rule(rule, hyperparameters, states)
+        if "__init__" not in vars(cls):
+            _give_constructor(cast(type[Optimizer], cls))
+
+
+class Optimizer(_Declared):
     """Base of all optimizers: a rule, its hyperparameters and its states.
 
     A subclass names its rule and declares the rest in its body; its constructor, with
@@ -66,8 +103,6 @@ class Optimizer(torch.optim.Optimizer):
         [0.0, 1.0]
     """
 
-    _hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
-    _rule: ClassVar[Rule]
     #: Whether the rule leaves an element alone whose gradient is zero, so that a sparse gradient
     #: needs to touch only the elements it names.
     _takes_sparse: ClassVar[bool] = False
@@ -82,26 +117,11 @@ class Optimizer(torch.optim.Optimizer):
     differentiable: bool = hyper(default=False, kw_only=True, newer=True)
     fused: bool | None = hyper(default=None, kw_only=True, newer=True)
 
-    def __init_subclass__(cls, rule: Callable[..., Any] | None = None, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        hyperparameters, states = read_body(cls, cls._hyperparameters)
-        inherited = getattr(cls, "_rule", None)
-        if rule is None and hyperparameters == cls._hyperparameters and not states:
-            return  # a subclass that changes behaviour only; trainers make them at run time
-        if rule is None and inherited is None:
-            raise TypeError(f"class {cls.__name__} names no rule: write rule=... in its header")
-        cls._hyperparameters = hyperparameters
-        cls._rule = Rule(
-            rule or cast(Rule, inherited).function,
-            hyperparameters,
-            states or (inherited.states if inherited else {}),
-        )
-        if "__init__" not in vars(cls):
-            _give_constructor(cls)
-
     def __init__(self, params: ParamsT, **options: Any) -> None:
         if not hasattr(self, "_rule"):
-            raise TypeError("Optimizer is a base: subclass it with rule=...")
+            raise TypeError(
+                f"{type(self).__name__} has no rule: name it in the class header, rule=..."
+            )
         defaults = {
             name: declared.checked(options.get(name, declared.default))
             for name, declared in self._hyperparameters.items()
@@ -280,11 +300,16 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            rows = plan.check(self.param_groups, self.state, refuses_sparse=self._refuses_sparse())
-            for row in rows:
-                row.state = self.state[row.p]
-            plan.run(self._rule, rows)
+            for launch in self._launches(torch.compiler.is_compiling()):
+                launch.backend.run(launch.batch)
+                _count(launch)
         return loss
+
+    @_eager
+    def _launches(self, compiling: bool) -> list[plan.Launch]:
+        """What the next step runs. Nothing has changed if this raises."""
+        rows = plan.check(self.param_groups, self.state, refuses_sparse=self._refuses_sparse())
+        return plan.prepare(self._rule, rows, self.state, compiling=compiling)
 
     def _refuses_sparse(self) -> str | None:
         """What to say of a sparse gradient; None if the rule takes them."""
@@ -294,9 +319,6 @@ class Optimizer(torch.optim.Optimizer):
             f"{type(self).__name__} does not support sparse gradients, "
             "please consider Adagrad instead"
         )
-
-
-Optimizer._hyperparameters, _ = read_body(Optimizer, {})
 
 
 def _give_constructor(cls: type[Optimizer]) -> None:

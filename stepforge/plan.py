@@ -6,16 +6,16 @@ second makes missing states, gathers rows into batches and runs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from stepforge.backends import Batch, Choice, choose
-from stepforge.declare import Rule, State
-from stepforge.expr import Expr, Graph, evaluate
+from stepforge.backends import Backend, Batch, Choice, choose
+from stepforge.declare import Rule, State, is_off
+from stepforge.expr import Graph, evaluate
 from stepforge.ops import VOCABULARY, scalar_dtype
 
 
@@ -27,21 +27,21 @@ class Row:
         p: the parameter.
         g: its gradient, coalesced if sparse.
         group: the options of its param group.
-        state: its entry of ``optimizer.state``.
         choice: the backend that serves it.
+        state: its entry of ``optimizer.state``; empty before :func:`prepare`.
     """
 
     p: torch.Tensor
     g: torch.Tensor
     group: Mapping[str, Any]
-    state: dict[str, Any]
     choice: Choice
+    state: dict[str, Any]
 
 
 def check(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any], *, refuses_sparse: str | None
-) -> list[Row]:
-    """The rows of a step: every parameter that has a gradient. Changes nothing.
+) -> list[list[Row]]:
+    """The rows of a step by group: every parameter that has a gradient. Changes nothing.
 
     Args:
         groups: the optimizer's param groups.
@@ -52,38 +52,49 @@ def check(
         RuntimeError: a gradient is sparse and may not be, or no backend can do what was asked for.
         TypeError: a parameter is neither real nor complex floating point.
     """
+    return [_checked_rows(group, state, refuses_sparse) for group in groups]
+
+
+def _checked_rows(
+    group: Mapping[str, Any], state: Mapping[Any, Any], refuses_sparse: str | None
+) -> list[Row]:
     rows = []
-    for group in groups:
-        for p in group["params"]:
-            g = p.grad
-            if g is None:
-                continue
-            if g.is_sparse:
-                if refuses_sparse:
-                    raise RuntimeError(refuses_sparse)
-                if not _is_off(group.get("weight_decay", 0)):
-                    raise RuntimeError(
-                        "weight_decay option is not compatible with sparse gradients"
-                    )
-                g = g.coalesce()
-            if not (p.is_floating_point() or p.is_complex()):
-                raise TypeError(
-                    f"a parameter of dtype {p.dtype} has a gradient; only floating point and "
-                    "complex parameters can be optimized"
-                )
-            if g.is_complex() and not p.is_complex():
-                raise TypeError(f"a parameter of dtype {p.dtype} has a gradient of {g.dtype}")
-            entry = state.get(p, {})
-            if group["differentiable"] and getattr(entry.get("step"), "requires_grad", False):
-                raise RuntimeError(
-                    "`requires_grad` is not supported for `step` in differentiable mode"
-                )
-            rows.append(Row(p, g, group, entry, choose(p, g, group)))
+    choices: dict[Any, Choice] = {}
+    for p in group["params"]:
+        g = p.grad
+        if g is None:
+            continue
+        if g.is_sparse:
+            g = _coalesced(g, group, refuses_sparse)
+        # All that a choice depends on: parameters alike in it are asked about once.
+        kind = (p.dtype, g.dtype, p.device, g.layout, type(p))
+        if kind not in choices:
+            _check_dtypes(p, g)
+            choices[kind] = choose(p, g, group)
+        rows.append(Row(p, g, group, choices[kind], {}))
+        if group["differentiable"] and state.get(p, {}).get("step", p.data).requires_grad:
+            raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
     return rows
 
 
-def _is_off(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) and value == 0
+def _coalesced(
+    g: torch.Tensor, group: Mapping[str, Any], refuses_sparse: str | None
+) -> torch.Tensor:
+    if refuses_sparse:
+        raise RuntimeError(refuses_sparse)
+    if not is_off(group.get("weight_decay", 0)):
+        raise RuntimeError("weight_decay option is not compatible with sparse gradients")
+    return g.coalesce()
+
+
+def _check_dtypes(p: torch.Tensor, g: torch.Tensor) -> None:
+    if not (p.is_floating_point() or p.is_complex()):
+        raise TypeError(
+            f"a parameter of dtype {p.dtype} has a gradient; only floating point and complex "
+            "parameters can be optimized"
+        )
+    if g.is_complex() and not p.is_complex():
+        raise TypeError(f"a parameter of dtype {p.dtype} has a gradient of {g.dtype}")
 
 
 def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,32 +125,73 @@ def _initial_value(
     return torch.full_like(p.detach(), value, memory_format=torch.preserve_format)
 
 
-def run(rule: Rule, rows: list[Row]) -> None:
-    """Steps the rows: makes the states that are missing, computes, counts the step."""
-    for row in rows:
-        _complete(rule, row)
-    for members in _batches(rule, rows):
-        _run_batch(rule, members)
+@dataclass(frozen=True)
+class Launch:
+    """Rows that one backend steps together.
+
+    Attributes:
+        backend: who runs it.
+        batch: what it runs.
+        steps: the step counts of the rows.
+        scalars: the scalar states of the rows, each with its new value.
+    """
+
+    backend: Backend
+    batch: Batch
+    steps: list[torch.Tensor]
+    scalars: list[tuple[torch.Tensor, Any]]
 
 
-def _complete(rule: Rule, row: Row) -> None:
-    keys = ["step", *(s.key for s in rule.states.values() if s.on(row.group))]
-    missing = [key for key in keys if key not in row.state]
-    if missing:
-        fresh = initial_state(rule, row.p, row.group)
-        row.state.update({key: fresh[key] for key in missing})
+def prepare(
+    rule: Rule,
+    rows: list[list[Row]],
+    state: MutableMapping[Any, dict[str, Any]],
+    *,
+    compiling: bool = False,
+) -> list[Launch]:
+    """Makes the states that are missing, and lays the rows out for their backends.
 
-
-def _batches(rule: Rule, rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows that can run together. Options that are not flags may differ within a batch."""
+    Args:
+        rule: the optimizer's rule.
+        rows: what :func:`check` found to be right.
+        state: the optimizer's state.
+        compiling: whether ``torch.compile`` traces the step. It would take a number for a constant
+            and compile anew when it changes, so coefficients become tensors.
+    """
     batches: dict[tuple[Any, ...], list[Row]] = {}
+    graphs: dict[int, Graph] = {}
+    for members in filter(None, rows):
+        group = members[0].group
+        graph = rule.graph(group)
+        graphs[id(group)] = graph
+        _complete(rule, members, state)
+        # Device values cannot be told apart without waiting for them: a group at a time. Of other
+        # groups, options that are not flags may differ within a batch.
+        alone = id(group) if group["capturable"] or group["differentiable"] else None
+        for row in members:
+            key = (row.choice.backend.name, id(graph), row.p.device, _arithmetic(row.p), alone)
+            batches.setdefault(key, []).append(row)
+    return [
+        _launch(rule, graphs[id(batch[0].group)], batch, compiling) for batch in batches.values()
+    ]
+
+
+def count(launch: Launch) -> None:
+    """Keeps what a launch that has run changes beside its tensors: scalar states and steps."""
+    with torch.no_grad():
+        for state, value in launch.scalars:
+            state.fill_(value)
+        torch._foreach_add_(launch.steps, 1)
+
+
+def _complete(rule: Rule, rows: list[Row], state: MutableMapping[Any, dict[str, Any]]) -> None:
+    """Looks up the states of a group's rows, and makes those that are missing."""
+    keys = {"step", *(s.key for s in rule.states.values() if s.on(rows[0].group))}
     for row in rows:
-        # Device values cannot be told apart without waiting for them: a group at a time.
-        alone = id(row.group) if row.group["capturable"] or row.group["differentiable"] else None
-        graph = id(rule.graph(row.group))
-        key = (row.choice.backend.name, graph, row.p.device, _arithmetic(row.p), alone)
-        batches.setdefault(key, []).append(row)
-    return iter(batches.values())
+        row.state = state[row.p]
+        if not row.state.keys() >= keys:
+            fresh = initial_state(rule, row.p, row.group)
+            row.state.update({key: fresh[key] for key in keys - row.state.keys()})
 
 
 def _arithmetic(p: torch.Tensor) -> torch.dtype:
@@ -147,33 +199,29 @@ def _arithmetic(p: torch.Tensor) -> torch.dtype:
     return torch.float64 if p.dtype in wide else torch.float32
 
 
-def _run_batch(rule: Rule, rows: list[Row]) -> None:
+def _launch(rule: Rule, graph: Graph, rows: list[Row], compiling: bool) -> Launch:
     group, dtype = rows[0].group, _arithmetic(rows[0].p)
-    graph = rule.graph(group)
-    steps = [row.state["step"] for row in rows]
     if group["capturable"]:
         values = _device_values(rule, graph, rows)
     elif group["differentiable"]:
         values = _differentiable_values(rule, graph, rows)
     else:
         values = _host_values(rule, graph, rows)
-    coefficients = {
-        node: _coefficient(values[node], len(rows), dtype) for node in graph.coefficients
-    }
-    columns = {
-        "p": [_real(row.p) for row in rows],
-        "g": [_real(row.g) for row in rows],
-    }
+    numbers = len(graph.coefficients)
+    coefficients = [_coefficient(value, len(rows), dtype) for value in values[:numbers]]
+    if compiling:
+        coefficients = [_as_tensors(c, dtype, rows[0].p.device) for c in coefficients]
+    columns = {"p": [_real(row.p) for row in rows], "g": [_real(row.g) for row in rows]}
     for letter, declared in rule.states.items():
         if declared.on(group) and not declared.scalar:
             columns[letter] = [_real(row.state[declared.key]) for row in rows]
+    scalars = [
+        (row.state[rule.states[letter].key], value)
+        for letter, column in zip(graph.scalars, values[numbers:])
+        for row, value in zip(rows, _for_each_row(column, len(rows)))
+    ]
     batch = Batch(graph, columns, coefficients, dtype, differentiable=group["differentiable"])
-    rows[0].choice.backend.run(batch)
-    for letter, declared in rule.states.items():
-        if declared.scalar:
-            for row, value in zip(rows, _for_each_row(values[graph.outputs[letter]], len(rows))):
-                row.state[declared.key].fill_(value)
-    torch._foreach_add_(steps, 1)
+    return Launch(rows[0].choice.backend, batch, [row.state["step"] for row in rows], scalars)
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
@@ -190,30 +238,28 @@ def _real(x: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(x.resolve_conj())
 
 
-def _uniform_inputs(graph: Graph) -> dict[str, Expr]:
-    return {str(node.value): node for node in graph.inputs if not node.varying}
-
-
-def _host_values(rule: Rule, graph: Graph, rows: list[Row]) -> dict[Expr, Any]:
+def _host_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
     """The uniform values of all rows in float64, one array element a row."""
-    groups = {id(row.group): dict(rule.uniform_values(row.group)) for row in rows}
+    groups = {id(row.group): row.group for row in rows}
+    options = {key: dict(rule.uniform_values(group)) for key, group in groups.items()}
     scalars = {letter: s.key for letter, s in rule.states.items() if s.scalar}
-    values: dict[Expr, Any] = {}
-    for name, node in _uniform_inputs(graph).items():
+    inputs: dict[str, Any] = {}
+    for name in graph.uniform.inputs:
         if name == "t":
             numbers = [float(row.state["step"]) + 1 for row in rows]
         elif name in scalars:
             numbers = [float(row.state[scalars[name]]) for row in rows]
         elif len(groups) == 1:
-            numbers = [float(groups[id(rows[0].group)][name])]
+            numbers = [float(options[id(rows[0].group)][name])]
         else:
-            numbers = [float(groups[id(row.group)][name]) for row in rows]
-        values[node] = np.array(numbers, dtype=np.float64)
+            known = {key: float(values[name]) for key, values in options.items()}
+            numbers = [known[id(row.group)] for row in rows]
+        inputs[name] = np.array(numbers, dtype=np.float64)
     with np.errstate(all="ignore"):
-        return evaluate(graph.uniform, values, VOCABULARY)
+        return evaluate(graph.uniform, inputs, (), VOCABULARY)
 
 
-def _differentiable_values(rule: Rule, graph: Graph, rows: list[Row]) -> dict[Expr, Any]:
+def _differentiable_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
     """The uniform values as numbers, and as float64 tensors where autograd has to see them."""
     by_row = []
     for row in rows:
@@ -221,20 +267,20 @@ def _differentiable_values(rule: Rule, graph: Graph, rows: list[Row]) -> dict[Ex
         for letter, s in rule.states.items():
             if s.scalar:
                 known[letter] = float(row.state[s.key])
-        values = {node: _wide(known[name]) for name, node in _uniform_inputs(graph).items()}
-        by_row.append(evaluate(graph.uniform, values, VOCABULARY))
-    return {node: [values[node] for values in by_row] for node in by_row[0]}
+        inputs = {name: _wide(known[name]) for name in graph.uniform.inputs}
+        by_row.append(evaluate(graph.uniform, inputs, (), VOCABULARY))
+    return [list(values) for values in zip(*by_row)]
 
 
-def _device_values(rule: Rule, graph: Graph, rows: list[Row]) -> dict[Expr, Any]:
+def _device_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
     """The uniform values as float64 vectors on the device, without waiting for it."""
     known = dict(rule.uniform_values(rows[0].group))
     known["t"] = torch.stack([row.state["step"] for row in rows]).to(torch.float64) + 1
     for letter, s in rule.states.items():
         if s.scalar:
             known[letter] = torch.stack([row.state[s.key] for row in rows])
-    values = {node: _wide(known[name]) for name, node in _uniform_inputs(graph).items()}
-    return evaluate(graph.uniform, values, VOCABULARY)
+    inputs = {name: _wide(known[name]) for name in graph.uniform.inputs}
+    return evaluate(graph.uniform, inputs, (), VOCABULARY)
 
 
 def _wide(value: Any) -> Any:
@@ -246,10 +292,19 @@ def _wide(value: Any) -> Any:
 
 def _coefficient(values: Any, count: int, dtype: torch.dtype) -> list[Any]:
     """A uniform value for each row, rounded to the dtype of the arithmetic."""
-    if isinstance(values, np.ndarray) and values.dtype != np.bool_ and dtype == torch.float32:
-        with np.errstate(over="ignore"):
-            values = values.astype(np.float32)
+    if isinstance(values, np.ndarray):
+        if values.dtype != np.bool_ and dtype == torch.float32:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
+        return _for_each_row(values, count)
     return [_rounded(value, dtype) for value in _for_each_row(values, count)]
+
+
+def _as_tensors(column: list[Any], dtype: torch.dtype, device: torch.device) -> list[Any]:
+    if isinstance(column[0], torch.Tensor):
+        return column
+    dtype = torch.bool if isinstance(column[0], bool) else dtype
+    return list(torch.tensor(column, dtype=dtype, device=device).unbind())
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ import torch
 from stepforge.backends import foreach, reference
 from stepforge.backends.batch import Batch
 
-__all__ = ["BACKENDS", "Batch", "Choice", "choose"]
+__all__ = ["BACKENDS", "Backend", "Batch", "Choice", "choose"]
 
 
 class Backend(Protocol):

@@ -8,15 +8,13 @@ once where the graph rounds twice.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.rounding import correct_sqrt
-from stepforge.expr import Expr
 
 name = "foreach"
 
@@ -36,38 +34,40 @@ def refuses(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -
 
 def run(batch: Batch) -> None:
     """Computes all rows together and stores their results."""
-    values: dict[Expr, Any] = dict(batch.coefficients)
-    for node in batch.graph.inputs:
-        if node.varying:
-            values[node] = [x.to(batch.dtype) for x in batch.columns[str(node.value)]]
-    outputs = {name: node for name, node in batch.graph.outputs.items() if node.varying}
-    uses = Counter(arg for node in batch.graph.varying for arg in node.args)
-    uses.update(outputs.values())
-    owned: set[Expr] = set()  # results that nothing else aliases: free to be overwritten
-    for node in batch.graph.varying:
-        args = [arg.value if arg.op == "constant" else values[arg] for arg in node.args]
-        uses.subtract(node.args)
-        first = node.args[0]
-        in_place = IN_PLACE.get(node.op) if first in owned and not uses[first] else None
-        if in_place is not None and all(arg is not first for arg in node.args[1:]):
-            in_place(*args)
-            values[node] = args[0]
+    on_cpu = batch.columns["p"][0].device.type == "cpu"
+    for part in batch.pieces(CACHED) if on_cpu and not torch.compiler.is_compiling() else [batch]:
+        _run_part(part)
+
+
+def _run_part(batch: Batch) -> None:
+    program = batch.graph.varying
+    columns = {name: [x.to(batch.dtype) for x in batch.columns[name]] for name in program.inputs}
+    registers = program.registers(columns, batch.coefficients)
+    owned: set[int] = set()  # registers whose tensors nothing else refers to: free to overwrite
+    for instruction in program.instructions:
+        op, first = instruction.op, instruction.args[0]
+        args = [registers[register] for register in instruction.args]
+        reusable = first in owned and first in instruction.last
+        if op in IN_PLACE and reusable and first not in instruction.args[1:]:
+            IN_PLACE[op](*args)
+            registers[instruction.out] = args[0]
         else:
-            values[node] = list(OPERATIONS[node.op](*args))
-        if node.op == "where":
-            owned.difference_update(node.args)
+            registers[instruction.out] = list(OPERATIONS[op](*args))
+        if program.may_alias(instruction.out):
+            owned.difference_update(instruction.args)
         else:
-            owned.add(node)
-        for arg in node.args:
-            if not uses[arg]:
-                values.pop(arg, None)
-    results = {name: values[node] for name, node in outputs.items()}
-    for name, node in outputs.items():
-        if node.op in ("input", "where"):
-            results[name] = [x.clone() for x in results[name]]
-    for name, result in results.items():
-        if not (outputs[name].op == "input" and outputs[name].value == name):
-            torch._foreach_copy_(batch.columns[name], result)
+            owned.add(instruction.out)
+        for register in instruction.last:
+            registers[register] = None
+    # No result may change because another is stored first.
+    results = [
+        [x.clone() for x in registers[register]]
+        if program.may_alias(register)
+        else registers[register]
+        for register in program.outputs
+    ]
+    for name, result in zip(batch.graph.results, results):
+        torch._foreach_copy_(batch.columns[name], result)
 
 
 def _is_list_of_tensors(x: Any) -> bool:

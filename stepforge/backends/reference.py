@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.rounding import correct_sqrt
 from stepforge.expr import evaluate
 from stepforge.ops import VOCABULARY
@@ -27,36 +27,41 @@ def refuses(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -
 
 def run(batch: Batch) -> None:
     """Computes every row and stores its results."""
-    inputs = [node for node in batch.graph.inputs if node.varying]
+    whole = batch.differentiable or batch.columns["p"][0].device.type != "cpu"
+    for part in [batch] if whole else batch.pieces(CACHED):
+        for index in range(len(part)):
+            _run_row(part, index)
+
+
+def _run_row(batch: Batch, index: int) -> None:
+    program = batch.graph.varying
+    stored = {name: column[index] for name, column in batch.columns.items()}
+    sparse = stored["g"].is_sparse
+    row = _named_elements(stored) if sparse else stored
+    inputs = {name: row[name].to(batch.dtype) for name in program.inputs}
+    if batch.differentiable:
+        # Autograd keeps operands for the backward pass, and the step overwrites them.
+        inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+    given = [column[index] for column in batch.coefficients]
     operations = VOCABULARY if batch.differentiable else OPERATIONS
-    for index in range(len(batch)):
-        stored = {name: column[index] for name, column in batch.columns.items()}
-        row = _sparse_row(stored) if stored["g"].is_sparse else stored
-        values: dict[Any, Any] = {
-            node: column[index] for node, column in batch.coefficients.items()
-        }
-        for node in inputs:
-            tensor = row[str(node.value)].to(batch.dtype)
-            # Autograd keeps operands for the backward pass, and the step overwrites them.
-            values[node] = tensor.clone() if batch.differentiable else tensor
-        evaluate(batch.graph.varying, values, operations)
-        results = {
-            name: values[node].clone() if node.op in ("input", "where") else values[node]
-            for name, node in batch.graph.outputs.items()
-            if node.varying and not (node.op == "input" and node.value == name)
-        }
-        for name, result in results.items():
-            if row is stored:
-                stored[name].copy_(result)
-            else:
-                stored[name][_indices(stored["g"])] = result.to(stored[name].dtype)
+    results = evaluate(program, inputs, given, operations)
+    # No result may change because another is stored first.
+    results = [
+        result.clone() if program.may_alias(register) else result
+        for register, result in zip(program.outputs, results)
+    ]
+    for name, result in zip(batch.graph.results, results):
+        if sparse:
+            stored[name][_indices(stored["g"])] = result.to(stored[name].dtype)
+        else:
+            stored[name].copy_(result)
 
 
 def _indices(g: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(g._indices())
 
 
-def _sparse_row(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _named_elements(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The elements of a row that its sparse (coalesced) gradient names."""
     where = _indices(stored["g"])
     return {

@@ -1,1 +1,46 @@
 """The command line: ``stepforge demo``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stepforge.cli.extras import require
+
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["main", "make_app"]
+
+
+def main() -> None:
+    """Runs the command line; what the ``stepforge`` script calls."""
+    make_app()()
+
+
+def make_app() -> typer.Typer:
+    """The typer app with every command.
+
+    Raises:
+        SystemExit: an extra is not installed; it says which one to install.
+    """
+    # Imported here and not above: without the extras, the script must still be able to say so.
+    require("typer", "rich")
+    import typer
+
+    from stepforge.cli.demo import demo
+
+    app = typer.Typer(
+        name="stepforge",
+        help="Optimizers for PyTorch, each update rule written once and run in every way.",
+        no_args_is_help=True,
+        add_completion=False,
+        # A bug's traceback should be Python's own, which people know how to read and report.
+        pretty_exceptions_enable=False,
+    )
+
+    @app.callback()
+    def stepforge() -> None:  # keeps `demo` a word of its own while it is the only command
+        pass
+
+    app.command()(demo)
+    return app

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepforge.declare import Decay, LearningRate, NonNegative, full
 from stepforge.ops import Value, sqrt
-from stepforge.optimizer import Optimizer
+from stepforge.optimizer import Optimizer, ParamsT
 
 
 def adagrad(h: Any, t: Value, p: Value, g: Value, s: Value) -> tuple[Value, Value]:
@@ -62,17 +62,14 @@ class Adagrad(Optimizer, rule=adagrad):
     if TYPE_CHECKING:
         # torch.optim's order: `foreach` stands last among the positional arguments, where no
         # dataclass would put a name that its base has declared already.
-        from torch import Tensor
-        from torch.optim.optimizer import ParamsT
-
         def __init__(
             self,
             params: ParamsT,
-            lr: float | Tensor = 1e-2,
-            lr_decay: float = 0,
-            weight_decay: float | Tensor = 0,
-            initial_accumulator_value: float = 0,
-            eps: float = 1e-10,
+            lr: LearningRate = 1e-2,
+            lr_decay: NonNegative = 0,
+            weight_decay: Decay = 0,
+            initial_accumulator_value: NonNegative = 0,
+            eps: NonNegative = 1e-10,
             foreach: bool | None = None,
             *,
             maximize: bool = False,

@@ -1,0 +1,51 @@
+"""The demo's task: scikit-learn's handwritten digits and a small convolutional network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from stepforge.cli.lockstep import Task
+
+__all__ = ["LEARNING_RATES", "load_digits"]
+
+#: The optimizers with the learning rates that suit this task.
+LEARNING_RATES = {"Adagrad": 2e-2, "Adam": 1e-3, "AdamW": 1e-3, "NAdam": 1e-3, "RAdam": 3e-3}
+
+_TEST_IMAGES = 360
+
+
+def load_digits() -> Task:
+    """1797 images of 8x8 pixels: 1437 to learn from and 360 to test on, always the same.
+
+    scikit-learn brings them in its package; nothing is downloaded.
+    """
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels: 0 to 16
+    labels = torch.tensor(digits.target)
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, learn = shuffled[:_TEST_IMAGES], shuffled[_TEST_IMAGES:]
+    return Task(
+        make_network=_network,
+        train_images=images[learn],
+        train_labels=labels[learn],
+        test_images=images[test],
+        test_labels=labels[test],
+        batch_size=64,
+    )
+
+
+def _network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),  # 32 channels of 4x4
+        nn.Linear(512, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )

@@ -1,0 +1,7 @@
+"""Shared by all tests."""
+
+import torch
+
+# Tests run in several processes at once; OpenMP threads that wait for a busy core cost more than
+# they bring, and nothing that is tested depends on their number unless a test sets it.
+torch.set_num_threads(1)
