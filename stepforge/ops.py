@@ -54,9 +54,10 @@ def _apply(op: str, implementations: _Implementations, *operands: Value) -> Valu
     if any(isinstance(x, Expr) for x in operands):
         symbol = next(x for x in operands if isinstance(x, Expr))
         return symbol.trace.apply(op, *operands)
-    tensor = next((x for x in operands if isinstance(x, torch.Tensor)), None)
-    if tensor is not None:
-        return on_tensors(*(_as_tensor(x, tensor) for x in operands))
+    tensors = [x for x in operands if isinstance(x, torch.Tensor)]
+    if tensors:
+        like = next((x for x in tensors if x.is_floating_point()), tensors[0].double())
+        return on_tensors(*(_as_tensor(x, like) for x in operands))
     if any(isinstance(x, (np.ndarray, np.generic)) for x in operands):
         return on_arrays(*operands)
     return on_numbers(*operands)
