@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/stepforge demo --output out/demo.html
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules
+	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules --doctest-glob=README.md
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -34,6 +34,11 @@ def _eager(function: _Function) -> _Function:
 
 _count = _eager(plan.count)
 
+# Raises if a graph is being captured without `capturable`; torch renamed it in 2.11.
+_check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
+    torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
+
 
 @dataclass_transform(field_specifiers=(hyper,))
 class _Declared(torch.optim.Optimizer):
@@ -122,6 +127,9 @@ class Optimizer(_Declared):
             raise TypeError(
                 f"{type(self).__name__} has no rule: name it in the class header, rule=..."
             )
+        unknown = sorted(options.keys() - {n for n, h in self._hyperparameters.items() if h.init})
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
         defaults = {
             name: declared.checked(options.get(name, declared.default))
             for name, declared in self._hyperparameters.items()
@@ -148,6 +156,7 @@ class Optimizer(_Declared):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        checkpoint.complete_options(self._hyperparameters, self.defaults)
         for group in self.param_groups:
             checkpoint.complete_options(self._hyperparameters, group)
             for p in group["params"]:
@@ -207,7 +216,7 @@ class Optimizer(_Declared):
         if len(params) != len(set(params)):
             warnings.warn(
                 "optimizer contains a parameter group with duplicate parameters; each is stepped "
-                "as often as it is listed",
+                "once",
                 stacklevel=5,
             )
         for other in self.param_groups:
@@ -294,7 +303,7 @@ class Optimizer(_Declared):
                 or ``STEPFORGE_BACKEND`` asks for cannot serve a parameter. Nothing has changed.
             TypeError: a parameter with a gradient is not of a floating point or complex dtype.
         """
-        self._accelerator_graph_capture_health_check()
+        _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -386,13 +395,15 @@ def _params_and_names(
 
 
 def _hyperparameters_of_others(own: Mapping[str, Any]) -> frozenset[str]:
-    """The hyperparameters that other optimizers have and this one has not."""
+    """The hyperparameters that other optimizers of this library have and this one has not."""
     names: set[str] = set()
     pending: list[type[Optimizer]] = [Optimizer]
     while pending:
         cls = pending.pop()
-        names.update(cls._hyperparameters)
         pending.extend(cls.__subclasses__())
+        # A user's own optimizer may call a hyperparameter what somebody's groups call a note.
+        if cls.__module__.startswith(f"{__package__}.rules."):
+            names.update(cls._hyperparameters)
     return frozenset(names - set(own))
 
 

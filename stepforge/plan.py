@@ -60,7 +60,10 @@ def _checked_rows(
 ) -> list[Row]:
     rows = []
     choices: dict[Any, Choice] = {}
-    for p in group["params"]:
+    params = group["params"]
+    if len(set(map(id, params))) < len(params):
+        params = list(dict.fromkeys(params))
+    for p in params:
         g = p.grad
         if g is None:
             continue

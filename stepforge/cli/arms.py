@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from types import ModuleType
 from typing import Any, cast
 
@@ -66,23 +68,37 @@ def tabulate(comparisons: Iterable[Comparison], arms: Sequence[Arm] = ARMS) -> T
     )
 
 
-def _columns(arms: Sequence[Arm]) -> Iterable[tuple[Column, Callable[[Comparison], str]]]:
+def _columns(arms: Sequence[Arm]) -> Iterator[tuple[Column, Callable[[Comparison], str]]]:
     runs = [arm.name for arm in arms if not arm.nudged]
-    ours, twin = OURS.name, TWIN.name
-    yield Column("", "optimizer"), lambda c: c.optimizer
+    yield Column("", "optimizer"), attrgetter("optimizer")
     for name in runs:
-        yield Column("test accuracy", name), lambda c, n=name: f"{c.traces[n].accuracies[-1]:.1%}"
-    for name in [arm.name for arm in arms if arm.name != twin]:
-        yield (
-            Column("difference at end", name),
-            lambda c, n=name: f"{c.traces[n].differences[-1]:.1e}",
-        )
-    for name in [name for name in runs if name != twin]:
-        yield Column("in 1 step", name), lambda c, n=name: f"{c.traces[n].one_step:.1e}"
+        yield Column("test accuracy", name), partial(_accuracy, name)
+    for name in [arm.name for arm in arms if arm != TWIN]:
+        yield Column("difference at end", name), partial(_difference, name)
+    for name in [name for name in runs if name != TWIN.name]:
+        yield Column("in 1 step", name), partial(_one_step, name)
     for name in runs:
-        yield Column("step(), µs", name), lambda c, n=name: f"{c.traces[n].median_step * 1e6:,.0f}"
-    for name in [name for name in runs if name != ours]:
-        yield (
-            Column("ratio", f"{name}/{ours}"),
-            lambda c, n=name: f"{c.traces[n].median_step / c.traces[ours].median_step:.2f}",
-        )
+        yield Column("step(), µs", name), partial(_microseconds, name)
+    for name in [name for name in runs if name != OURS.name]:
+        yield Column("ratio", f"{name}/{OURS.name}"), partial(_ratio, name)
+
+
+def _accuracy(name: str, comparison: Comparison) -> str:
+    return f"{comparison.traces[name].accuracies[-1]:.1%}"
+
+
+def _difference(name: str, comparison: Comparison) -> str:
+    return f"{comparison.traces[name].differences[-1]:.1e}"
+
+
+def _one_step(name: str, comparison: Comparison) -> str:
+    return f"{comparison.traces[name].one_step:.1e}"
+
+
+def _microseconds(name: str, comparison: Comparison) -> str:
+    return f"{comparison.traces[name].median_step * 1e6:,.0f}"
+
+
+def _ratio(name: str, comparison: Comparison) -> str:
+    traces = comparison.traces
+    return f"{traces[name].median_step / traces[OURS.name].median_step:.2f}"

@@ -10,7 +10,7 @@ from stepforge.cli.lockstep import Task
 __all__ = ["LEARNING_RATES", "load_digits"]
 
 #: The optimizers with the learning rates that suit this task.
-LEARNING_RATES = {"Adagrad": 2e-2, "Adam": 2e-3, "AdamW": 2e-3, "NAdam": 2e-3, "RAdam": 4e-3}
+LEARNING_RATES = {"Adagrad": 2e-2, "Adam": 2e-3, "AdamW": 2e-3, "NAdam": 2e-3, "RAdam": 3e-3}
 
 _TEST_IMAGES = 360
 

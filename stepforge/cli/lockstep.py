@@ -242,11 +242,12 @@ def _network(task: Task, seed: int, *, nudged: bool) -> nn.Module:
 
 def _batches(task: Task, shuffle: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(task.train_images), generator=shuffle)
-    for chosen in order.split(task.batch_size):
+    for begin in range(0, len(order), task.batch_size):
+        chosen = order[begin : begin + task.batch_size]
         yield task.train_images[chosen], task.train_labels[chosen]
 
 
 def _accuracy(model: nn.Module, task: Task) -> float:
     with torch.no_grad():
         right = model(task.test_images).argmax(dim=1) == task.test_labels
-    return right.float().mean().item()
+    return right.sum().item() / len(right)
