@@ -50,6 +50,7 @@ class Loading:
         state: the new state of each parameter that gets one; None removes what it has.
         extra: entries of the state that belong to no parameter.
         groups: for each param group, the options to change.
+        in_place: for each param group, the options of those that are tensors to write into.
         names: for each param group, the parameters' names to adopt, or None.
         result: what does not fit.
     """
@@ -57,6 +58,7 @@ class Loading:
     state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
     extra: dict[Any, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
+    in_place: list[frozenset[str]] = field(default_factory=list)
     names: list[list[str] | None] = field(default_factory=list)
     result: LoadResult = field(default_factory=lambda: LoadResult([], [], []))
 
@@ -105,7 +107,7 @@ def examine(
         TypeError: a value in it is of the wrong kind.
     """
     saved_groups = _saved_groups(state_dict)
-    by_name = all("param_names" in group for group in [*groups, *saved_groups])
+    by_name = _distinctly_named(groups) and _distinctly_named(saved_groups)
     if not by_name and strict:
         _check_sizes(groups, saved_groups)
     match = _match_by_name if by_name else _match_by_order
@@ -116,8 +118,9 @@ def examine(
         source = _group_source(index, members, saved_groups, by_name, strict)
         options = _new_options(rule, index, group, source, foreign, loading.result)
         loading.groups.append(options)
-        adopt = source is not None and not by_name and "param_names" in source
-        loading.names.append(list(source["param_names"]) if source is not None and adopt else None)
+        tensors = [n for n in rule.hyperparameters if isinstance(group.get(n), torch.Tensor)]
+        loading.in_place.append(frozenset(tensors) & options.keys())
+        loading.names.append(None if by_name else _adopted_names(group, source, saved_groups))
         for member in members:
             _examine_parameter(rule, {**group, **options}, member, state_dict["state"], loading)
     _examine_leftovers(matches, saved_groups, state_dict["state"], loading)
@@ -130,13 +133,13 @@ def apply(
     loading: Loading, groups: Sequence[dict[str, Any]], state: dict[Any, Any], *, strict: bool
 ) -> None:
     """Carries out what :func:`examine` found to be right."""
-    for group, options, names in zip(groups, loading.groups, loading.names, strict=True):
+    changes = zip(groups, loading.groups, loading.in_place, loading.names, strict=True)
+    for group, options, in_place, names in changes:
         for name, value in options.items():
-            current = group.get(name)
-            if isinstance(current, torch.Tensor) and not isinstance(value, tuple):
-                # A tensor of the user's, whom a scheduler or a captured graph may share: kept.
+            if name in in_place:
+                # A tensor of the user's, which a scheduler or a captured graph may share.
                 with torch.no_grad():
-                    current.fill_(float(value))
+                    group[name].fill_(float(value))
             else:
                 group[name] = value
         if names is not None:
@@ -169,9 +172,11 @@ def _saved_groups(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             f"an optimizer's state dict has 'state' and 'param_groups', but this one is {shown}"
         )
     groups = state_dict["param_groups"]
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"'param_groups' of the state dict is {groups!r}, not a list")
     for index, group in enumerate(groups):
-        if not isinstance(group, Mapping) or "params" not in group:
-            raise ValueError(f"param_groups[{index}] of the state dict has no 'params'")
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"param_groups[{index}] of the state dict has no list of 'params'")
         if len(group.get("param_names", group["params"])) != len(group["params"]):
             raise ValueError(
                 f"param_groups[{index}] of the state dict has {len(group['params'])} parameters "
@@ -180,6 +185,26 @@ def _saved_groups(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     if not isinstance(state_dict["state"], Mapping):
         raise ValueError("'state' of the state dict is not a dict")
     return list(groups)
+
+
+def _distinctly_named(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every parameter has a name and no two have the same."""
+    if not all("param_names" in group for group in groups):
+        return False
+    names = [name for group in groups for name in group["param_names"]]
+    return len(names) == len(set(names))
+
+
+def _adopted_names(
+    group: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> list[str] | None:
+    """The saved names, where they are complete and name just the parameters of the group."""
+    if source is None or not all("param_names" in saved for saved in saved_groups):
+        return None
+    names = list(source["param_names"])
+    return names if len(names) == len(group["params"]) else None
 
 
 def _check_sizes(

@@ -12,11 +12,10 @@ import inspect
 import math
 import numbers
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import torch
 
@@ -170,6 +169,8 @@ class Hyperparameter:
         if isinstance(value, torch.Tensor):
             if not self.tensors:
                 raise TypeError(f"{name} must be a number {self.interval}, but got a tensor")
+            if value.is_complex():
+                raise TypeError(f"{name} must be a number {self.interval}, but got {value!r}")
             if value.numel() != 1:
                 raise ValueError(
                     f"Tensor {name} must be 1-element, but has {value.numel()} elements"
@@ -331,7 +332,7 @@ class Rule:
 
     def _traced(self, statics: Mapping[str, Any]) -> Graph:
         trace = Trace()
-        h = types.SimpleNamespace()
+        h = _Options(self.function.__name__)
         for name, parameter in self.hyperparameters.items():
             if name in EXECUTION_FLAGS:
                 continue
@@ -360,7 +361,7 @@ class Rule:
         results = results if isinstance(results, tuple) else (results,)
         if len(results) != len(letters):
             raise TypeError(
-                f"rule {name} returned {len(results)} values; it must return ({', '.join(letters)})"
+                f"rule {name} returned {len(results)} values; it must return {', '.join(letters)}"
             )
         outputs = {}
         for letter, result in zip(letters, results, strict=True):
@@ -372,6 +373,17 @@ class Rule:
                 raise TypeError(f"rule {name} returned `{result}` for {letter}, which has {kind}")
             outputs[letter] = result
         return outputs
+
+
+class _Options:
+    """The ``h`` of a rule while it is traced."""
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = ", ".join(name for name in vars(self) if name != "_rule")
+        raise AttributeError(f"rule {self._rule} reads h.{name}, but declared are {known}")
 
 
 def is_off(value: Any) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from stepforge.backends import choose
+from stepforge.declare import Rule
 
 __all__ = ["Explanation", "Served", "explain"]
 
@@ -79,14 +80,15 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     # A rule is what tells an optimizer of this library; its class stands to the right of this file.
     if not hasattr(optimizer, "_rule"):
         raise TypeError(f"explain takes a stepforge optimizer, but got {type(optimizer).__name__}")
-    return Explanation(type(optimizer).__name__, tuple(_served(optimizer)))
+    return Explanation(type(optimizer).__name__, tuple(_served(optimizer, optimizer._rule)))
 
 
-def _served(optimizer: torch.optim.Optimizer) -> Iterator[Served]:
+def _served(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Served]:
     for index, group in enumerate(optimizer.param_groups):
+        graph = rule.graph(group)
         alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[torch.Tensor]] = {}
         for p in group["params"]:
-            choice = choose(p, p.grad, group)
+            choice = choose(p, p.grad, group, graph)
             alike.setdefault((choice.backend.name, choice.reasons), []).append(p)
         for (backend, reasons), params in alike.items():
             yield Served(

@@ -136,6 +136,19 @@ class Expr:
 
     __int__ = __index__ = __float__
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"`{self}` is a symbol, not a tensor, and has no `{name}`: "
+            "use operators and the functions of stepforge.ops"
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        raise TypeError(
+            f"torch's {getattr(function, '__name__', function)} cannot take a symbol: "
+            "use operators and the functions of stepforge.ops"
+        )
+
     def __iter__(self) -> NoReturn:
         raise TypeError(f"`{self}` is a symbol: it has no elements to iterate over")
 

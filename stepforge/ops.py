@@ -112,23 +112,25 @@ def sign(x: Value) -> Value:
 
 
 def maximum(x: Value, y: Value) -> Value:
-    """The larger of two; NaN if either is.
+    """The larger of two; NaN if either is; a zero is +0, whichever zeros are compared.
 
     Example:
         >>> maximum(1.0, 2.0)
         2.0
     """
-    return _apply("maximum", (_number_maximum, np.maximum, torch.maximum), x, y)
+    larger = _apply("maximum", (_number_maximum, np.maximum, torch.maximum), x, y)
+    return larger if isinstance(larger, Expr) else larger + 0.0
 
 
 def minimum(x: Value, y: Value) -> Value:
-    """The smaller of two; NaN if either is.
+    """The smaller of two; NaN if either is; a zero is +0, whichever zeros are compared.
 
     Example:
         >>> minimum(1.0, 2.0)
         1.0
     """
-    return _apply("minimum", (_number_minimum, np.minimum, torch.minimum), x, y)
+    smaller = _apply("minimum", (_number_minimum, np.minimum, torch.minimum), x, y)
+    return smaller if isinstance(smaller, Expr) else smaller + 0.0
 
 
 def where(condition: Value, x: Value, y: Value) -> Value:

@@ -34,7 +34,7 @@ def _eager(function: _Function) -> _Function:
 
 _count = _eager(plan.count)
 
-# Raises if a graph is being captured without `capturable`; torch renamed it in 2.11.
+# Raises if a graph is being captured without `capturable`; older versions call it otherwise.
 _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
@@ -201,6 +201,7 @@ class Optimizer(_Declared):
             group[name] = declared.checked(group[name])
         self._check_options(group)
         self._check_params(group)
+        self._rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
         self.param_groups.append(group)
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
@@ -317,7 +318,13 @@ class Optimizer(_Declared):
     @_eager
     def _launches(self, compiling: bool) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""
-        rows = plan.check(self.param_groups, self.state, refuses_sparse=self._refuses_sparse())
+        rows = plan.check(
+            self._rule,
+            self.param_groups,
+            self.state,
+            refuses_sparse=self._refuses_sparse(),
+            compiling=compiling,
+        )
         return plan.prepare(self._rule, rows, self.state, compiling=compiling)
 
     def _refuses_sparse(self) -> str | None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend, Batch, Choice, choose
+from stepforge.backends.batch import Coefficient
 from stepforge.declare import Rule, State, is_off
 from stepforge.expr import Graph, evaluate
 from stepforge.ops import VOCABULARY, scalar_dtype
@@ -39,24 +40,38 @@ class Row:
 
 
 def check(
-    groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any], *, refuses_sparse: str | None
+    rule: Rule,
+    groups: Iterable[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    *,
+    refuses_sparse: str | None,
+    compiling: bool = False,
 ) -> list[list[Row]]:
     """The rows of a step by group: every parameter that has a gradient. Changes nothing.
 
     Args:
+        rule: the optimizer's rule.
         groups: the optimizer's param groups.
         state: the optimizer's state.
         refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
+        compiling: whether ``torch.compile`` traces the step.
 
     Raises:
         RuntimeError: a gradient is sparse and may not be, or no backend can do what was asked for.
         TypeError: a parameter is neither real nor complex floating point.
     """
-    return [_checked_rows(group, state, refuses_sparse) for group in groups]
+    return [
+        _checked_rows(group, rule.graph(group), state, refuses_sparse, compiling)
+        for group in groups
+    ]
 
 
 def _checked_rows(
-    group: Mapping[str, Any], state: Mapping[Any, Any], refuses_sparse: str | None
+    group: Mapping[str, Any],
+    graph: Graph,
+    state: Mapping[Any, Any],
+    refuses_sparse: str | None,
+    compiling: bool,
 ) -> list[Row]:
     rows = []
     choices: dict[Any, Choice] = {}
@@ -73,7 +88,7 @@ def _checked_rows(
         kind = (p.dtype, g.dtype, p.device, g.layout, type(p))
         if kind not in choices:
             _check_dtypes(p, g)
-            choices[kind] = choose(p, g, group)
+            choices[kind] = choose(p, g, group, graph, compiling=compiling)
         rows.append(Row(p, g, group, choices[kind], {}))
         if group["differentiable"] and state.get(p, {}).get("step", p.data).requires_grad:
             raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
@@ -194,7 +209,7 @@ def _complete(rule: Rule, rows: list[Row], state: MutableMapping[Any, dict[str, 
         row.state = state[row.p]
         if not row.state.keys() >= keys:
             fresh = initial_state(rule, row.p, row.group)
-            row.state.update({key: fresh[key] for key in keys - row.state.keys()})
+            row.state.update({k: v for k, v in fresh.items() if k not in row.state})
 
 
 def _arithmetic(p: torch.Tensor) -> torch.dtype:
@@ -213,8 +228,11 @@ def _launch(rule: Rule, graph: Graph, rows: list[Row], compiling: bool) -> Launc
     numbers = len(graph.coefficients)
     coefficients = [_coefficient(value, len(rows), dtype) for value in values[:numbers]]
     if compiling:
-        coefficients = [_as_tensors(c, dtype, rows[0].p.device) for c in coefficients]
-    columns = {"p": [_real(row.p) for row in rows], "g": [_real(row.g) for row in rows]}
+        coefficients = [_as_tensors(c, rows[0].p.device) for c in coefficients]
+    columns = {
+        "p": [_real(row.p) for row in rows],
+        "g": [_real(row.g.resolve_conj()) for row in rows],
+    }
     for letter, declared in rule.states.items():
         if declared.on(group) and not declared.scalar:
             columns[letter] = [_real(row.state[declared.key]) for row in rows]
@@ -238,7 +256,7 @@ def _real(x: torch.Tensor) -> torch.Tensor:
         return torch.sparse_coo_tensor(
             x._indices(), values, (*x.shape, 2), is_coalesced=True, check_invariants=False
         )
-    return torch.view_as_real(x.resolve_conj())
+    return torch.view_as_real(x)
 
 
 def _host_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
@@ -293,29 +311,24 @@ def _wide(value: Any) -> Any:
     return value.reshape(()) if value.numel() == 1 and value.dim() != 1 else value
 
 
-def _coefficient(values: Any, count: int, dtype: torch.dtype) -> list[Any]:
+def _coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
     """A uniform value for each row, rounded to the dtype of the arithmetic."""
-    if isinstance(values, np.ndarray):
-        if values.dtype != np.bool_ and dtype == torch.float32:
-            with np.errstate(over="ignore"):
-                values = values.astype(np.float32)
-        return _for_each_row(values, count)
-    return [_rounded(value, dtype) for value in _for_each_row(values, count)]
+    if isinstance(values, torch.Tensor) or (
+        isinstance(values, list) and any(isinstance(value, torch.Tensor) for value in values)
+    ):
+        rows = _for_each_row(values, count)
+        return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in rows]
+    array = np.broadcast_to(np.asarray(values), (count,))
+    if array.dtype == np.bool_:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(np.float64 if dtype == torch.float64 else np.float32)
 
 
-def _as_tensors(column: list[Any], dtype: torch.dtype, device: torch.device) -> list[Any]:
-    if isinstance(column[0], torch.Tensor):
-        return column
-    dtype = torch.bool if isinstance(column[0], bool) else dtype
-    return list(torch.tensor(column, dtype=dtype, device=device).unbind())
-
-
-def _rounded(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.to(dtype)
-    if isinstance(value, float) and dtype == torch.float32:
-        return float(np.float32(value))
-    return value
+def _as_tensors(column: Coefficient, device: torch.device) -> Coefficient:
+    if isinstance(column, np.ndarray):
+        return list(torch.from_numpy(column).to(device).unbind())
+    return column
 
 
 def _for_each_row(values: Any, count: int) -> list[Any]:

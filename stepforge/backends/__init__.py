@@ -1,7 +1,7 @@
 """The ways to run a step, and the choice between them.
 
-A backend is a module with a ``name``, ``refuses(p, g, group)``, which says why it cannot serve a
-parameter, and ``run(batch)``.
+A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph)``,
+which says why it cannot serve a parameter, and ``run(batch)``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from stepforge.backends import foreach, reference
+from stepforge.backends import foreach, native, reference
 from stepforge.backends.batch import Batch
+from stepforge.expr import Graph
 
 __all__ = ["BACKENDS", "Backend", "Batch", "Choice", "choose"]
 
@@ -23,9 +24,14 @@ class Backend(Protocol):
     """What the rest of the library knows of a backend."""
 
     name: str
+    OPERATIONS: Mapping[str, Any]
 
     def refuses(
-        self, p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]
+        self,
+        p: torch.Tensor,
+        g: torch.Tensor | None,
+        group: Mapping[str, Any],
+        graph: Graph,
     ) -> str | None:
         """Why it cannot serve a parameter with that gradient and options; None if it can."""
 
@@ -34,9 +40,9 @@ class Backend(Protocol):
 
 
 #: Every backend, the fastest first.
-BACKENDS: dict[str, Backend] = {module.name: module for module in (foreach, reference)}
+BACKENDS: dict[str, Backend] = {module.name: module for module in (native, foreach, reference)}
 #: Those that ``fused=True`` asks for: kernels generated from the whole graph.
-FUSED: tuple[str, ...] = ()
+FUSED = ("native",)
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,26 @@ class Choice:
     reasons: tuple[tuple[str, str], ...] = ()
 
 
-def choose(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -> Choice:
+def choose(
+    p: torch.Tensor,
+    g: torch.Tensor | None,
+    group: Mapping[str, Any],
+    graph: Graph,
+    *,
+    compiling: bool = False,
+) -> Choice:
     """The backend for a parameter, by its group's ``fused`` and ``foreach``.
 
     ``fused=True`` asks for a generated kernel and ``foreach=True`` for the foreach path; with
     either False and the other unset, or both False, the reference runs; with both unset the
     fastest that can. The environment variable ``STEPFORGE_BACKEND`` overrides them.
+
+    Args:
+        p: the parameter.
+        g: its gradient, if it has one.
+        group: the options of its param group.
+        graph: what is to be computed.
+        compiling: whether ``torch.compile`` traces the step: it sees torch operations only.
 
     Raises:
         ValueError: ``STEPFORGE_BACKEND`` names no backend.
@@ -66,9 +86,14 @@ def choose(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) ->
     reasons: list[tuple[str, str]] = []
     for candidate, asked_for in _candidates(group):
         backend = BACKENDS.get(candidate)
-        why_not = backend.refuses(p, g, group) if backend else "there is none for it"
-        if backend and why_not is None:
-            return Choice(backend, tuple(reasons))
+        if compiling and candidate in FUSED:
+            why_not: str | None = "torch.compile sees torch operations only"
+        elif backend is None:
+            why_not = "; ".join(why for _, why in reasons)
+        else:
+            why_not = backend.refuses(p, g, group, graph)
+            if why_not is None:
+                return Choice(backend, tuple(reasons))
         reasons.append((candidate, str(why_not)))
         if asked_for:
             raise RuntimeError(

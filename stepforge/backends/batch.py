@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from stepforge.expr import Graph
@@ -13,6 +14,9 @@ from stepforge.expr import Graph
 #: How many elements a part of a batch has, so that the dozen tensors of a step stay in the cache
 #: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
 CACHED = 2**17
+
+#: The values of a uniform node, one a row.
+Coefficient: TypeAlias = "np.ndarray[Any, Any] | list[torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,15 @@ class Batch:
         columns: for each varying input its tensors, one a row: parameters ``p``, gradients ``g``
             and states, all real, a row's all of one shape. Results are stored into the column
             of the same name. Storage may be of any floating dtype and any strides.
-        coefficients: for each of ``graph.coefficients``, in order, its values, one a row: Python
-            numbers already rounded to ``dtype``, or tensors without dimensions.
+        coefficients: for each of ``graph.coefficients``, in order, its values, one a row: an array
+            of ``dtype`` or of truth values, or a list of tensors without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         differentiable: whether autograd must see the step.
     """
 
     graph: Graph
     columns: dict[str, list[torch.Tensor]]
-    coefficients: list[list[Any]]
+    coefficients: list[Coefficient]
     dtype: torch.dtype
     differentiable: bool = False
 
@@ -46,25 +50,41 @@ class Batch:
         it; on the whole each would go through memory. Long rows are cut, short ones share a part.
         """
         rows: list[dict[str, torch.Tensor]] = []
-        given: list[list[Any]] = []
+        origins: list[int] = []
         size = 0
         for index in range(len(self)):
-            coefficients = [column[index] for column in self.coefficients]
             for row in _cut({name: c[index] for name, c in self.columns.items()}, limit):
                 if rows and size + row["p"].numel() > limit:
-                    yield self._part(rows, given)
-                    rows, given, size = [], [], 0
+                    yield self._part(rows, origins)
+                    rows, origins, size = [], [], 0
                 rows.append(row)
-                given.append(coefficients)
+                origins.append(index)
                 size += row["p"].numel()
         if rows:
-            yield self._part(rows, given)
+            yield self._part(rows, origins)
 
-    def _part(self, rows: list[dict[str, torch.Tensor]], given: list[list[Any]]) -> Batch:
+    def numbers(self) -> list[list[Any]]:
+        """The coefficients as lists of Python numbers, or of tensors."""
+        return [c.tolist() if isinstance(c, np.ndarray) else c for c in self.coefficients]
+
+    def rows(self, indices: list[int]) -> Batch:
+        """Only the rows of those numbers."""
+        return self._part(
+            [{name: c[index] for name, c in self.columns.items()} for index in indices], indices
+        )
+
+    def with_columns(self, columns: dict[str, list[torch.Tensor]]) -> Batch:
+        """The same rows in other tensors."""
+        return replace(self, columns=columns)
+
+    def _part(self, rows: list[dict[str, torch.Tensor]], origins: list[int]) -> Batch:
         return replace(
             self,
             columns={name: [row[name] for row in rows] for name in self.columns},
-            coefficients=[list(column) for column in zip(*given)],
+            coefficients=[
+                c[origins] if isinstance(c, np.ndarray) else [c[index] for index in origins]
+                for c in self.coefficients
+            ],
         )
 
 

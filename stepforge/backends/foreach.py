@@ -15,6 +15,7 @@ import torch
 
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.rounding import correct_sqrt
+from stepforge.expr import Graph
 
 name = "foreach"
 
@@ -23,7 +24,9 @@ Tensors: TypeAlias = list[torch.Tensor]
 Uniform: TypeAlias = "float | list[Any]"
 
 
-def refuses(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -> str | None:
+def refuses(
+    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
     if group["differentiable"]:
         return "autograd does not go through torch._foreach operations"
@@ -42,7 +45,7 @@ def run(batch: Batch) -> None:
 def _run_part(batch: Batch) -> None:
     program = batch.graph.varying
     columns = {name: [x.to(batch.dtype) for x in batch.columns[name]] for name in program.inputs}
-    registers = program.registers(columns, batch.coefficients)
+    registers = program.registers(columns, batch.numbers())
     owned: set[int] = set()  # registers whose tensors nothing else refers to: free to overwrite
     for instruction in program.instructions:
         op, first = instruction.op, instruction.args[0]
@@ -97,6 +100,19 @@ def _sqrt(x: Tensors) -> Sequence[torch.Tensor]:
     return torch._foreach_sqrt(x)
 
 
+def _with_positive_zeros(
+    function: Callable[..., tuple[torch.Tensor, ...]],
+) -> Callable[..., Sequence[torch.Tensor]]:
+    """As the vocabulary has it: torch's choice between 0 and -0 depends on the length."""
+
+    def on_lists(x: Tensors, y: Any) -> Sequence[torch.Tensor]:
+        chosen = function(x, y)
+        torch._foreach_add_(chosen, 0.0)
+        return chosen
+
+    return on_lists
+
+
 def _finite(x: Tensors) -> Sequence[torch.Tensor]:
     largest = torch.finfo(x[0].dtype).max
     clamped = torch._foreach_clamp_max(x, largest)
@@ -140,8 +156,8 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "abs": torch._foreach_abs,
     "sqrt": _sqrt,
     "sign": torch._foreach_sign,
-    "maximum": torch._foreach_maximum,
-    "minimum": torch._foreach_minimum,
+    "maximum": _with_positive_zeros(torch._foreach_maximum),
+    "minimum": _with_positive_zeros(torch._foreach_minimum),
     "finite": _finite,
     "where": _where,
     "lt": _row_by_row(operator.lt),
@@ -159,6 +175,4 @@ IN_PLACE: dict[str, Callable[..., None]] = {
     "neg": torch._foreach_neg_,
     "abs": torch._foreach_abs_,
     "sign": torch._foreach_sign_,
-    "maximum": torch._foreach_maximum_,
-    "minimum": torch._foreach_minimum_,
 }

@@ -14,13 +14,15 @@ import torch
 
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.rounding import correct_sqrt
-from stepforge.expr import evaluate
+from stepforge.expr import Graph, evaluate
 from stepforge.ops import VOCABULARY
 
 name = "reference"
 
 
-def refuses(p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any]) -> str | None:
+def refuses(
+    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+) -> str | None:
     """Why this backend cannot serve a parameter; None, as it serves all."""
     return None
 
@@ -29,11 +31,12 @@ def run(batch: Batch) -> None:
     """Computes every row and stores its results."""
     whole = batch.differentiable or batch.columns["p"][0].device.type != "cpu"
     for part in [batch] if whole else batch.pieces(CACHED):
+        numbers = part.numbers()
         for index in range(len(part)):
-            _run_row(part, index)
+            _run_row(part, index, [column[index] for column in numbers])
 
 
-def _run_row(batch: Batch, index: int) -> None:
+def _run_row(batch: Batch, index: int, given: list[Any]) -> None:
     program = batch.graph.varying
     stored = {name: column[index] for name, column in batch.columns.items()}
     sparse = stored["g"].is_sparse
@@ -42,7 +45,6 @@ def _run_row(batch: Batch, index: int) -> None:
     if batch.differentiable:
         # Autograd keeps operands for the backward pass, and the step overwrites them.
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-    given = [column[index] for column in batch.coefficients]
     operations = VOCABULARY if batch.differentiable else OPERATIONS
     results = evaluate(program, inputs, given, operations)
     # No result may change because another is stored first.

@@ -34,6 +34,8 @@ def make_app() -> typer.Typer:
         help="Optimizers for PyTorch, each update rule written once and run in every way.",
         no_args_is_help=True,
         add_completion=False,
+        # Errors as one plain sentence, which a box would break into lines.
+        rich_markup_mode=None,
         # A bug's traceback should be Python's own, which people know how to read and report.
         pretty_exceptions_enable=False,
     )

@@ -74,7 +74,7 @@ def _columns(arms: Sequence[Arm]) -> Iterator[tuple[Column, Callable[[Comparison
     for name in runs:
         yield Column("test accuracy", name), partial(_accuracy, name)
     for name in [arm.name for arm in arms if arm != TWIN]:
-        yield Column("difference at end", name), partial(_difference, name)
+        yield Column("final difference", name), partial(_difference, name)
     for name in [name for name in runs if name != TWIN.name]:
         yield Column("in 1 step", name), partial(_one_step, name)
     for name in runs:

@@ -145,11 +145,14 @@ def test_a_rule_must_take_its_states(rule: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (lambda h, t, p, g, m: p, r"returned 1 values; it must return \(p, m\)"),
+        (lambda h, t, p, g, m: p, "returned 1 values; it must return p, m"),
         (lambda h, t, p, g, m: (p, 0.0), "returned `0.0` for m, which has one value for every"),
         (lambda h, t, p, g, m: (h.lr, m), "returned `lr` for p"),
         (lambda h, t, p, g, m: (p > 0, m), "for p, which has one value for every element"),
-        (lambda h, t, p, g, m: (p - h.rate * g, m), "no attribute 'rate'"),
+        (
+            lambda h, t, p, g, m: (p - h.rate * g, m),
+            r"reads h\.rate, but declared are lr, maximize",
+        ),
     ],
 )
 def test_a_rule_must_return_what_it_declares(rule: Any, message: str) -> None:
@@ -159,8 +162,19 @@ def test_a_rule_must_return_what_it_declares(rule: Any, message: str) -> None:
 
     p = parameter(1.0)
     with pytest.raises((TypeError, AttributeError), match=message):
-        Broken([p]).step()
+        Broken([p])
     assert p.tolist() == [1.0]
+
+
+def test_a_method_of_tensors_is_not_one_of_symbols() -> None:
+    def rule(h: Any, t: Any, p: Any, g: Any) -> Any:
+        return p - g / g.norm()
+
+    class Normed(stepforge.Optimizer, rule=rule):
+        lr: NonNegative = 1.0
+
+    with pytest.raises(AttributeError, match="`g` is a symbol, not a tensor, and has no `norm`"):
+        Normed([parameter(1.0)])
 
 
 def test_a_hyperparameter_needs_a_default_and_a_known_type() -> None:

@@ -112,6 +112,7 @@ def test_a_symbol_has_no_truth_value(
         (lambda s: exp(s["x"]), "exp is for uniform values only"),
         (lambda s: s["x"] ** s["a"], "whole number or to 0.5 only"),
         (lambda s: 2 ** s["x"], "whole number or to 0.5 only"),
+        (lambda s: torch.sqrt(s["x"]), "torch's sqrt cannot take a symbol: use operators"),
         (lambda s: s["x"] + "1", "symbols and numbers, not with str"),
         (lambda s: s["x"] * torch.ones(2), "symbols and numbers, not with Tensor"),
         (lambda s: (s["x"] > 0) + 1, "stands in add where a number is due"),

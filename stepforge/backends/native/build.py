@@ -1,0 +1,221 @@
+"""From C source to a loaded function: the compiler, the cache, and what can go wrong with them.
+
+A kernel is compiled at its first use and kept in a private cache, under a name that is made of the
+hash of all that went into it and the hash of its content: a file that was cut short or altered does
+not bear its own name and is built anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+#: IEEE results from vector code: no re-association (no -ffast-math), no contraction of a product
+#: and a sum into one rounding; sqrt need not set errno, and nothing reads floating point traps.
+FLAGS = (
+    "-O3",
+    "-std=gnu11",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-shared",
+)
+#: x86-64 levels, best first, with the features that tell a processor of that level.
+LEVELS = {
+    "x86-64-v4": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    "x86-64-v3": frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
+    "x86-64-v2": frozenset({"sse4_2", "ssse3", "popcnt"}),
+}
+#: How long a compiler may take for a kernel; it takes a fraction of a second.
+PATIENCE_S = 120.0
+
+
+class BuildError(Exception):
+    """Why a kernel cannot be had, in one sentence."""
+
+
+def instruction_set() -> str:
+    """The best level of this processor that kernels are compiled for; "" for the plain one.
+
+    The environment variable ``STEPFORGE_ISA`` overrides it.
+    """
+    forced = os.environ.get("STEPFORGE_ISA")
+    if forced is not None:
+        if forced not in (*LEVELS, ""):
+            raise BuildError(f"STEPFORGE_ISA is {forced!r}; it must be one of {', '.join(LEVELS)}")
+        return forced
+    features = _processor_features()
+    return next((level for level, needed in LEVELS.items() if needed <= features), "")
+
+
+@functools.cache
+def _processor_features() -> frozenset[str]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return frozenset()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith("flags"))
+    return frozenset(next(lines, "").split())
+
+
+def compiler() -> str:
+    """The path of the C compiler: what ``CC`` names, or ``cc``, ``gcc`` or ``clang``.
+
+    Raises:
+        BuildError: there is none.
+    """
+    named = os.environ.get("CC")
+    for candidate in [named] if named else ["cc", "gcc", "clang"]:
+        path = shutil.which(candidate)
+        if path:
+            return path
+    what = f"CC names {named!r}, which is not" if named else "no C compiler is"
+    raise BuildError(f"{what} on the PATH: install gcc or clang")
+
+
+@functools.cache
+def _compiler_version(path: str, modified_ns: int) -> str:
+    done = _run([path, "--version"])
+    return done.stdout.splitlines()[0] if done.stdout else path
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept; made with mode 0700 if it is missing.
+
+    ``STEPFORGE_CACHE`` if set, else ``stepforge`` in the user's cache folder.
+
+    Raises:
+        BuildError: it cannot be made, or others than its owner may write to it.
+    """
+    named = os.environ.get("STEPFORGE_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(named) if named else Path(base) / "stepforge"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cache {folder} cannot be made ({error.strerror}): "
+            "set STEPFORGE_CACHE to a folder of yours"
+        ) from None
+    if hasattr(os, "getuid"):
+        if status.st_uid != os.getuid():
+            raise BuildError(f"the kernel cache {folder} belongs to another user")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BuildError(
+                f"the kernel cache {folder} can be written to by others, who could put code "
+                f"there: chmod 700 {folder}"
+            )
+    return folder
+
+
+def load(source: str) -> ctypes.CDLL:
+    """The library compiled from a source, from the cache if it is there.
+
+    Raises:
+        BuildError: it is not in the cache and cannot be built.
+    """
+    isa = instruction_set()
+    folder = cache_folder()
+    path = compiler()
+    version = _compiler_version(path, os.stat(path).st_mtime_ns)
+    key = _digest("\0".join([source, *FLAGS, isa, version, platform.machine()]).encode())
+    library = _cached(folder, key) or _compile(source, isa, path, folder, key)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BuildError(f"the compiled kernel cannot be loaded ({error})") from None
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _cached(folder: Path, key: str) -> Path | None:
+    for candidate in folder.glob(f"{key}-*.so"):
+        try:
+            content = candidate.read_bytes()
+        except OSError:
+            continue
+        if candidate.name == f"{key}-{_digest(content)}.so":
+            return candidate
+    return None
+
+
+def _compile(source: str, isa: str, compiler_path: str, folder: Path, key: str) -> Path:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
+            c_file, so_file = Path(work, "kernel.c"), Path(work, "kernel.so")
+            c_file.write_text(source)
+            march = [f"-march={isa}"] if isa else []
+            done = _run([compiler_path, *FLAGS, *march, str(c_file), "-o", str(so_file), "-lm"])
+            if done.returncode != 0 or not so_file.exists():
+                raise BuildError(f"{compiler_path} failed: {_first_line(done.stderr)}")
+            built = folder / f"{key}-{_digest(so_file.read_bytes())}.so"
+            # Readers see the whole file or none, whoever else builds the same at the same time.
+            os.replace(so_file, built)
+            return built
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cache {folder} cannot be written to ({error.strerror}): "
+            "set STEPFORGE_CACHE to a folder of yours"
+        ) from None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} did not finish within {PATIENCE_S:g} s") from None
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from None
+
+
+def _first_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+    return lines[0].strip() if lines else "it said nothing"
+
+
+@functools.cache
+def thread_pool() -> tuple[int, int] | None:
+    """The addresses of ``GOMP_parallel`` and ``omp_get_thread_num`` in torch's OpenMP runtime.
+
+    None if torch has loaded no runtime that has them; kernels then run on one thread.
+    """
+    for library in _openmp_libraries():
+        try:
+            runtime = ctypes.CDLL(library)
+            functions = runtime.GOMP_parallel, runtime.omp_get_thread_num
+        except (OSError, AttributeError):
+            continue
+        parallel, thread = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
+        if parallel and thread:
+            return parallel, thread
+    return None
+
+
+def _openmp_libraries() -> list[str]:
+    """The OpenMP runtimes in this process, torch's own first; torch has loaded it by now."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:  # not Linux
+        folder = Path(torch.__file__).parent / "lib"
+        return [str(path) for path in sorted(folder.glob("lib*omp*"))]
+    paths = [line.split(maxsplit=5)[-1] for line in lines if "/" in line]
+    loaded = dict.fromkeys(path for path in paths if "omp" in Path(path).name)
+    return sorted(loaded, key=lambda path: "/torch/" not in path)

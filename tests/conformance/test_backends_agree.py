@@ -1,0 +1,132 @@
+"""Every backend stores the bits that the reference stores.
+
+Oracle: the reference backend on the same parameters and gradients. No tolerance: all backends
+evaluate one graph, operation by operation, with correct rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conformance.table import (
+    DTYPES,
+    OPTIMIZERS,
+    OTHERS,
+    VARIANTS,
+    assert_same_bits,
+    contiguous,
+    extreme,
+    forced,
+    normal,
+    outcome,
+    parameter,
+    run,
+)
+
+INF, NAN = float("inf"), float("nan")
+
+#: Options of the three groups of a run, beside those of the variant. The betas lie on both sides
+#: of one half, where `ema` changes its form; an eps of 0 divides by 0 where gradients are 0.
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    "Adagrad": [
+        {"lr": 1e-2},
+        {"lr": 3e-1, "lr_decay": 0.5, "eps": 0.0},
+        {"lr": 1e30, "eps": 1e-30, "initial_accumulator_value": 0.1},
+    ],
+    "NAdam": [
+        {"lr": 1e-3},
+        {"lr": 3e-1, "betas": (0.25, 0.4), "eps": 0.0, "momentum_decay": 0.5},
+        {"lr": 1e30, "betas": (0.0, 0.0), "eps": 1e-30},
+    ],
+}
+GROUPS |= {
+    name: [
+        {"lr": 1e-3},
+        {"lr": 3e-1, "betas": (0.25, 0.4), "eps": 0.0},
+        {"lr": 1e30, "betas": (0.0, 0.0), "eps": 1e-30},
+    ]
+    for name in ("Adam", "AdamW", "RAdam")
+}
+
+SHAPES = [(257,), (7, 5), (), (0, 3)]
+STEPS = 8  # RAdam's form changes at its sixth
+
+
+def gradient(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Gradients; of the extreme ones a third of the elements meet infinities and NaNs in turn."""
+    if kind == "normal":
+        return normal(shape, dtype, seed)
+    values = extreme(shape, dtype, seed)
+    if values.dim():
+        values[::9], values[1::9], values[2::9] = (INF, -INF, NAN)
+        values[3::9].mul_((INF, 1.0, NAN, 1.0)[seed // 1000 % 4])  # 0 * INF is one more NaN
+    return values
+
+
+def missing(step: int, index: int) -> bool:
+    """Whether a parameter has no gradient in a step: every third has none in every third step."""
+    return index % 3 == 1 and step % 3 == 1
+
+
+@functools.lru_cache(maxsize=8)  # the reference's serve for every other backend
+def outcomes(
+    backend: str, variant: str, dtype: torch.dtype, kind: str
+) -> list[dict[str, torch.Tensor]]:
+    """Every parameter with its states after every step."""
+    name, options = VARIANTS[variant]
+    values = normal if kind == "normal" else extreme
+    groups, found = [], []
+    for number, of_group in enumerate(GROUPS[name]):
+        members = [
+            parameter(values(shape, dtype, 100 * number + index))
+            for index, shape in enumerate(SHAPES)
+        ]
+        groups.append({"params": members, **of_group})
+    parameters = [p for group in groups for p in group["params"]]
+    with forced(backend):
+        optimizer = OPTIMIZERS[name].ours(groups, **options)
+        for step in range(STEPS):
+            row = [
+                None
+                if missing(step, index)
+                else gradient(kind, tuple(p.shape), dtype, 1000 * step + index)
+                for index, p in enumerate(parameters)
+            ]
+            run(optimizer, parameters, [row])
+            found += [
+                {key: contiguous(tensor) for key, tensor in outcome(optimizer, p).items()}
+                for p in parameters
+            ]
+    return found
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["normal", "extreme"])
+def test_a_backend_stores_the_bits_of_the_reference(
+    kind: str, variant: str, dtype: torch.dtype, backend: str
+) -> None:
+    found = outcomes(backend, variant, dtype, kind)
+    wanted = outcomes("reference", variant, dtype, kind)
+    members = len(SHAPES) * len(GROUPS[VARIANTS[variant][0]])
+    for index, (got, oracle) in enumerate(zip(found, wanted, strict=True)):
+        assert_same_bits(got, oracle, f"step {index // members + 1}, parameter {index % members}:")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_inputs_above_reach_the_corners_they_are_meant_for(name: str) -> None:
+    values = torch.cat([extreme((257,), torch.float32, seed) for seed in range(4)])
+    sizes = values[values != 0].abs()
+    assert (values == 0).any()
+    assert sizes.min() < torch.finfo(torch.float32).smallest_normal
+    assert sizes.max() > 1e38
+    ends = outcomes("reference", f"{name}-plain", torch.float32, "extreme")
+    assert any(tensor.isnan().any() for end in ends for tensor in end.values())
+    assert any(tensor.isinf().any() for end in ends for tensor in end.values())
+    steps = {float(end["step"]) for end in ends[-len(SHAPES) :] if "step" in end}
+    assert len(steps) > 1

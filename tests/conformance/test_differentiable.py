@@ -1,0 +1,173 @@
+"""A differentiable step can be differentiated, and is a step like any other.
+
+Oracle: finite differences (torch.autograd.gradcheck, in float64, with its default tolerances) for
+the derivatives; the plain step for the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conformance.table import OPTIMIZERS, VARIANTS, normal, outcome
+
+STEPS = 8  # RAdam divides from its sixth on
+SIZE = 3
+#: Half a unit in the last place of 1.
+U = 2.0**-53
+
+#: Options for which a step is large enough to be seen by finite differences.
+OPTIONS: dict[str, Any] = {"lr": 0.1, "eps": 1e-3}
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+def slope(p: torch.Tensor) -> torch.Tensor:
+    """The gradient, from 1 to 3, of a loss with curvature: p enters every later step through it."""
+    return 2 + torch.sin(3 * p)
+
+
+def train(
+    name: str, p: torch.Tensor, options: dict[str, Any], *, differentiable: bool = True
+) -> dict[str, torch.Tensor]:
+    """Takes ``STEPS`` steps from ``p``, each on the slope where it stands."""
+    p = p.clone()
+    p.retain_grad() if differentiable else p.requires_grad_()
+    optimizer = OPTIMIZERS[name].ours([p], **options, differentiable=differentiable)
+    for _ in range(STEPS):
+        p.grad = slope(p.clone())  # as the step overwrites what autograd keeps of p
+        p.grad = p.grad if differentiable else p.grad.detach()
+        optimizer.step()
+    return outcome(optimizer, p) | {"p": p}  # the parameter as autograd knows it
+
+
+def assert_differentiable(
+    results: Callable[..., dict[str, torch.Tensor]], *inputs: torch.Tensor
+) -> None:
+    """Checks the derivatives of the parameter and of every state that has one."""
+
+    def smooth(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(x for x in results(*values).values() if x.requires_grad)
+
+    assert len(smooth(*inputs)) >= 1
+    derivatives = torch.autograd.grad(sum(x.sum() for x in smooth(*inputs)), inputs)
+    assert all(derivative.abs().min() > 1e-6 for derivative in derivatives)
+    assert torch.autograd.gradcheck(smooth, inputs)
+
+
+every_variant = pytest.mark.parametrize(("name", "form"), VARIANTS.values(), ids=VARIANTS)
+#: Finite differences are dear, and `maximize` changes a sign.
+DOWNHILL = {key: case for key, case in VARIANTS.items() if not case[1]["maximize"]}
+every_descent = pytest.mark.parametrize(("name", "form"), DOWNHILL.values(), ids=DOWNHILL)
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@every_descent
+def test_with_respect_to_the_initial_parameter(name: str, form: dict[str, Any]) -> None:
+    start = normal((SIZE,), torch.float64, 0).requires_grad_()
+    assert_differentiable(lambda p: train(name, p, OPTIONS | form), start)
+
+
+@every_descent
+def test_with_respect_to_the_learning_rate(name: str, form: dict[str, Any]) -> None:
+    start = normal((SIZE,), torch.float64, 0)
+
+    def results(lr: torch.Tensor) -> dict[str, torch.Tensor]:
+        return train(name, start.clone().requires_grad_(), OPTIONS | form | {"lr": lr})
+
+    assert_differentiable(results, scalar(0.1))
+
+
+@every_descent
+def test_with_respect_to_the_weight_decay(name: str, form: dict[str, Any]) -> None:
+    start = normal((SIZE,), torch.float64, 0)
+
+    def results(decay: torch.Tensor) -> dict[str, torch.Tensor]:
+        options = OPTIONS | form | {"weight_decay": decay}
+        return train(name, start.clone().requires_grad_(), options)
+
+    assert_differentiable(results, scalar(0.1))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.3, 0.4)], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [case for case in DOWNHILL.values() if case[0] in ("Adam", "AdamW")],
+    ids=[key for key, case in DOWNHILL.items() if case[0] in ("Adam", "AdamW")],
+)
+def test_with_respect_to_the_betas(
+    name: str, form: dict[str, Any], betas: tuple[float, float]
+) -> None:
+    """On both sides of one half, where the average changes its form."""
+    start = normal((SIZE,), torch.float64, 0)
+
+    def results(beta1: torch.Tensor, beta2: torch.Tensor) -> dict[str, torch.Tensor]:
+        options = OPTIONS | form | {"betas": (beta1, beta2)}
+        return train(name, start.clone().requires_grad_(), options)
+
+    assert_differentiable(results, *map(scalar, betas))
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_with_respect_to_everything_at_once(name: str) -> None:
+    def results(
+        p: torch.Tensor,
+        lr: torch.Tensor,
+        decay: torch.Tensor,
+        beta1: torch.Tensor,
+        beta2: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        options = {"lr": lr, "weight_decay": decay, "betas": (beta1, beta2)}
+        return train(name, p, OPTIONS | options)
+
+    start = normal((SIZE,), torch.float64, 0).requires_grad_()
+    assert_differentiable(results, start, *map(scalar, (0.1, 0.2, 0.9, 0.99)))
+
+
+@every_variant
+def test_the_values_are_those_of_a_plain_step(name: str, form: dict[str, Any]) -> None:
+    """To the roundings of a step, of which there are fewer than 20, over all steps.
+
+    Under autograd torch takes the root, which may be one unit off, and that acts on all later
+    gradients: the slope's derivative is at most 3, an L2 decay's 0.1, the learning rate 0.1 and
+    gradients are not divided by less than 1, so that in 8 steps an error becomes no more than
+    1.31 ** 8 < 9 times as large.
+    """
+    start = normal((SIZE,), torch.float64, 0)
+    plain = train(name, start, OPTIONS | form, differentiable=False)
+    seen = train(name, start.clone().requires_grad_(), OPTIONS | form)
+    assert set(seen) == set(plain)
+    for key, wanted in plain.items():
+        off = (seen[key] - wanted).abs().max()
+        assert off <= 9 * 20 * STEPS * U * wanted.abs().max().clamp(min=1), key
+
+
+@every_optimizer
+def test_a_plain_step_is_not_seen_by_autograd(name: str) -> None:
+    results = train(name, torch.ones(SIZE, dtype=torch.float64), OPTIONS, differentiable=False)
+    assert not any(x.grad_fn for x in results.values())
+
+
+@every_optimizer
+@pytest.mark.parametrize("flag", ["foreach", "fused"])
+def test_no_other_backend_may_be_asked_for(name: str, flag: str) -> None:
+    with pytest.raises(RuntimeError, match=f"`{flag}` does not support `differentiable`"):
+        OPTIMIZERS[name].ours([torch.ones(SIZE)], differentiable=True, **{flag: True})
+
+
+@every_optimizer
+def test_a_step_number_that_asks_for_a_gradient_is_refused(name: str) -> None:
+    p = torch.ones(SIZE, requires_grad=True).clone()
+    p.retain_grad()
+    optimizer = OPTIMIZERS[name].ours([p], differentiable=True)
+    p.grad = torch.ones(SIZE)
+    optimizer.step()
+    optimizer.state[p]["step"].requires_grad_()
+    p.grad = torch.ones(SIZE)
+    with pytest.raises(RuntimeError, match="`requires_grad` is not supported for `step`"):
+        optimizer.step()

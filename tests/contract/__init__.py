@@ -1,0 +1,1 @@
+"""What a drop-in for torch.optim must satisfy beyond numbers."""

@@ -1,0 +1,426 @@
+"""Bad input: the type of the error, what its message names, and that nothing has changed.
+
+The oracle is the documented contract: ValueError for a value out of its range, TypeError for the
+wrong kind, torch.optim's own words where it has some, and deep copies of parameters, gradients,
+state and groups, taken before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import stepforge
+
+from .twins import (
+    OPTIMIZERS,
+    assert_identical,
+    assert_unchanged,
+    each_optimizer,
+    frozen,
+    give_gradients,
+    make_params,
+    run,
+    twin_of,
+)
+
+NAN = float("nan")
+NUMBERS = {
+    "Adagrad": ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+    "Adam": ("lr", "eps", "weight_decay"),
+    "AdamW": ("lr", "eps", "weight_decay"),
+    "NAdam": ("lr", "eps", "weight_decay", "momentum_decay"),
+    "RAdam": ("lr", "eps", "weight_decay"),
+}
+FLAGS = {
+    "Adagrad": (),
+    "Adam": ("amsgrad", "decoupled_weight_decay"),
+    "AdamW": ("amsgrad",),
+    "NAdam": ("decoupled_weight_decay",),
+    "RAdam": ("decoupled_weight_decay",),
+}
+TORCHS_WORDS = {"lr": "Invalid learning rate", "eps": "Invalid epsilon value"}
+
+
+class Bad(NamedTuple):
+    """Options that must be refused."""
+
+    options: dict[str, Any]
+    error: type[Exception]
+    words: tuple[str, ...]
+
+
+def _bad_numbers(name: str) -> dict[str, Bad]:
+    label = TORCHS_WORDS.get(name, f"Invalid {name} value")
+    kind = (f"{name} must be a number >= 0",)
+    return {
+        f"{name}=nan": Bad({name: NAN}, ValueError, (f"{label}: nan", ">= 0")),
+        f"{name}=-1": Bad({name: -1.0}, ValueError, (f"{label}: -1.0", ">= 0")),
+        f"{name}=-inf": Bad({name: float("-inf")}, ValueError, (f"{label}: -inf", ">= 0")),
+        f"{name}=text": Bad({name: "0.1"}, TypeError, (*kind, "'0.1'")),
+        f"{name}=None": Bad({name: None}, TypeError, (*kind, "None")),
+        f"{name}=list": Bad({name: [0.1]}, TypeError, (*kind, "[0.1]")),
+        f"{name}=complex": Bad({name: 1j}, TypeError, (*kind, "1j")),
+        f"{name}=True": Bad({name: True}, TypeError, (*kind, "True")),
+    }
+
+
+def _bad_flag(name: str, *, optional: bool = False) -> dict[str, Bad]:
+    allowed = "True, False or None" if optional else "True or False"
+    values = ["yes", 2, NAN, *([] if optional else [None])]
+    return {
+        f"{name}={value}": Bad({name: value}, TypeError, (name, repr(value), allowed))
+        for value in values
+    }
+
+
+BAD_BETAS = {
+    "beta1=1": Bad({"betas": (1.0, 0.9)}, ValueError, ("beta parameter at index 0: 1.0", "< 1")),
+    "beta2=1": Bad({"betas": (0.9, 1.0)}, ValueError, ("beta parameter at index 1: 1.0", "< 1")),
+    "beta1=-0.5": Bad({"betas": (-0.5, 0.9)}, ValueError, ("index 0: -0.5", ">= 0")),
+    "beta2=nan": Bad({"betas": (0.9, NAN)}, ValueError, ("index 1: nan", ">= 0 and < 1")),
+    "beta2=inf": Bad({"betas": (0.9, float("inf"))}, ValueError, ("index 1: inf", "< 1")),
+    "one beta": Bad({"betas": (0.9,)}, ValueError, ("betas must have 2 components", "(0.9,)")),
+    "three betas": Bad({"betas": (0.1, 0.2, 0.3)}, ValueError, ("2 components", "(0.1, 0.2, 0.3)")),
+    "no betas": Bad({"betas": ()}, ValueError, ("2 components", "()")),
+    "betas=0.9": Bad({"betas": 0.9}, TypeError, ("betas must be a tuple of 2 numbers", "0.9")),
+    "betas=None": Bad({"betas": None}, TypeError, ("betas must be a tuple of 2", "None")),
+    "betas=text": Bad({"betas": "ab"}, TypeError, ("betas must be a tuple of 2", "'ab'")),
+    "beta2=text": Bad({"betas": (0.9, "x")}, TypeError, ("betas[1] must be a number", "'x'")),
+    "beta1=None": Bad({"betas": (None, 0.9)}, TypeError, ("betas[0] must be a number", "None")),
+    "betas=tensor": Bad({"betas": torch.ones(2)}, TypeError, ("betas must be a tuple of 2",)),
+}
+HALF = torch.tensor(0.5)
+BAD_TENSORS = {
+    "lr=2 elements": Bad({"lr": torch.ones(2)}, ValueError, ("lr must be 1-element", "2")),
+    "lr=0 elements": Bad({"lr": torch.ones(0)}, ValueError, ("lr must be 1-element", "0")),
+    "lr=nan tensor": Bad({"lr": torch.tensor(NAN)}, ValueError, ("learning rate: nan", ">= 0")),
+    "lr=-1 tensor": Bad({"lr": torch.tensor(-1.0)}, ValueError, ("learning rate: -1.0", ">= 0")),
+    "lr=complex tensor": Bad({"lr": torch.tensor(1j)}, TypeError, ("lr must be a number >= 0",)),
+    "eps=tensor": Bad({"eps": HALF}, TypeError, ("eps must be a number >= 0", "tensor")),
+}
+TENSOR_BETAS = {
+    "one tensor beta": Bad(
+        {"betas": (HALF, 0.9)}, ValueError, ("betas must be either both floats or both Tensors",)
+    ),
+    "tensor beta of 2 elements": Bad(
+        {"betas": (HALF, torch.ones(2))}, ValueError, ("Tensor betas[1] must be 1-element", "2")
+    ),
+    "tensor beta=1": Bad({"betas": (torch.tensor(1.0), HALF)}, ValueError, ("index 0: 1.0", "< 1")),
+    "tensor lr, foreach": Bad(
+        {"lr": HALF, "foreach": True},
+        ValueError,
+        ("lr as a Tensor is not supported for capturable=False and foreach=True",),
+    ),
+    "tensor betas, foreach": Bad(
+        {"betas": (HALF, HALF), "foreach": True},
+        ValueError,
+        ("betas[0] as a Tensor is not supported for capturable=False and foreach=True",),
+    ),
+}
+NO_TENSOR_BETAS = {
+    "betas=tensors": Bad(
+        {"betas": (HALF, HALF)}, TypeError, ("betas[0] must be a number >= 0 and < 1", "tensor")
+    )
+}
+EXCLUSIONS = {
+    "fused, differentiable": Bad(
+        {"fused": True, "differentiable": True},
+        RuntimeError,
+        ("`fused` does not support `differentiable`",),
+    ),
+    "fused, foreach": Bad(
+        {"fused": True, "foreach": True},
+        RuntimeError,
+        ("`fused` and `foreach` cannot be `True` together.",),
+    ),
+}
+
+
+def _bad_options(cls: type) -> dict[str, Bad]:
+    name = cls.__name__
+    found = dict(BAD_TENSORS | EXCLUSIONS)
+    for number in NUMBERS[name]:
+        found |= _bad_numbers(number)
+    for flag in ("maximize", "capturable", "differentiable", *FLAGS[name]):
+        found |= _bad_flag(flag)
+    for flag in ("foreach", "fused"):
+        found |= _bad_flag(flag, optional=True)
+    if name != "Adagrad":
+        found |= BAD_BETAS | (NO_TENSOR_BETAS if name in ("NAdam", "RAdam") else TENSOR_BETAS)
+    return found
+
+
+BAD_OPTIONS = [
+    pytest.param(cls, bad, id=f"{cls.__name__}-{name}")
+    for cls in OPTIMIZERS
+    for name, bad in _bad_options(cls).items()
+]
+every_bad_option = pytest.mark.parametrize(("cls", "bad"), BAD_OPTIONS)
+
+
+def test_every_hyperparameter_is_in_the_tables() -> None:
+    for cls in OPTIMIZERS:
+        defaults = cls(make_params()).defaults
+        tried = {name for bad in _bad_options(cls).values() for name in bad.options}
+        fixed = {"decoupled_weight_decay"} if cls is stepforge.AdamW else set()
+        assert tried == set(defaults) - fixed
+
+
+def assert_refused(call: Callable[[], Any], error: type[Exception], words: tuple[str, ...]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+
+
+@every_bad_option
+def test_the_constructor_refuses_a_bad_option(cls: type, bad: Bad) -> None:
+    params = make_params()
+    assert_refused(lambda: cls(params, **bad.options), bad.error, bad.words)
+    assert_identical([p.detach() for p in params], [p.detach() for p in make_params()])
+
+
+@every_bad_option
+def test_a_group_with_a_bad_option_is_refused(cls: type, bad: Bad) -> None:
+    params = make_params()
+    group = {"params": params[1:], **bad.options}
+    groups = [{"params": params[:1]}, group]
+    assert_refused(lambda: cls(groups), bad.error, bad.words)
+    assert list(group) == ["params", *bad.options]
+    assert all(group[name] is value for name, value in bad.options.items())
+
+
+@every_bad_option
+def test_adding_a_group_with_a_bad_option_changes_nothing(cls: type, bad: Bad) -> None:
+    params = make_params()
+    optimizer = cls(params[:2])
+    run(optimizer, params[:2], range(2))
+    before = frozen(optimizer)
+    group = {"params": params[2:], **bad.options}
+    assert_refused(lambda: optimizer.add_param_group(group), bad.error, bad.words)
+    assert_unchanged(optimizer, before)
+
+
+# NAdam and RAdam of torch.optim have no fused path.
+@pytest.mark.parametrize("bad", EXCLUSIONS.values(), ids=EXCLUSIONS)
+@pytest.mark.parametrize("cls", OPTIMIZERS[:3], ids=lambda cls: cls.__name__)
+def test_options_that_exclude_each_other_are_refused_in_torchs_words(cls: type, bad: Bad) -> None:
+    with pytest.raises(RuntimeError) as theirs:
+        twin_of(cls)(make_params(), **bad.options)
+    with pytest.raises(RuntimeError) as ours:
+        cls(make_params(), **bad.options)
+    assert str(ours.value) == str(theirs.value)
+
+
+# Parameters
+
+
+def _leaf() -> torch.Tensor:
+    return torch.ones(2, requires_grad=True)
+
+
+NOT_TENSORS = ("only optimize Tensors", "one of the params is")
+BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "a bare tensor": (_leaf, TypeError, ("iterable of Tensors or dicts", "torch.FloatTensor")),
+    "an empty list": (list, ValueError, ("empty parameter list",)),
+    "an empty generator": (lambda: iter(()), ValueError, ("empty parameter list",)),
+    "a number": (lambda: 3, TypeError, ("int",)),
+    "None": (lambda: None, TypeError, ("NoneType",)),
+    "a list of numbers": (lambda: [_leaf(), 1.0], TypeError, (*NOT_TENSORS, "float")),
+    "a list of lists": (lambda: [[_leaf()]], TypeError, (*NOT_TENSORS, "list")),
+    "a list of texts": (lambda: ["weight"], TypeError, (*NOT_TENSORS, "str")),
+    "a dict that is not in a list": (
+        lambda: {"params": [_leaf()]},
+        TypeError,
+        (*NOT_TENSORS, "str"),
+    ),
+    "None in a group": (lambda: [{"params": [_leaf(), None]}], TypeError, NOT_TENSORS),
+    "a name with no tensor": (lambda: [("weight", 3)], TypeError, (*NOT_TENSORS, "int")),
+    "a group without params": (lambda: [{"lr": 0.5}], ValueError, ("needs 'params'", "['lr']")),
+    "a tensor among groups": (
+        lambda: [{"params": [_leaf()]}, _leaf()],
+        TypeError,
+        ("param_group must be a dict", "Tensor"),
+    ),
+    "a non-leaf": (lambda: [_leaf(), _leaf() * 2], ValueError, ("can't optimize a non-leaf",)),
+    "a set": (lambda: [{"params": {_leaf()}}], TypeError, ("ordered collections", "list instead")),
+    "in two groups": (
+        lambda: [{"params": [leaf := _leaf()]}, {"params": [leaf]}],
+        ValueError,
+        ("more than one parameter group",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "words"), BAD_PARAMS.values(), ids=BAD_PARAMS)
+@each_optimizer
+def test_the_constructor_refuses_bad_parameters(
+    cls: type, make: Callable[[], Any], error: type[Exception], words: tuple[str, ...]
+) -> None:
+    assert_refused(lambda: cls(make()), error, words)
+
+
+BAD_GROUPS: dict[str, tuple[Callable[..., Any], type[Exception], tuple[str, ...]]] = {
+    "a tensor": (lambda own: _leaf(), TypeError, ("param_group must be a dict", "Tensor")),
+    "a list": (lambda own: [_leaf()], TypeError, ("param_group must be a dict", "list")),
+    "no params": (lambda own: {"lr": 0.5}, ValueError, ("needs 'params'", "['lr']")),
+    "a number": (lambda own: {"params": [_leaf(), 3]}, TypeError, (*NOT_TENSORS, "int")),
+    "a non-leaf": (lambda own: {"params": _leaf() * 2}, ValueError, ("non-leaf",)),
+    "a set": (lambda own: {"params": {_leaf()}}, TypeError, ("ordered collections",)),
+    "a parameter twice": (
+        lambda own: {"params": [_leaf(), own[0]]},
+        ValueError,
+        ("more than one parameter group",),
+    ),
+    "names": (lambda own: {"params": [("w", _leaf())]}, ValueError, ("with/without names",)),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "words"), BAD_GROUPS.values(), ids=BAD_GROUPS)
+@each_optimizer
+def test_adding_bad_parameters_changes_nothing(
+    cls: type, make: Callable[..., Any], error: type[Exception], words: tuple[str, ...]
+) -> None:
+    params = make_params()
+    optimizer = cls(params)
+    run(optimizer, params, range(2))
+    before = frozen(optimizer)
+    assert_refused(lambda: optimizer.add_param_group(make(params)), error, words)
+    assert_unchanged(optimizer, before)
+
+
+# Steps: the bad parameter is the last of several, so that a step that checked as it went would
+# have changed the others.
+
+
+class BadStep(NamedTuple):
+    """What is wrong with the last parameter, and what must be said of it."""
+
+    last: Callable[[], torch.Tensor]
+    gradient: Callable[[torch.Tensor], torch.Tensor]
+    error: type[Exception]
+    words: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def _integers(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    return lambda: torch.ones(3, dtype=dtype)
+
+
+def _sparse(p: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(p).detach().to_sparse()
+
+
+def _bad_steps(cls: type) -> dict[str, BadStep]:
+    found = {
+        str(dtype): BadStep(
+            _integers(dtype), torch.ones_like, TypeError, (str(dtype), "floating point"), {}
+        )
+        for dtype in (torch.int64, torch.uint8, torch.bool)
+    }
+    advice = {"Adam": "SparseAdam", "AdamW": "SparseAdam"}.get(cls.__name__, "Adagrad")
+    refusal = ("does not support sparse gradients", advice)
+    options: dict[str, Any] = {}
+    if cls is stepforge.Adagrad:
+        refusal = ("weight_decay option is not compatible with sparse gradients",)
+        options = {"weight_decay": 0.5}
+    found["sparse"] = BadStep(_leaf, _sparse, RuntimeError, refusal, options)
+    return found
+
+
+BAD_STEPS = [
+    pytest.param(cls, bad, id=f"{cls.__name__}-{name}")
+    for cls in OPTIMIZERS
+    for name, bad in _bad_steps(cls).items()
+]
+
+
+@pytest.mark.parametrize("foreach", [None, False], ids=["fastest", "reference"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["one group", "two groups"])
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+@pytest.mark.parametrize(("cls", "bad"), BAD_STEPS)
+def test_a_step_with_one_bad_parameter_changes_none(
+    cls: type, bad: BadStep, steps: int, grouped: bool, foreach: bool | None
+) -> None:
+    params, last = make_params(), bad.last()
+    groups = [{"params": params}, {"params": [last]}] if grouped else [*params, last]
+    optimizer = cls(groups, foreach=foreach, **bad.options)
+    run(optimizer, params, range(steps))
+    give_gradients(params, steps)
+    last.grad = bad.gradient(last)
+    before = frozen(optimizer)
+    assert_refused(optimizer.step, bad.error, bad.words)
+    assert_unchanged(optimizer, before)
+    last.grad = None
+    optimizer.step()
+    assert float(optimizer.state[params[0]]["step"]) == steps + 1
+
+
+@each_optimizer
+def test_a_backend_that_does_not_exist_changes_nothing(
+    cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = make_params()
+    optimizer = cls(params)
+    run(optimizer, params, range(2))
+    before = frozen(optimizer)
+    monkeypatch.setenv("STEPFORGE_BACKEND", "abacus")
+    assert_refused(optimizer.step, ValueError, ("STEPFORGE_BACKEND", "'abacus'", "reference"))
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+def test_a_forced_backend_that_cannot_serve_the_last_parameter_changes_nothing(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, last = make_params(), _leaf()
+    optimizer = stepforge.Adagrad([*params, last])
+    run(optimizer, params, range(steps))
+    last.grad = _sparse(last)
+    give_gradients(params, steps)
+    before = frozen(optimizer)
+    monkeypatch.setenv("STEPFORGE_BACKEND", "foreach")
+    assert_refused(optimizer.step, RuntimeError, ("STEPFORGE_BACKEND=foreach", "(2,)", "sparse"))
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False], ids=["fastest", "foreach", "reference"])
+@pytest.mark.parametrize("size", [4, 2**17], ids=["small", "large"])
+@each_optimizer
+def test_a_state_that_no_longer_fits_its_parameter_changes_nothing(
+    cls: type, size: int, foreach: bool | None
+) -> None:
+    # As after a layer was resized by hand. A kernel must not write past the end of the state.
+    params = make_params([(size,), (5,)])
+    optimizer = cls(params, foreach=foreach)
+    run(optimizer, params, range(2))
+    params[1].grad = None
+    params[1].data = torch.ones(7)
+    give_gradients(params, 2)
+    before = frozen(optimizer)
+    with pytest.raises((RuntimeError, ValueError), match=r"5|7"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False], ids=["fastest", "foreach", "reference"])
+@pytest.mark.parametrize("value", ["fast", None, torch.ones(2)], ids=["text", "None", "two"])
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+@each_optimizer
+def test_an_option_that_was_spoiled_by_hand_changes_nothing(
+    cls: type, steps: int, value: Any, foreach: bool | None
+) -> None:
+    params = make_params()
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], foreach=foreach)
+    run(optimizer, params, range(steps))
+    give_gradients(params, steps)
+    optimizer.param_groups[1]["lr"] = value
+    before = frozen(optimizer)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
