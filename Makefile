@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format numerics clean
+.PHONY: demo test check format numerics bench clean
 
 demo: $(READY)
 	$(BIN)/stepforge demo --output out/demo.html
@@ -25,6 +25,10 @@ format: $(READY)
 # Measures the rounding errors and writes docs/numerics.md.
 numerics: $(READY)
 	$(BIN)/python docs/make_numerics.py
+
+# Times the step of every optimizer; a few minutes on a machine with nothing else to do.
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py --all --json out/bench.json
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "stepforge needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

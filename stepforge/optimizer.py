@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 from stepforge import checkpoint, plan
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
+from stepforge.rows import initial_state
 
 __all__ = ["Optimizer", "ParamsT"]
 
@@ -135,12 +136,13 @@ class Optimizer(_Declared):
             for name, declared in self._hyperparameters.items()
         }
         self._check_options(defaults)
+        self._plan: plan.Plan | None = None
         super().__init__(params, defaults)
         self._restore_capabilities()
         if self._eager_state:
             for group in self.param_groups:
                 for p in group["params"]:
-                    self.state[p] = plan.initial_state(self._rule, p, group)
+                    self.state[p] = initial_state(self._rule, p, group)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raises if options that are right by themselves exclude each other."""
@@ -156,6 +158,7 @@ class Optimizer(_Declared):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._plan = None
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         for group in self.param_groups:
             checkpoint.complete_options(self._hyperparameters, group)
@@ -318,14 +321,20 @@ class Optimizer(_Declared):
     @_eager
     def _launches(self, compiling: bool) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""
-        rows = plan.check(
+        launches = (
+            self._plan and not compiling and self._plan.renewed(self.param_groups, self.state)
+        )
+        if launches:
+            return launches
+        self._plan = None
+        self._plan = plan.Plan.of(
             self._rule,
             self.param_groups,
             self.state,
             refuses_sparse=self._refuses_sparse(),
             compiling=compiling,
         )
-        return plan.prepare(self._rule, rows, self.state, compiling=compiling)
+        return self._plan.launches
 
     def _refuses_sparse(self) -> str | None:
         """What to say of a sparse gradient; None if the rule takes them."""

@@ -1,146 +1,34 @@
-"""The plan of a step: which rows go to which backend, with which coefficients.
+"""The plan of a step: rows laid out once for their backends, and kept while nothing has moved.
 
-A step has two halves. The first checks every parameter and raises before anything has changed; the
-second makes missing states, gathers rows into batches and runs them.
+Walking over parameters, states and options in Python costs more than a kernel takes. A plan holds
+what the last step found; before it is used again it is compared with what is there now, down to
+every tensor's identity, address and layout, by loops that run in C. What differs makes it stale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import dataclass
+import itertools
+import operator
+import os
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from stepforge.backends import Backend, Batch, Choice, choose
-from stepforge.backends.batch import Coefficient
-from stepforge.declare import Rule, State, is_off
-from stepforge.expr import Graph, evaluate
-from stepforge.ops import VOCABULARY, scalar_dtype
-
-
-@dataclass
-class Row:
-    """One parameter with what a step needs of it.
-
-    Attributes:
-        p: the parameter.
-        g: its gradient, coalesced if sparse.
-        group: the options of its param group.
-        choice: the backend that serves it.
-        state: its entry of ``optimizer.state``; empty before :func:`prepare`.
-    """
-
-    p: torch.Tensor
-    g: torch.Tensor
-    group: Mapping[str, Any]
-    choice: Choice
-    state: dict[str, Any]
-
-
-def check(
-    rule: Rule,
-    groups: Iterable[Mapping[str, Any]],
-    state: Mapping[Any, Any],
-    *,
-    refuses_sparse: str | None,
-    compiling: bool = False,
-) -> list[list[Row]]:
-    """The rows of a step by group: every parameter that has a gradient. Changes nothing.
-
-    Args:
-        rule: the optimizer's rule.
-        groups: the optimizer's param groups.
-        state: the optimizer's state.
-        refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
-        compiling: whether ``torch.compile`` traces the step.
-
-    Raises:
-        RuntimeError: a gradient is sparse and may not be, or no backend can do what was asked for.
-        TypeError: a parameter is neither real nor complex floating point.
-    """
-    return [
-        _checked_rows(group, rule.graph(group), state, refuses_sparse, compiling)
-        for group in groups
-    ]
-
-
-def _checked_rows(
-    group: Mapping[str, Any],
-    graph: Graph,
-    state: Mapping[Any, Any],
-    refuses_sparse: str | None,
-    compiling: bool,
-) -> list[Row]:
-    rows = []
-    choices: dict[Any, Choice] = {}
-    params = group["params"]
-    if len(set(map(id, params))) < len(params):
-        params = list(dict.fromkeys(params))
-    for p in params:
-        g = p.grad
-        if g is None:
-            continue
-        if g.is_sparse:
-            g = _coalesced(g, group, refuses_sparse)
-        # All that a choice depends on: parameters alike in it are asked about once.
-        kind = (p.dtype, g.dtype, p.device, g.layout, type(p))
-        if kind not in choices:
-            _check_dtypes(p, g)
-            choices[kind] = choose(p, g, group, graph, compiling=compiling)
-        rows.append(Row(p, g, group, choices[kind], {}))
-        if group["differentiable"] and state.get(p, {}).get("step", p.data).requires_grad:
-            raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
-    return rows
-
-
-def _coalesced(
-    g: torch.Tensor, group: Mapping[str, Any], refuses_sparse: str | None
-) -> torch.Tensor:
-    if refuses_sparse:
-        raise RuntimeError(refuses_sparse)
-    if not is_off(group.get("weight_decay", 0)):
-        raise RuntimeError("weight_decay option is not compatible with sparse gradients")
-    return g.coalesce()
-
-
-def _check_dtypes(p: torch.Tensor, g: torch.Tensor) -> None:
-    if not (p.is_floating_point() or p.is_complex()):
-        raise TypeError(
-            f"a parameter of dtype {p.dtype} has a gradient; only floating point and complex "
-            "parameters can be optimized"
-        )
-    if g.is_complex() and not p.is_complex():
-        raise TypeError(f"a parameter of dtype {p.dtype} has a gradient of {g.dtype}")
-
-
-def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a parameter before its first step, ``step`` included."""
-    on_device = group["capturable"] or group["fused"]
-    # A generated kernel or a captured graph counts on the device, in float32 as torch.optim does.
-    dtype = torch.float32 if group["fused"] else scalar_dtype()
-    device = p.device if on_device else torch.device("cpu")
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=dtype, device=device)}
-    for declared in rule.states.values():
-        if declared.on(group):
-            state[declared.key] = _initial_value(declared, p, group, dtype, device)
-    return state
-
-
-def _initial_value(
-    declared: State,
-    p: torch.Tensor,
-    group: Mapping[str, Any],
-    scalar_dtype: torch.dtype,
-    scalar_device: torch.device,
-) -> torch.Tensor:
-    value = group[declared.init] if isinstance(declared.init, str) else declared.init
-    if declared.scalar:
-        return torch.full((), value, dtype=scalar_dtype, device=scalar_device)
-    if p.is_complex():
-        value = complex(value, value)  # real and imaginary parts are averaged each by itself
-    return torch.full_like(p.detach(), value, memory_format=torch.preserve_format)
+from stepforge.backends import Backend, Batch
+from stepforge.coefficients import (
+    as_tensors,
+    device_values,
+    differentiable_values,
+    for_each_row,
+    host_values,
+    rounded,
+)
+from stepforge.declare import Rule, is_off
+from stepforge.expr import Graph
+from stepforge.rows import Row, checked_rows, keep_new_states
 
 
 @dataclass(frozen=True)
@@ -160,56 +48,321 @@ class Launch:
     scalars: list[tuple[torch.Tensor, Any]]
 
 
-def prepare(
-    rule: Rule,
-    rows: list[list[Row]],
-    state: MutableMapping[Any, dict[str, Any]],
-    *,
-    compiling: bool = False,
-) -> list[Launch]:
-    """Makes the states that are missing, and lays the rows out for their backends.
-
-    Args:
-        rule: the optimizer's rule.
-        rows: what :func:`check` found to be right.
-        state: the optimizer's state.
-        compiling: whether ``torch.compile`` traces the step. It would take a number for a constant
-            and compile anew when it changes, so coefficients become tensors.
-    """
-    batches: dict[tuple[Any, ...], list[Row]] = {}
-    graphs: dict[int, Graph] = {}
-    for members in filter(None, rows):
-        group = members[0].group
-        graph = rule.graph(group)
-        graphs[id(group)] = graph
-        _complete(rule, members, state)
-        # Device values cannot be told apart without waiting for them: a group at a time. Of other
-        # groups, options that are not flags may differ within a batch.
-        alone = id(group) if group["capturable"] or group["differentiable"] else None
-        for row in members:
-            key = (row.choice.backend.name, id(graph), row.p.device, _arithmetic(row.p), alone)
-            batches.setdefault(key, []).append(row)
-    return [
-        _launch(rule, graphs[id(batch[0].group)], batch, compiling) for batch in batches.values()
-    ]
-
-
 def count(launch: Launch) -> None:
     """Keeps what a launch that has run changes beside its tensors: scalar states and steps."""
     with torch.no_grad():
         for state, value in launch.scalars:
-            state.fill_(value)
+            if isinstance(value, np.ndarray):
+                state.copy_(torch.from_numpy(value))
+            else:
+                state.fill_(value)
         torch._foreach_add_(launch.steps, 1)
 
 
-def _complete(rule: Rule, rows: list[Row], state: MutableMapping[Any, dict[str, Any]]) -> None:
-    """Looks up the states of a group's rows, and makes those that are missing."""
-    keys = {"step", *(s.key for s in rule.states.values() if s.on(rows[0].group))}
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a step, and what they were made from.
+
+    Attributes:
+        launches: what the step runs.
+        lanes: what each launch was made from, where that is worth keeping; else empty.
+        groups: the options and parameters of each group, as they were.
+        idle: the parameters that had no gradient.
+        entries: the entries of ``optimizer.state``.
+        environment: the variables that choose backends.
+    """
+
+    launches: list[Launch]
+    lanes: tuple[Lane, ...] = ()
+    groups: tuple[_Group, ...] = ()
+    idle: tuple[torch.Tensor, ...] = ()
+    entries: tuple[Any, ...] = ()
+    environment: tuple[str | None, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        rule: Rule,
+        groups: Sequence[dict[str, Any]],
+        state: MutableMapping[Any, dict[str, Any]],
+        *,
+        refuses_sparse: str | None,
+        compiling: bool = False,
+    ) -> Plan:
+        """The plan of the next step. Raises before anything has changed.
+
+        Args:
+            rule: the optimizer's rule.
+            groups: its param groups.
+            state: its state, to which what is missing is added.
+            refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
+            compiling: whether ``torch.compile`` traces the step. It would take a number for a
+                constant and compile anew when it changes, so coefficients become tensors.
+
+        Raises:
+            RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
+        """
+        rows = checked_rows(rule, groups, state, refuses_sparse=refuses_sparse, compiling=compiling)
+        batches = _batches(rows)
+        launches = [_launch(rule, batch, compiling) for batch in batches]
+        keep_new_states(rows, state)
+        if compiling or not all(map(_is_plain, rows)):
+            return cls(launches)
+        stepping = set(map(id, (row.p for row in rows)))
+        lanes = tuple(Lane.of(rule, batch, launch) for batch, launch in zip(batches, launches))
+        return cls(
+            [lane.launch for lane in lanes],
+            lanes,
+            tuple(_Group.of(rule, group) for group in groups),
+            tuple(p for group in groups for p in group["params"] if id(p) not in stepping),
+            tuple(state.values()),
+            _environment(),
+        )
+
+    def renewed(
+        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
+    ) -> list[Launch] | None:
+        """The launches of another step, with its gradients and coefficients; None if stale."""
+        if (
+            not self.lanes
+            or self.environment != _environment()
+            or len(groups) != len(self.groups)
+            or not all(known.holds(group) for known, group in zip(self.groups, groups))
+            or any(p.grad is not None for p in self.idle)
+            or len(state) != len(self.entries)
+            or not all(map(operator.is_, state.values(), self.entries))
+        ):
+            return None
+        launches = [lane.renewed() for lane in self.lanes]
+        return None if None in launches else launches  # type: ignore[return-value]
+
+
+def _environment() -> tuple[str | None, ...]:
+    return os.environ.get("STEPFORGE_BACKEND"), os.environ.get("STEPFORGE_ISA")
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether a row's tensors are nothing but memory and its options nothing but numbers."""
+    tensors = [row.p, row.g, *(x for x in row.state.values() if isinstance(x, torch.Tensor))]
+    return not (
+        row.group["differentiable"]
+        or row.group["capturable"]
+        or row.p.is_complex()
+        or row.g.is_sparse
+        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A param group as it was: its options by identity or equality, its parameters by identity."""
+
+    group: Mapping[str, Any]
+    read: Any
+    options: tuple[Any, ...]
+    params: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, rule: Rule, group: Mapping[str, Any]) -> _Group:
+        # Numbers are read anew by the lanes; only what the graph or the backend depends on counts.
+        names = [n for n, h in rule.hyperparameters.items() if h.static]
+        off = [n for n, h in rule.hyperparameters.items() if h.zero_is_off]
+
+        def read(group: Mapping[str, Any]) -> tuple[Any, ...]:
+            return (*(group[n] for n in names), *(is_off(group[n]) for n in off))
+
+        return cls(group, read, read(group), tuple(group["params"]))
+
+    def holds(self, group: Mapping[str, Any]) -> bool:
+        params = group["params"]
+        return (
+            group is self.group
+            and len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+            and self.read(group) == self.options
+        )
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What a launch was made from, kept for the next step.
+
+    Attributes:
+        launch: the launch, without gradients that are still right.
+        rule: the optimizer's rule.
+        rows: its rows.
+        keys: the names of the states that the rows keep.
+        tensors: the parameters, then the states of each row in the order of ``keys``.
+        addresses: where they begin.
+        layout: tells whether tensors, these and then the gradients, have the dtypes, shapes,
+            strides and devices they had.
+        numbers: the step numbers, then the scalar states: one vector each, of which the rows'
+            own tensors are elements.
+        groups: the distinct param groups, and for each row the number of its own.
+    """
+
+    launch: Launch
+    rule: Rule
+    rows: tuple[Row, ...]
+    keys: tuple[str, ...]
+    tensors: tuple[torch.Tensor, ...]
+    addresses: list[int]
+    layout: Any
+    numbers: Mapping[str, torch.Tensor]
+    groups: _GroupsOfRows
+
+    @classmethod
+    def of(cls, rule: Rule, rows: Sequence[Row], launch: Launch) -> Lane:
+        """The lane of those rows; their step numbers and scalar states become views."""
+        states = [s for s in rule.states.values() if s.on(rows[0].group)]
+        numbers = {
+            key: _as_one_vector(rows, key) for key in ["step", *(s.key for s in states if s.scalar)]
+        }
+        keys = ("step", *(s.key for s in states))
+        scalars = [
+            row.state[rule.states[s].key] for s in launch.batch.graph.scalars for row in rows
+        ]
+        launch = replace(
+            launch,
+            batch=replace(launch.batch, prepared=launch.backend.prepare(launch.batch)),
+            steps=[numbers["step"]],
+            scalars=list(zip(scalars, (value for _, value in launch.scalars))),
+        )
+        tensors = [
+            *(row.p for row in rows),
+            *itertools.chain.from_iterable(_states(rows, keys)),
+        ]
+        return cls(
+            launch,
+            rule,
+            tuple(rows),
+            keys,
+            tuple(tensors),
+            _addresses(tensors),
+            _layout_check([*tensors, *(row.g for row in rows)]),
+            numbers,
+            _GroupsOfRows.of(rows),
+        )
+
+    def renewed(self) -> Launch | None:
+        """The launch with this step's gradients and coefficients; None if anything has moved."""
+        params = self.tensors[: len(self.rows)]
+        gradients = list(map(_grad, params))
+        if any(map(operator.is_, gradients, itertools.repeat(None))):
+            return None
+        try:
+            states = list(itertools.chain.from_iterable(_states(self.rows, self.keys)))
+        except KeyError:
+            return None
+        kept = self.tensors[len(self.rows) :]
+        if (
+            not all(map(operator.is_, states, kept))
+            or _addresses(self.tensors) != self.addresses
+            or not self.layout(*self.tensors, *gradients)
+        ):
+            return None
+        batch, graph = self.launch.batch, self.launch.batch.graph
+        numbers = {key: vector.numpy() for key, vector in self.numbers.items()}
+        values = host_values(graph, _host_inputs(self.rule, graph, self.groups, numbers))
+        coefficients, scalars = _split(graph, values)
+        return replace(
+            self.launch,
+            batch=replace(
+                batch,
+                columns=batch.columns | {"g": gradients},
+                coefficients=[rounded(c, len(self.rows), batch.dtype) for c in coefficients],
+            ),
+            steps=[self.numbers["step"]],
+            scalars=[
+                (self.numbers[self.rule.states[letter].key], np.asarray(value))
+                for letter, value in zip(graph.scalars, scalars)
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class _GroupsOfRows:
+    """The distinct param groups of some rows, and for each row the number of its own."""
+
+    distinct: tuple[Mapping[str, Any], ...]
+    own: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> _GroupsOfRows:
+        distinct = {id(row.group): row.group for row in rows}
+        position = {key: number for number, key in enumerate(distinct)}
+        return cls(tuple(distinct.values()), np.array([position[id(row.group)] for row in rows]))
+
+
+_grad = operator.attrgetter("grad")
+
+
+def _states(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
+    read = operator.itemgetter(*keys) if len(keys) > 1 else lambda state: (state[keys[0]],)
+    return map(read, (row.state for row in rows))
+
+
+def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _as_one_vector(rows: Sequence[Row], key: str) -> torch.Tensor:
+    """One vector of a scalar state of all rows, of which the rows' states become elements."""
+    states = [row.state[key] for row in rows]
+    first = states[0]
+    base: torch.Tensor | None = first._base
+    if (
+        base is not None
+        and base.dim() == 1
+        and len(base) == len(rows)
+        and all(s._base is base for s in states)
+        and _addresses(states) == _addresses(base.unbind())
+    ):
+        return base
+    vector = torch.stack([s.detach().reshape(()) for s in states])
+    for row, element in zip(rows, vector.unbind()):
+        row.state[key] = element
+    return vector
+
+
+def _layout_check(tensors: Sequence[torch.Tensor]) -> Any:
+    """A function of as many tensors: whether they have these dtypes, shapes, strides, devices."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(x.shape) for x in tensors],  # type: ignore[misc]
+            dynamic_dims_strides=[list(x.stride()) for x in tensors],  # type: ignore[misc]
+        )
+    except (ImportError, TypeError):  # private to torch: another version may not have it
+        known = list(map(_layout, tensors))
+        return lambda *found: list(map(_layout, found)) == known
+    return guards.check
+
+
+def _layout(x: torch.Tensor) -> tuple[Any, ...]:
+    return x.dtype, x.shape, x.stride(), x.device, x.layout, x.is_neg(), type(x)
+
+
+def _batches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that can run together: of one backend, graph, device and arithmetic.
+
+    Options that are not flags may differ within a batch; but device values cannot be told apart
+    without waiting for them, so there a group is alone.
+    """
+    batches: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        row.state = state[row.p]
-        if not row.state.keys() >= keys:
-            fresh = initial_state(rule, row.p, row.group)
-            row.state.update({k: v for k, v in fresh.items() if k not in row.state})
+        alone = row.group["capturable"] or row.group["differentiable"]
+        key = (
+            row.choice.backend.name,
+            id(row.graph),
+            row.p.device,
+            _arithmetic(row.p),
+            id(row.group) if alone else None,
+        )
+        batches.setdefault(key, []).append(row)
+    return list(batches.values())
 
 
 def _arithmetic(p: torch.Tensor) -> torch.dtype:
@@ -217,18 +370,12 @@ def _arithmetic(p: torch.Tensor) -> torch.dtype:
     return torch.float64 if p.dtype in wide else torch.float32
 
 
-def _launch(rule: Rule, graph: Graph, rows: list[Row], compiling: bool) -> Launch:
-    group, dtype = rows[0].group, _arithmetic(rows[0].p)
-    if group["capturable"]:
-        values = _device_values(rule, graph, rows)
-    elif group["differentiable"]:
-        values = _differentiable_values(rule, graph, rows)
-    else:
-        values = _host_values(rule, graph, rows)
-    numbers = len(graph.coefficients)
-    coefficients = [_coefficient(value, len(rows), dtype) for value in values[:numbers]]
+def _launch(rule: Rule, rows: Sequence[Row], compiling: bool) -> Launch:
+    group, graph, dtype = rows[0].group, rows[0].graph, _arithmetic(rows[0].p)
+    coefficients, scalars = _split(graph, _uniform_values(rule, rows))
+    given = [rounded(c, len(rows), dtype) for c in coefficients]
     if compiling:
-        coefficients = [_as_tensors(c, rows[0].p.device) for c in coefficients]
+        given = [as_tensors(c, rows[0].p.device) for c in given]
     columns = {
         "p": [_real(row.p) for row in rows],
         "g": [_real(row.g.resolve_conj()) for row in rows],
@@ -236,13 +383,62 @@ def _launch(rule: Rule, graph: Graph, rows: list[Row], compiling: bool) -> Launc
     for letter, declared in rule.states.items():
         if declared.on(group) and not declared.scalar:
             columns[letter] = [_real(row.state[declared.key]) for row in rows]
-    scalars = [
-        (row.state[rule.states[letter].key], value)
-        for letter, column in zip(graph.scalars, values[numbers:])
-        for row, value in zip(rows, _for_each_row(column, len(rows)))
-    ]
-    batch = Batch(graph, columns, coefficients, dtype, differentiable=group["differentiable"])
-    return Launch(rows[0].choice.backend, batch, [row.state["step"] for row in rows], scalars)
+    return Launch(
+        rows[0].choice.backend,
+        Batch(graph, columns, given, dtype, differentiable=group["differentiable"]),
+        [row.state["step"] for row in rows],
+        [
+            (row.state[rule.states[letter].key], value)
+            for letter, column in zip(graph.scalars, scalars)
+            for row, value in zip(rows, for_each_row(column, len(rows)))
+        ],
+    )
+
+
+def _split(graph: Graph, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    """The results of the uniform program: coefficients, and the new values of scalar states."""
+    return values[: len(graph.coefficients)], values[len(graph.coefficients) :]
+
+
+def _uniform_values(rule: Rule, rows: Sequence[Row]) -> list[Any]:
+    group, graph = rows[0].group, rows[0].graph
+    keys = {"t": "step"} | {letter: s.key for letter, s in rule.states.items() if s.scalar}
+    if group["capturable"]:
+        columns = dict(rule.uniform_values(group))
+        for letter, key in keys.items():
+            columns[letter] = torch.stack([row.state[key] for row in rows])
+        columns["t"] = columns["t"].to(torch.float64) + 1
+        return device_values(graph, columns)
+    numbers = {key: np.array([float(row.state[key]) for row in rows]) for key in keys.values()}
+    if group["differentiable"]:
+        options = dict(rule.uniform_values(group))
+        by_row = [
+            options | {letter: float(numbers[key][i]) for letter, key in keys.items()}
+            for i in range(len(rows))
+        ]
+        return differentiable_values(graph, [row | {"t": row["t"] + 1} for row in by_row])
+    return host_values(graph, _host_inputs(rule, graph, _GroupsOfRows.of(rows), numbers))
+
+
+def _host_inputs(
+    rule: Rule,
+    graph: Graph,
+    groups: _GroupsOfRows,
+    numbers: Mapping[str, np.ndarray[Any, Any]],
+) -> dict[str, Any]:
+    """The inputs of the uniform program as float64 arrays; a number where all rows agree."""
+    options = [dict(rule.uniform_values(group)) for group in groups.distinct]
+    inputs: dict[str, Any] = {}
+    for name in graph.uniform.inputs:
+        if name == "t":
+            inputs[name] = numbers["step"].astype(np.float64) + 1
+        elif name in rule.states:
+            inputs[name] = numbers[rule.states[name].key].astype(np.float64)
+        else:
+            known = [float(values[name]) for values in options]
+            same = all(number == known[0] for number in known)
+            inputs[name] = known[0] if same else np.array(known)[groups.own]
+    return inputs
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
@@ -257,85 +453,3 @@ def _real(x: torch.Tensor) -> torch.Tensor:
             x._indices(), values, (*x.shape, 2), is_coalesced=True, check_invariants=False
         )
     return torch.view_as_real(x)
-
-
-def _host_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
-    """The uniform values of all rows in float64, one array element a row."""
-    groups = {id(row.group): row.group for row in rows}
-    options = {key: dict(rule.uniform_values(group)) for key, group in groups.items()}
-    scalars = {letter: s.key for letter, s in rule.states.items() if s.scalar}
-    inputs: dict[str, Any] = {}
-    for name in graph.uniform.inputs:
-        if name == "t":
-            numbers = [float(row.state["step"]) + 1 for row in rows]
-        elif name in scalars:
-            numbers = [float(row.state[scalars[name]]) for row in rows]
-        elif len(groups) == 1:
-            numbers = [float(options[id(rows[0].group)][name])]
-        else:
-            known = {key: float(values[name]) for key, values in options.items()}
-            numbers = [known[id(row.group)] for row in rows]
-        inputs[name] = np.array(numbers, dtype=np.float64)
-    with np.errstate(all="ignore"):
-        return evaluate(graph.uniform, inputs, (), VOCABULARY)
-
-
-def _differentiable_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
-    """The uniform values as numbers, and as float64 tensors where autograd has to see them."""
-    by_row = []
-    for row in rows:
-        known = dict(rule.uniform_values(row.group), t=float(row.state["step"]) + 1)
-        for letter, s in rule.states.items():
-            if s.scalar:
-                known[letter] = float(row.state[s.key])
-        inputs = {name: _wide(known[name]) for name in graph.uniform.inputs}
-        by_row.append(evaluate(graph.uniform, inputs, (), VOCABULARY))
-    return [list(values) for values in zip(*by_row)]
-
-
-def _device_values(rule: Rule, graph: Graph, rows: list[Row]) -> list[Any]:
-    """The uniform values as float64 vectors on the device, without waiting for it."""
-    known = dict(rule.uniform_values(rows[0].group))
-    known["t"] = torch.stack([row.state["step"] for row in rows]).to(torch.float64) + 1
-    for letter, s in rule.states.items():
-        if s.scalar:
-            known[letter] = torch.stack([row.state[s.key] for row in rows])
-    inputs = {name: _wide(known[name]) for name in graph.uniform.inputs}
-    return evaluate(graph.uniform, inputs, (), VOCABULARY)
-
-
-def _wide(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return float(value)
-    value = value.to(torch.float64)
-    return value.reshape(()) if value.numel() == 1 and value.dim() != 1 else value
-
-
-def _coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
-    """A uniform value for each row, rounded to the dtype of the arithmetic."""
-    if isinstance(values, torch.Tensor) or (
-        isinstance(values, list) and any(isinstance(value, torch.Tensor) for value in values)
-    ):
-        rows = _for_each_row(values, count)
-        return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in rows]
-    array = np.broadcast_to(np.asarray(values), (count,))
-    if array.dtype == np.bool_:
-        return array
-    with np.errstate(over="ignore"):
-        return array.astype(np.float64 if dtype == torch.float64 else np.float32)
-
-
-def _as_tensors(column: Coefficient, device: torch.device) -> Coefficient:
-    if isinstance(column, np.ndarray):
-        return list(torch.from_numpy(column).to(device).unbind())
-    return column
-
-
-def _for_each_row(values: Any, count: int) -> list[Any]:
-    if isinstance(values, list):
-        return values
-    if isinstance(values, np.ndarray):
-        return list(np.broadcast_to(values, (count,)).tolist())
-    if isinstance(values, torch.Tensor) and values.dim() == 1:
-        return list(values.expand(count).unbind())
-    return [values] * count

@@ -1,7 +1,7 @@
 """The ways to run a step, and the choice between them.
 
 A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph)``,
-which says why it cannot serve a parameter, and ``run(batch)``.
+which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ class Backend(Protocol):
         graph: Graph,
     ) -> str | None:
         """Why it cannot serve a parameter with that gradient and options; None if it can."""
+
+    def prepare(self, batch: Batch) -> object:
+        """What can be kept of a batch for the next step of the same tensors; None if nothing."""
 
     def run(self, batch: Batch) -> None:
         """Computes a batch and stores its results."""

@@ -32,6 +32,8 @@ class Batch:
             of ``dtype`` or of truth values, or a list of tensors without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         differentiable: whether autograd must see the step.
+        prepared: what the backend's ``prepare`` made of these rows with other gradients of the
+            same layout and other coefficients; None if it made nothing.
     """
 
     graph: Graph
@@ -39,6 +41,7 @@ class Batch:
     coefficients: list[Coefficient]
     dtype: torch.dtype
     differentiable: bool = False
+    prepared: object = None
 
     def __len__(self) -> int:
         return len(self.columns["p"])
@@ -75,11 +78,12 @@ class Batch:
 
     def with_columns(self, columns: dict[str, list[torch.Tensor]]) -> Batch:
         """The same rows in other tensors."""
-        return replace(self, columns=columns)
+        return replace(self, columns=columns, prepared=None)
 
     def _part(self, rows: list[dict[str, torch.Tensor]], origins: list[int]) -> Batch:
         return replace(
             self,
+            prepared=None,
             columns={name: [row[name] for row in rows] for name in self.columns},
             coefficients=[
                 c[origins] if isinstance(c, np.ndarray) else [c[index] for index in origins]

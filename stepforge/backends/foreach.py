@@ -35,6 +35,10 @@ def refuses(
     return None
 
 
+def prepare(batch: Batch) -> None:
+    """Nothing of a batch is worth keeping here."""
+
+
 def run(batch: Batch) -> None:
     """Computes all rows together and stores their results."""
     on_cpu = batch.columns["p"][0].device.type == "cpu"

@@ -27,6 +27,10 @@ def refuses(
     return None
 
 
+def prepare(batch: Batch) -> None:
+    """Nothing of a batch is worth keeping here."""
+
+
 def run(batch: Batch) -> None:
     """Computes every row and stores its results."""
     whole = batch.differentiable or batch.columns["p"][0].device.type != "cpu"

@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo``."""
+"""The command line: ``stepforge demo | bench | doctor``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def make_app() -> typer.Typer:
     require("typer", "rich")
     import typer
 
+    from stepforge.cli.bench import bench
     from stepforge.cli.demo import demo
+    from stepforge.cli.doctor import doctor
 
     app = typer.Typer(
         name="stepforge",
@@ -40,9 +42,6 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
 
-    @app.callback()
-    def stepforge() -> None:  # keeps `demo` a word of its own while it is the only command
-        pass
-
-    app.command()(demo)
+    for command in (demo, bench, doctor):
+        app.command()(command)
     return app

@@ -151,7 +151,7 @@ def test_a_rule_must_take_its_states(rule: Any, message: str) -> None:
         (lambda h, t, p, g, m: (p > 0, m), "for p, which has one value for every element"),
         (
             lambda h, t, p, g, m: (p - h.rate * g, m),
-            r"reads h\.rate, but declared are lr, maximize",
+            r"reads h\.rate, but declared are maximize, lr",
         ),
     ],
 )

@@ -15,6 +15,7 @@ LAYERS = [
     ["stepforge.ops"],
     ["stepforge.declare"],
     ["stepforge.backends"],
+    ["stepforge.rows", "stepforge.coefficients"],
     ["stepforge.plan"],
     ["stepforge.checkpoint", "stepforge.explain"],
     ["stepforge.optimizer"],

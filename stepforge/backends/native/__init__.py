@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.native import build
 from stepforge.backends.native.source import OPERATIONS, STORAGE, c_source, columns_of
 from stepforge.expr import Graph
 
-__all__ = ["OPERATIONS", "Kernel", "kernel_for", "name", "refuses", "run"]
+__all__ = ["OPERATIONS", "Kernel", "Table", "kernel_for", "name", "prepare", "refuses", "run"]
 
 name = "native"
 
@@ -144,52 +145,131 @@ def refuses(
     return kernel if isinstance(kernel, str) else None
 
 
+def prepare(batch: Batch) -> Table | None:
+    """The table of a batch that one call can step, to be kept while its tensors stay; or None."""
+    rows = list(range(len(batch)))
+    table = _table(batch, rows)
+    return table if table is not None and len(table) == len(rows) else None
+
+
 def run(batch: Batch) -> None:
     """Steps all rows in place, one call for those that share their dtypes."""
-    columns = columns_of(batch.graph)
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for index, row in enumerate(zip(*(batch.columns[column] for column in columns))):
-        alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
-    for dtypes, rows in alike.items():
-        kernel = kernel_for(batch.graph, dtypes, batch.dtype)
-        if isinstance(kernel, str):
-            raise RuntimeError(f"no kernel for {', '.join(map(str, dtypes))}: {kernel}")
-        dense = [i for i in rows if _is_dense([batch.columns[c][i] for c in columns])]
-        _run_dense(kernel, batch, dense)
-        others = sorted(set(rows) - set(dense))
-        for part in batch.rows(others).pieces(CACHED):
-            _run_through_buffers(kernel, part)
-    written = [t for c in batch.graph.results for t in batch.columns[c]]
-    torch.autograd.graph.increment_version(written)
-
-
-def _run_dense(kernel: Kernel, batch: Batch, rows: list[int]) -> None:
-    if not rows:
+    if isinstance(batch.prepared, Table):
+        batch.prepared.run(batch)
         return
-    table = [[batch.columns[column][i] for column in kernel.columns] for i in rows]
-    pointers = np.array([[t.data_ptr() for t in row] for row in table], dtype=np.uint64)
-    sizes = np.array([row[0].numel() for row in table], dtype=np.int64)
-    if not (pointers[sizes > 0] != 0).all():
-        raise RuntimeError("a tensor has no memory (its data pointer is null)")
-    numbers = np.empty((len(rows), len(batch.coefficients)), dtype=kernel.number)
-    for position, values in enumerate(batch.coefficients):
-        assert isinstance(values, np.ndarray)
-        numbers[:, position] = values[rows]
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    kernel(starts, pointers, numbers)
+    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
+    columns = [batch.columns[name] for name in columns_of(batch.graph)]
+    for index, row in enumerate(zip(*columns)):
+        alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
+    for rows in alike.values():
+        table = _table(batch, rows)
+        if table is None:  # memory that overlaps has an order of reads and writes to keep
+            reference.run(batch.rows(rows))
+            continue
+        table.run(batch.rows(table.origins))
+        others = sorted(set(rows) - set(table.origins))
+        for part in batch.rows(others).pieces(CACHED):
+            _run_through_buffers(part)
 
 
-def _run_through_buffers(kernel: Kernel, batch: Batch) -> None:
-    """The same for tensors of unlike layouts: contiguous copies of a part, and back."""
+def _run_through_buffers(batch: Batch) -> None:
+    """Steps tensors of unlike layouts: contiguous copies of a part, and back."""
     copies = {
-        name: [x.resolve_neg().contiguous() if name in kernel.columns else x for x in column]
+        name: [x.resolve_neg().contiguous() for x in column]
         for name, column in batch.columns.items()
     }
-    _run_dense(kernel, batch.with_columns(copies), list(range(len(batch))))
+    run(batch.with_columns(copies))
     for name in batch.graph.results:
         for tensor, copy in zip(batch.columns[name], copies[name]):
             if copy is not tensor:
                 tensor.copy_(copy)
+
+
+class Table:
+    """Rows of dense memory that one call steps: where their tensors are, and how long.
+
+    Args:
+        batch: the rows and others.
+        origins: the numbers of those rows in the batch, which share their dtypes.
+
+    Raises:
+        RuntimeError: there is no kernel for them, or a tensor has no memory.
+    """
+
+    def __init__(self, batch: Batch, origins: list[int]) -> None:
+        graph = batch.graph
+        names = columns_of(graph)
+        columns = [[batch.columns[name][i] for i in origins] for name in names]
+        kernel = kernel_for(graph, tuple(column[0].dtype for column in columns), batch.dtype)
+        if isinstance(kernel, str):
+            dtypes = ", ".join(str(column[0].dtype) for column in columns)
+            raise RuntimeError(f"there is no kernel for {dtypes}: {kernel}")
+        self.kernel = kernel
+        self.origins = origins
+        self.sizes = np.array([p.numel() for p in columns[0]], dtype=np.int64)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes)])
+        self.pointers = np.stack([_addresses(column) for column in columns], axis=1)
+        self.gradient = names.index("g") if "g" in names else None
+        self.gradient_bytes = self.sizes * batch.columns["g"][origins[0]].element_size()
+        self.written = [x for n in graph.results for x in columns[names.index(n)]]
+        kept = [position for position in range(len(names)) if position != self.gradient]
+        begins = self.pointers[:, kept].ravel()
+        lengths = np.stack([self.sizes * columns[k][0].element_size() for k in kept], axis=1)
+        filled = lengths.ravel() > 0
+        order = np.argsort(begins[filled])
+        self.begins = begins[filled][order]
+        self.ends = (begins + lengths.ravel().astype(np.uint64))[filled][order]
+        self._check_memory()
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def run(self, batch: Batch) -> None:
+        """Steps the rows with the gradients and coefficients of a batch of just these rows."""
+        if self.gradient is not None:
+            self.pointers[:, self.gradient] = _addresses(batch.columns["g"])
+            self._check_memory()
+        if self.overlaps():
+            reference.run(batch)
+            return
+        numbers = np.empty((len(self), len(batch.coefficients)), dtype=self.kernel.number)
+        for position, values in enumerate(batch.coefficients):
+            numbers[:, position] = values
+        self.kernel(self.starts, self.pointers, numbers)
+        # A write through a pointer is unknown to autograd, which must refuse a stale backward.
+        torch.autograd.graph.increment_version(self.written)
+
+    def overlaps(self) -> bool:
+        """Whether memory that is written is also another tensor's of these rows."""
+        if (self.ends[:-1] > self.begins[1:]).any():
+            return True
+        if self.gradient is None or not len(self.begins):
+            return False
+        begins = self.pointers[:, self.gradient]
+        ends = begins + self.gradient_bytes.astype(np.uint64)
+        # Parameters and states lie apart, so their ends are in order too.
+        first = np.searchsorted(self.ends, begins, side="right")
+        last = np.searchsorted(self.begins, ends, side="left")
+        return bool((last > first).any())
+
+    def _check_memory(self) -> None:
+        if (self.pointers[self.sizes > 0] == 0).any():
+            raise RuntimeError("a tensor has no memory: its data pointer is null")
+
+
+def _table(batch: Batch, rows: list[int]) -> Table | None:
+    """The dense ones of some rows as a table; None if memory overlaps or none is dense."""
+    names = columns_of(batch.graph)
+    dtypes = {tuple(batch.columns[name][i].dtype for name in names) for i in rows}
+    dense = [i for i in rows if _is_dense([batch.columns[name][i] for name in names])]
+    if len(dtypes) > 1 or not dense:
+        return None
+    table = Table(batch, dense)
+    return None if table.overlaps() else table
+
+
+def _addresses(tensors: list[torch.Tensor]) -> np.ndarray[Any, Any]:
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
 
 
 def _is_dense(row: list[torch.Tensor]) -> bool:

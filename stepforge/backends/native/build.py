@@ -86,8 +86,17 @@ def compiler() -> str:
     raise BuildError(f"{what} on the PATH: install gcc or clang")
 
 
+def compiler_version(path: str) -> str:
+    """What a compiler calls itself: the first line of its ``--version``.
+
+    Raises:
+        BuildError: it cannot be run.
+    """
+    return _version_of(path, os.stat(path).st_mtime_ns)
+
+
 @functools.cache
-def _compiler_version(path: str, modified_ns: int) -> str:
+def _version_of(path: str, modified_ns: int) -> str:
     done = _run([path, "--version"])
     return done.stdout.splitlines()[0] if done.stdout else path
 
@@ -131,7 +140,7 @@ def load(source: str) -> ctypes.CDLL:
     isa = instruction_set()
     folder = cache_folder()
     path = compiler()
-    version = _compiler_version(path, os.stat(path).st_mtime_ns)
+    version = compiler_version(path)
     key = _digest("\0".join([source, *FLAGS, isa, version, platform.machine()]).encode())
     library = _cached(folder, key) or _compile(source, isa, path, folder, key)
     try:

@@ -1,0 +1,442 @@
+"""``stepforge bench``: how fast a step is, beside torch.optim and what memory allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import stepforge
+from stepforge.cli.machine import describe
+from stepforge.cli.measure import (
+    ARMS,
+    LIMIT,
+    OPTIMIZERS,
+    OURS,
+    TORCH,
+    WARM_UPS,
+    bytes_per_element,
+    make_gradients,
+    measure_arms,
+    measure_groups,
+    memory_needed,
+)
+from stepforge.cli.probe import PROCESSES, ProbeError, extra_memory, time_first_step
+from stepforge.cli.scores import FIRST_STEP_TARGET, GROUPS_TARGET, Ratios, Result
+from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
+
+__all__ = ["bench"]
+
+#: The names that the options take.
+OptimizerName = StrEnum("OptimizerName", [(name, name) for name in OPTIMIZERS])  # type: ignore[misc]
+WorkloadName = StrEnum("WorkloadName", [(name, name) for name in WORKLOADS])  # type: ignore[misc]
+
+#: How many param groups ``--all`` compares with one.
+_MANY_GROUPS = 500
+#: Parameters smaller than this say nothing about memory, which is counted in pages.
+_TELLING_BYTES = 2**22
+
+_Tick = Callable[[], None]
+
+
+def bench(
+    workload: Annotated[
+        list[WorkloadName] | None,
+        typer.Option(help="Repeat it for several; all if neither it nor --shapes is given."),
+    ] = None,
+    optimizer: Annotated[
+        list[OptimizerName] | None,
+        typer.Option(case_sensitive=False, help="Repeat it for several; all if not given."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How many steps of each arm to time.")] = 7,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="How many threads; torch's choice if not given.")
+    ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(help="A JSON file of shapes to step: [[512, 64], [64]], or lists by name."),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option(help="Multiply the first dimension of all tensors.")
+    ] = 1.0,
+    groups: Annotated[
+        int | None,
+        typer.Option(min=2, help="Compare one param group with so many, instead of the arms."),
+    ] = None,
+    first_step: Annotated[
+        bool,
+        typer.Option(
+            "--first-step", help="Time the first step of a fresh process, instead of the arms."
+        ),
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Measure peak memory, instead of the arms' times.")
+    ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help=f"The arms, {_MANY_GROUPS} groups, the first step and memory; takes minutes.",
+        ),
+    ] = False,
+    json_: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", dir_okay=False, writable=True, help="Where to write all that was measured."
+        ),
+    ] = None,
+) -> None:
+    """Times step() beside torch.optim and the limit that memory sets.
+
+    All arms take turns, every step gets fresh gradients, and only step() is timed. Absolute times
+    change from machine to machine and from minute to minute; the ratios of one run tell more.
+    """
+    chosen = _workloads(workload, shapes, scale)
+    names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
+    if json_ is not None:
+        _make_folder(json_.parent)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    groups = _MANY_GROUPS if everything and groups is None else groups
+    split = [w for w in chosen if groups is not None and len(w.shapes) >= groups]
+    if groups is not None and not split and not everything:
+        raise typer.BadParameter(
+            f"no workload has {groups} tensors to split.", param_hint="--groups"
+        )
+    steps = everything or not (groups or first_step or memory)
+    if steps or split:
+        _check_memory(chosen if steps else split, names)
+
+    console = Console(highlight=False)
+    machine = describe() | {"numpy": np.__version__}
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
+    load = [os.getloadavg()[0]]
+    report: dict[str, Any] = {
+        "machine": machine,
+        "settings": {
+            "rounds": rounds,
+            "warm_ups": WARM_UPS,
+            "threads": torch.get_num_threads(),
+            "scale": scale,
+        },
+        "workloads": [
+            {"name": w.name, "tensors": len(w.shapes), "elements": w.elements} for w in chosen
+        ],
+    }
+    bar, failed = _Bar(console, names), ""
+    if steps:
+        report["steps"] = list(_steps(bar, chosen, names, rounds))
+    if split and groups is not None:
+        report["groups"] = list(_groups(bar, split, names, rounds, groups))
+    try:
+        if first_step or everything:
+            report["first_step"] = list(_first_steps(bar, chosen, names))
+        if memory or everything:
+            report["memory"] = list(_memory(bar, chosen, names))
+    except ProbeError as error:
+        failed = f"stepforge: {error}"
+    load.append(os.getloadavg()[0])
+    report["load"] = load
+    console.print(
+        f"{rounds} rounds after {WARM_UPS}, {torch.get_num_threads()} threads; load of the machine "
+        f"{load[0]:.1f} before, {load[1]:.1f} after.",
+        soft_wrap=True,
+    )
+    if json_ is not None:
+        json_.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        console.print(f"All times: [bold]{json_}[/]", soft_wrap=True)
+    if failed:
+        raise SystemExit(failed)
+
+
+# What is asked for. -------------------------------------------------------------------------------
+
+
+def _workloads(names: Iterable[str] | None, shapes: Path | None, scale: float) -> list[Workload]:
+    if not 0 < scale <= 1000:
+        raise typer.BadParameter("it must be above 0 and at most 1000.", param_hint="--scale")
+    wanted = names or ([] if shapes else WORKLOADS)
+    chosen = [WORKLOADS[name] for name in dict.fromkeys(wanted)]
+    if shapes is not None:
+        try:
+            own = read_shapes(shapes)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--shapes") from None
+        taken = {w.name for w in own} & WORKLOADS.keys()
+        if taken:
+            raise typer.BadParameter(
+                f"{taken.pop()} is the name of a workload of this program; rename it.",
+                param_hint="--shapes",
+            )
+        chosen += own
+    return chosen if scale == 1 else [workload.scaled(scale) for workload in chosen]
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{folder} cannot be made: {error.strerror}.", param_hint="--json"
+        ) from None
+
+
+def _check_memory(workloads: Sequence[Workload], names: Sequence[str]) -> None:
+    try:
+        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not Linux
+        return
+    available = 1024 * int(told[1]) if told else 0
+    largest = max(workloads, key=lambda workload: workload.elements)
+    needed = max(memory_needed(name, largest.elements) for name in names)
+    if told and needed > available:
+        raise typer.BadParameter(
+            f"{largest.name} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
+            "free; a smaller one will do.",
+            param_hint="--scale",
+        )
+
+
+class _Bar:
+    """A progress bar that draws between rounds only: a thread that draws would be timed too."""
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self.console = console
+        self._width = max(map(len, names))
+
+    @contextmanager
+    def over(self, what: str, names: Sequence[str], each: int) -> Iterator[Callable[[str], _Tick]]:
+        """A bar for some optimizers; gives a function that starts one and returns its tick."""
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            auto_refresh=False,
+            transient=True,
+        )
+        with progress:
+            task = progress.add_task(what, total=each * len(names))
+
+            def start(name: str) -> _Tick:
+                description = f"{what} {name:<{self._width}}"
+                progress.update(task, description=description, refresh=True)
+                return lambda: progress.update(task, advance=1, refresh=True)
+
+            yield start
+
+
+# One question each: measure, print a table, and give what is to be kept. --------------------------
+
+
+def _steps(
+    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str], rounds: int
+) -> Iterator[dict[str, Any]]:
+    for workload in workloads:
+        results = []
+        gradients = make_gradients(workload.shapes)
+        with bar.over(workload.name, names, WARM_UPS + rounds) as start:
+            for name in names:
+                times = measure_arms(name, gradients, rounds=rounds, tick=start(name))
+                results.append(Result(workload.name, name, times))
+        bar.console.print(_steps_table(workload, results))
+        if any(LIMIT.name not in result.seconds for result in results):
+            bar.console.print(
+                "  Without the limit, for want of a kernel: `stepforge doctor` says why."
+            )
+        for result in results:
+            yield _kept(result)
+
+
+def _kept(result: Result) -> dict[str, Any]:
+    made = getattr(stepforge, result.optimizer)([torch.zeros(1)])
+    return {
+        "workload": result.workload,
+        "optimizer": result.optimizer,
+        "backend": stepforge.explain(made).served[0].backend,
+        "bytes_per_element": bytes_per_element(result.optimizer),
+        "arms": {
+            arm: {
+                "seconds": list(seconds),
+                "median": result.median(arm),
+                "spread": result.spread(arm),
+                **dataclasses.asdict(result.ratios(arm)),
+            }
+            for arm, seconds in result.seconds.items()
+        },
+        "target": dataclasses.asdict(result.target) if result.target else None,
+        "reached": result.reached,
+    }
+
+
+def _steps_table(workload: Workload, results: Iterable[Result]) -> Table:
+    table = _table(
+        str(workload),
+        ["optimizer", "arm"],
+        ["ms", "spread", "of the\nlimit", "x torch's\nbest", "x torch's\ndefault"],
+    )
+    for result in results:
+        optimizer = result.optimizer
+        for arm in ARMS:
+            if arm.name not in result.seconds:
+                continue
+            ratios = result.ratios(arm.name)
+            marks = result.reached if arm == OURS else {}
+            table.add_row(
+                optimizer,
+                Text(arm.name, style="bold" if arm == OURS else ""),
+                _number(result.median(arm.name), 1e3),
+                _percent(result.spread(arm.name)),
+                *(_marked(value, marks.get(name)) for name, value in vars(ratios).items()),
+            )
+            optimizer = ""
+            if arm == OURS and result.target:
+                table.add_row("", Text("  to reach", style="dim"), "", "", *_wanted(result.target))
+        table.add_section()
+    return table
+
+
+def _wanted(target: Ratios) -> list[Text]:
+    return [_marked(value, None) for value in vars(target).values()]
+
+
+def _groups(
+    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str], rounds: int, groups: int
+) -> Iterator[dict[str, Any]]:
+    for workload in workloads:
+        table = _table(
+            f"{workload}: one param group or {groups}",
+            ["optimizer", "arm"],
+            ["ms, one", f"ms, {groups}", "ratio", "at most"],
+        )
+        gradients = make_gradients(workload.shapes)
+        with bar.over(f"{workload.name}, groups", names, WARM_UPS + rounds) as start:
+            for name in names:
+                times = measure_groups(name, gradients, groups, rounds=rounds, tick=start(name))
+                kept: dict[str, Any] = {"workload": workload.name, "optimizer": name, "arms": {}}
+                for arm in (TORCH, OURS):
+                    one, many = (statistics.median(times[arm.name][n]) for n in (1, groups))
+                    ours = arm == OURS
+                    table.add_row(
+                        "" if ours else name,
+                        arm.name,
+                        _number(one, 1e3),
+                        _number(many, 1e3),
+                        _marked(many / one, many / one <= GROUPS_TARGET if ours else None),
+                        str(GROUPS_TARGET) if ours else "",
+                    )
+                    kept["arms"][arm.name] = {"seconds": times[arm.name], "ratio": many / one}
+                yield kept
+        bar.console.print(table)
+
+
+def _first_steps(
+    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    table = _table(
+        "first step of a fresh process minus the second",
+        ["workload", "optimizer"],
+        ["ms", "at most"],
+    )
+    for workload in workloads:
+        with bar.over(f"{workload.name}, first step", names, 1 + PROCESSES) as start:
+            for name in names:
+                seconds = time_first_step(name, workload, start(name))
+                reached = seconds <= FIRST_STEP_TARGET
+                limit = _number(FIRST_STEP_TARGET, 1e3)
+                table.add_row(workload.name, name, _marked(1e3 * seconds, reached), limit)
+                yield {"workload": workload.name, "optimizer": name, "seconds": seconds}
+    bar.console.print(table)
+
+
+def _memory(
+    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    arms = [arm for arm in ARMS if arm != LIMIT]
+    for workload in workloads:
+        largest = 4 * max(map(math.prod, workload.shapes))
+        table = _table(
+            f"{workload}: peak memory of a step beyond what was there, MB\n"
+            f"(the largest parameter: {largest / 1e6:,.1f} MB)",
+            ["optimizer"],
+            [arm.name.replace(" ", "\n") for arm in arms],
+        )
+        with bar.over(f"{workload.name}, memory", names, 1) as start:
+            for name in names:
+                tick = start(name)
+                peaks = extra_memory(name, workload)
+                table.add_row(name, *(_peak(peaks.get(arm.name), largest) for arm in arms))
+                yield {
+                    "workload": workload.name,
+                    "optimizer": name,
+                    "largest_parameter": largest,
+                    "extra_bytes": peaks,
+                }
+                tick()
+        bar.console.print(table)
+
+
+# Cells. -------------------------------------------------------------------------------------------
+
+
+def _table(title: str, names: Iterable[str], numbers: Iterable[str]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in names:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _number(value: float | None, factor: float = 1) -> str:
+    """About three digits, never in scientific notation."""
+    if value is None:
+        return ""
+    value *= factor
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
+
+
+def _marked(value: float | None, reached: bool | None) -> Text:
+    """A number, with a mark if it was to reach something, and room for the mark if not."""
+    mark = {
+        True: Text(" \N{CHECK MARK}", style="green"),
+        False: Text(" \N{BALLOT X}", style="red"),
+        None: Text("  "),
+    }[reached]
+    return Text.assemble(_number(value), mark)
+
+
+def _peak(extra: int | None, largest: int) -> Text:
+    if extra is None:
+        return Text()
+    return _marked(extra / 1e6, extra < largest if largest >= _TELLING_BYTES else None)

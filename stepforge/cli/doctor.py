@@ -1,0 +1,154 @@
+"""``stepforge doctor``: what a step would run on this machine, and why nothing faster."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import stepforge
+from stepforge.backends import native
+from stepforge.backends.native import build
+from stepforge.cli.machine import describe
+from stepforge.cli.measure import OPTIMIZERS
+
+__all__ = ["doctor"]
+
+#: The dtypes of the parameters that are asked about.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+#: The environment variables that change what runs.
+_VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_CACHE", "CC")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What one kind of parameter gets.
+
+    Attributes:
+        backend: the name of the backend; "" if none is allowed to serve it.
+        why: why it is not the compiled kernel; "" if it is.
+    """
+
+    backend: str
+    why: str = ""
+
+
+def doctor() -> None:
+    """Says what step() would run on this machine's CPU, and why nothing faster.
+
+    The exit code is 0 if compiled kernels serve all optimizers, otherwise 1.
+    """
+    console = Console(highlight=False)
+    for name, value in _facts().items():
+        console.print(f"[bold]{name:<16}[/]{escape(value)}", soft_wrap=True)
+    served = {(name, dtype): _served(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES}
+    console.print()
+    console.print(_table(served))
+    for why, kinds in _reasons(served).items():
+        console.print(f"[bold]{kinds}[/]: {escape(why)}", soft_wrap=True)
+    if any(answer.backend != native.name for answer in served.values()):
+        raise typer.Exit(1)
+
+
+def _facts() -> dict[str, str]:
+    machine = describe()
+    return {
+        "stepforge": machine["stepforge"],
+        "torch": machine["torch"],
+        "numpy": np.__version__,
+        "system": f"{machine['system']}, Python {machine['Python']}",
+        "CPU": machine["CPU"],
+        "instruction set": _or_why_not(lambda: build.instruction_set() or "the plain one"),
+        "compiler": _or_why_not(_compiler),
+        "kernel cache": _or_why_not(_cache),
+        "threads": _threads(),
+        "environment": _environment(),
+    }
+
+
+def _or_why_not(ask: Callable[[], str]) -> str:
+    try:
+        return ask()
+    except build.BuildError as error:
+        return f"none: {error}"
+
+
+def _compiler() -> str:
+    path = build.compiler()
+    return f"{path}: {build.compiler_version(path)}"
+
+
+def _cache() -> str:
+    folder = build.cache_folder()
+    sizes = [path.stat().st_size for path in folder.glob("*.so")]
+    plural = "" if len(sizes) == 1 else "s"
+    kept = f"{folder}: {len(sizes)} kernel{plural}, {sum(sizes) / 1e6:.1f} MB"
+    return kept if os.access(folder, os.W_OK) else f"{kept}; it cannot be written to"
+
+
+def _threads() -> str:
+    if build.thread_pool() is None:
+        pool = "torch's OpenMP pool was not found, so kernels use one"
+    else:
+        pool = "torch's OpenMP pool was found"
+    return f"{torch.get_num_threads()}; {pool}"
+
+
+def _environment() -> str:
+    known = {name: os.environ.get(name) for name in _VARIABLES}
+    settings = [f"{name}={value}" for name, value in known.items() if value is not None]
+    return ", ".join(settings) or f"none of {', '.join(_VARIABLES)} is set"
+
+
+def _served(name: str, dtype: torch.dtype) -> Served:
+    try:
+        optimizer = getattr(stepforge, name)([torch.zeros(1, dtype=dtype)])
+        served = stepforge.explain(optimizer).served[0]
+    except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND asks for what cannot be had
+        return Served("", str(error))
+    if served.backend == native.name:
+        return Served(served.backend)
+    # Nothing was passed over if nothing faster was asked.
+    asked = f"STEPFORGE_BACKEND asks for {served.backend}"
+    return Served(served.backend, dict(served.reasons).get(native.name, asked))
+
+
+def _table(served: Mapping[tuple[str, torch.dtype], Served]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("would run")
+    for dtype in _DTYPES:
+        table.add_column(_bare(dtype))
+    for name in OPTIMIZERS:
+        table.add_row(name, *(served[name, dtype].backend or "an error" for dtype in _DTYPES))
+    return table
+
+
+def _reasons(served: Mapping[tuple[str, torch.dtype], Served]) -> dict[str, str]:
+    """For each reason, what is not served for it."""
+    kinds: dict[str, list[tuple[str, torch.dtype]]] = {}
+    for kind, answer in served.items():
+        if answer.why:
+            kinds.setdefault(answer.why, []).append(kind)
+    return {why: f"no {native.name} for {_summary(which)}" for why, which in kinds.items()}
+
+
+def _summary(kinds: list[tuple[str, torch.dtype]]) -> str:
+    names = list(dict.fromkeys(name for name, _ in kinds))
+    dtypes = list(dict.fromkeys(_bare(dtype) for _, dtype in kinds))
+    if len(kinds) == len(OPTIMIZERS) * len(_DTYPES):
+        return "any of them"
+    if len(kinds) == len(names) * len(dtypes):
+        return f"{', '.join(names)} in {', '.join(dtypes)}"
+    return ", ".join(f"{name} in {_bare(dtype)}" for name, dtype in kinds)
+
+
+def _bare(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
