@@ -119,10 +119,7 @@ def every_pair(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def with_results(graph: Graph, row: Mapping[str, torch.Tensor]) -> Row:
     """A row with memory of a parameter's kind, full of sevens, for what is only written."""
-    return {
-        name: row[name] if name in row else torch.full_like(row["p"], 7)
-        for name in columns_of(graph)
-    }
+    return {**{name: torch.full_like(row["p"], 7) for name in columns_of(graph)}, **row}
 
 
 def run_compiler(arguments: Iterable[str | Path]) -> subprocess.CompletedProcess[str]:

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,7 +143,20 @@ def refuses(
             return f"it does not store {stored}"
     dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
     kernel = kernel_for(graph, dtypes, _arithmetic(dtype))
-    return kernel if isinstance(kernel, str) else None
+    if isinstance(kernel, str):
+        if not group["fused"]:
+            _warn_once(kernel)
+        return kernel
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"steps run on torch operations, several times slower than a compiled kernel: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def prepare(batch: Batch) -> Table | None:

@@ -1,0 +1,466 @@
+"""Faults on the way to a kernel. Oracle: ``p + 2 * g`` by torch, exact in small whole numbers; each
+fault ends in that or in one sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+import stepforge
+from stepforge.backends.native import Kernel, build
+from tests.native.graphs import INSTRUCTION_SETS, in_new_process, launch, traced
+
+PROCESSES = 16
+
+
+def new_kernel() -> Kernel:
+    """The kernel of a small rule, loaded anew: nothing is remembered from one call to the next."""
+    return Kernel(traced(lambda p, g: p + 2.0 * g), (torch.float32,) * 2, torch.float32)
+
+
+def assert_right(kernel: Kernel) -> None:
+    p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
+    wanted = p + 2 * g
+    launch(kernel, [{"p": p, "g": g}], [[]])
+    assert torch.equal(p, wanted)
+
+
+def refusal() -> str:
+    """Why a kernel cannot be had: one sentence."""
+    with pytest.raises(build.BuildError) as caught:
+        new_kernel()
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    assert len(sentence) > 20
+    return sentence
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, which does not exist yet."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
+    return folder
+
+
+def kernels(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.so"))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """The files of the cache that are no kernels."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".so")
+
+
+def bears_its_digest(kernel: Path) -> bool:
+    digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
+    return kernel.stem.split("-")[1] == digest[:32]
+
+
+def never(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("this must not be called")
+
+
+def raises_os_error(number: int) -> Callable[..., NoReturn]:
+    def fail(*args: Any, **kwargs: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# The cache.
+
+
+def test_a_kernel_is_compiled_once_and_kept_in_private(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_right(new_kernel())
+    (kernel,) = kernels(cache)
+    assert bears_its_digest(kernel)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert not leftovers(cache)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    assert_right(new_kernel())
+    assert kernels(cache) == [kernel]
+
+
+def test_the_cache_is_in_the_user_s_cache_folder_unless_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STEPFORGE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_folder() == tmp_path / "home" / ".cache" / "stepforge"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert build.cache_folder() == tmp_path / "xdg" / "stepforge"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path / "named"))
+    assert build.cache_folder() == tmp_path / "named"
+    assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in tmp_path.glob("*/stepforge"))
+
+
+def test_a_cache_below_a_file_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("STEPFORGE_CACHE", str(file / "cache"))
+    assert f"{file}/cache cannot be made (Not a directory): set STEPFORGE_CACHE" in refusal()
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch(mode=0o600)
+    monkeypatch.setenv("STEPFORGE_CACHE", str(file))
+    assert "cannot be made (File exists): set STEPFORGE_CACHE" in refusal()
+
+
+def test_a_cache_that_may_not_be_written_still_serves_what_it_has(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(mode=0o700)
+    # As for an ordinary user in a folder of mode 0500; permissions do not bind the superuser.
+    monkeypatch.setattr(tempfile, "mkdtemp", raises_os_error(errno.EACCES))
+    assert "cannot be written to (Permission denied): set STEPFORGE_CACHE" in refusal()
+    monkeypatch.undo()
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    new_kernel()
+    monkeypatch.setattr(tempfile, "mkdtemp", raises_os_error(errno.EACCES))
+    assert_right(new_kernel())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+def test_a_read_only_cache(cache: Path) -> None:
+    cache.mkdir(mode=0o500)
+    assert "cannot be written to (Permission denied): set STEPFORGE_CACHE" in refusal()
+
+
+@pytest.mark.parametrize("where", ["os.replace", "pathlib.Path.write_text"])
+def test_a_full_disk(cache: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(where, raises_os_error(errno.ENOSPC))
+    assert "cannot be written to (No space left on device): set STEPFORGE_CACHE" in refusal()
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_cache_that_others_may_write_to_is_refused(cache: Path, mode: int) -> None:
+    cache.mkdir()
+    cache.chmod(mode)
+    sentence = refusal()
+    assert "can be written to by others" in sentence
+    assert f"chmod 700 {cache}" in sentence
+    assert list(cache.iterdir()) == []
+    cache.chmod(0o755)
+    assert_right(new_kernel())
+
+
+def test_a_cache_that_belongs_to_another_is_refused(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    assert f"{cache} belongs to another user" in refusal()
+    assert list(cache.iterdir()) == []
+
+
+def shortened(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def altered(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the kernel, which no process has loaded from there."""
+    folder = tmp_path / "filled"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
+    new_kernel()
+    return folder
+
+
+@pytest.mark.parametrize("fault", [shortened, altered, emptied])
+def test_a_kernel_file_that_is_not_what_it_was_is_built_anew(
+    cache: Path, filled: Path, fault: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (original,) = kernels(filled)
+    cache.mkdir(mode=0o700)
+    damaged = cache / original.name
+    damaged.write_bytes(fault(original.read_bytes()))
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert_right(new_kernel())
+    assert all(map(bears_its_digest, kernels(cache)))
+    assert len(kernels(cache)) == 1
+    assert not leftovers(cache)
+
+
+def test_a_kernel_under_another_s_name_is_not_loaded(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (original,) = kernels(filled)
+    cache.mkdir(mode=0o700)
+    key = original.stem.split("-")[0]
+    (cache / f"{key}-{'0' * 32}.so").write_bytes(original.read_bytes())
+    (cache / f"{'0' * 32}-{original.stem.split('-')[1]}.so").write_bytes(original.read_bytes())
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert_right(new_kernel())
+    assert (cache / original.name).exists()
+
+
+def test_what_cannot_be_loaded_is_said(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (original,) = kernels(filled)
+    cache.mkdir(mode=0o700)
+    content = b"no library"
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    (cache / f"{original.stem.split('-')[0]}-{digest}.so").write_bytes(content)
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert "cannot be loaded" in refusal()
+
+
+def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
+    cut_off = cache / "build-0a1b2c3d"
+    cut_off.mkdir(parents=True)
+    cache.chmod(0o700)
+    (cut_off / "kernel.c").write_text("half a fil")
+    (cut_off / "kernel.so").write_bytes(b"\x7fELF")
+    assert_right(new_kernel())
+    assert len(kernels(cache)) == 1
+    assert all(map(bears_its_digest, kernels(cache)))
+
+
+def build_in_many_processes() -> None:
+    """Forks processes that all begin to build at the same moment; fails if one fails."""
+    gate, release = os.pipe()
+    children = []
+    for _ in range(PROCESSES):
+        child = os.fork()
+        if child == 0:
+            os.close(release)
+            os.read(gate, 1)
+            try:
+                assert_right(new_kernel())
+            except BaseException as error:
+                print(error, file=sys.stderr, flush=True)
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    os.close(release)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * PROCESSES
+
+
+def test_processes_that_start_at_once_on_an_empty_cache(cache: Path) -> None:
+    in_new_process(build_in_many_processes)
+    assert len(kernels(cache)) == 1
+    assert all(map(bears_its_digest, kernels(cache)))
+    assert not leftovers(cache)
+
+
+# The key.
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    return path
+
+
+def compiler_of_version(path: Path, version: str) -> Path:
+    """A compiler like the real one that says it is of another version."""
+    real = shutil.which("cc") or build.compiler()
+    versioned = f'if [ "$1" = --version ]; then echo "cc {version}"; exit; fi'
+    return executable(path, f'{versioned}\nexec "{real}" "$@"')
+
+
+@pytest.fixture
+def named_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a test may put the compiler that CC names."""
+    path = tmp_path / "fake-cc"
+    monkeypatch.setenv("CC", str(path))
+    return path
+
+
+@pytest.mark.parametrize("flag", ["-DUNUSED", "-fno-inline"])
+def test_other_flags_make_another_kernel(
+    cache: Path, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_kernel()
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
+    for _ in range(2):
+        assert_right(new_kernel())
+        assert len({path.name.split("-")[0] for path in kernels(cache)}) == 2
+
+
+def test_another_version_of_the_compiler_makes_another_kernel(
+    cache: Path, named_compiler: Path
+) -> None:
+    """Also when it takes the place of the old one while a process runs."""
+    for count, version in enumerate(["1.0", "2.0"], start=1):
+        compiler_of_version(named_compiler, version)
+        os.utime(named_compiler, (count, count))
+        for _ in range(2):
+            assert_right(new_kernel())
+            assert len(kernels(cache)) == count
+
+
+@pytest.mark.skipif(len(INSTRUCTION_SETS) < 2, reason="this processor has one instruction set")
+def test_every_instruction_set_has_its_own_kernel(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        for isa in INSTRUCTION_SETS.values():
+            monkeypatch.setenv("STEPFORGE_ISA", isa)
+            assert_right(new_kernel())
+    assert len({path.name.split("-")[0] for path in kernels(cache)}) == len(INSTRUCTION_SETS)
+
+
+def test_an_instruction_set_that_does_not_exist(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v9")
+    sentence = refusal()
+    assert "STEPFORGE_ISA is 'x86-64-v9'" in sentence
+    assert all(level in sentence for level in build.LEVELS)
+
+
+# The compiler.
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [("CC", "/nonexistent", "CC names '/nonexistent'"), ("PATH", "", "no C compiler")],
+)
+def test_no_compiler(
+    cache: Path, variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv(variable, value)
+    sentence = refusal()
+    assert says in sentence
+    assert "install gcc or clang" in sentence
+
+
+def test_the_compiler_may_be_named_with_arguments(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As make and every build system take it: CC="ccache gcc"."""
+    monkeypatch.setenv("CC", f"{build.compiler()} -DUNUSED")
+    assert_right(new_kernel())
+
+
+def test_a_compiler_that_fails_is_quoted(cache: Path, named_compiler: Path) -> None:
+    executable(named_compiler, "echo warming up >&2; echo 'error: out of paper' >&2; exit 1")
+    assert refusal() == f"{named_compiler} failed: error: out of paper"
+    assert list(cache.iterdir()) == []
+
+
+def test_a_compiler_that_fails_in_silence(cache: Path, named_compiler: Path) -> None:
+    executable(named_compiler, "exit 1")
+    assert refusal() == f"{named_compiler} failed: it said nothing"
+
+
+def test_a_compiler_that_makes_nothing(cache: Path, named_compiler: Path) -> None:
+    executable(named_compiler, "exit 0")
+    assert "failed: it said nothing" in refusal()
+
+
+def test_a_compiler_that_speaks_no_utf_8(cache: Path, named_compiler: Path) -> None:
+    executable(named_compiler, "printf '\\377 error: \\344\\n' >&2; exit 1")
+    assert "failed" in refusal()
+
+
+def test_a_compiler_that_cannot_be_run(cache: Path, named_compiler: Path) -> None:
+    named_compiler.write_bytes(b"\x7fELF but not really")
+    named_compiler.chmod(0o700)
+    assert f"{named_compiler} cannot be run (Exec format error)" in refusal()
+
+
+@pytest.mark.parametrize("sleeps", ["exec sleep 20", "sleep 20; true"], ids=["itself", "a-child"])
+def test_a_compiler_that_does_not_end(
+    cache: Path, named_compiler: Path, sleeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler's driver runs the compiler proper as a child, which must not be waited for."""
+    executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
+    monkeypatch.setattr(build, "PATIENCE_S", 0.3)
+    begin = time.monotonic()
+    assert refusal() == f"{named_compiler} did not finish within 0.3 s"
+    assert time.monotonic() - begin < 10
+    assert list(cache.iterdir()) == []
+
+
+# What an optimizer makes of it.
+
+
+def train(fused: bool | None = None) -> tuple[torch.Tensor, str]:
+    """A parameter after a step of 0.25 downwards, and the backend that served it."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 2.0)
+    optimizer = stepforge.Adam([p], lr=0.25, fused=fused)
+    served = stepforge.explain(optimizer).served[0].backend
+    optimizer.step()
+    return p.detach(), served
+
+
+def steps_without_a_compiler(cache: str) -> None:
+    """Prints what fused=True says, which backends serve otherwise, and what was warned of."""
+    assert not Path(cache).exists(), "to import the library is not to compile"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RuntimeError) as refused:
+            train(fused=True)
+        assert not caught, "an error says it already"
+        ends = [train() for _ in range(3)]
+        p = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        p.grad = torch.ones(2, dtype=torch.float64)
+        stepforge.RAdam([p]).step()
+    assert all(torch.equal(p, torch.full((3,), 0.75)) for p, _ in ends)
+    told = [(w.category.__name__, str(w.message)) for w in caught]
+    found = {"refused": str(refused.value), "served": [by for _, by in ends], "told": told}
+    print(json.dumps(found))
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    """``fused=True`` says what to install; by default foreach serves, with one warning."""
+    cache = str(tmp_path / "cache")
+    output = in_new_process(
+        steps_without_a_compiler, cache, CC="/nonexistent", STEPFORGE_CACHE=cache
+    )
+    found = json.loads(output)
+    reason = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
+    assert found["refused"].startswith("fused=True cannot serve")
+    assert reason in found["refused"]
+    assert found["served"] == ["foreach"] * 3
+    ((category, message),) = found["told"]
+    assert category == "RuntimeWarning"
+    assert reason in message
+    assert "foreach" in message
+    assert "\n" not in message
+
+
+def test_a_bad_instruction_set_is_told_to_who_asks_for_a_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STEPFORGE_ISA", "mmx")
+    allowed = "x86-64-v4, x86-64-v3, x86-64-v2"
+    with pytest.raises(RuntimeError, match=f"STEPFORGE_ISA is 'mmx'; it must be one of {allowed}"):
+        train(fused=True)
