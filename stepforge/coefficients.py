@@ -67,11 +67,14 @@ def rounded(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
     ):
         rows = for_each_row(values, count)
         return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in rows]
-    array = np.broadcast_to(np.asarray(values), (count,))
-    if array.dtype == np.bool_:
-        return array.copy()
+    array = np.asarray(values)
+    column = np.empty(count, _NUMPY[bool if array.dtype == np.bool_ else dtype])
     with np.errstate(over="ignore"):
-        return array.astype(np.float64 if dtype == torch.float64 else np.float32)
+        column[:] = array
+    return column
+
+
+_NUMPY: dict[Any, Any] = {bool: np.bool_, torch.float32: np.float32, torch.float64: np.float64}
 
 
 def as_tensors(column: Coefficient, device: torch.device) -> Coefficient:

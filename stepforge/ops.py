@@ -334,8 +334,8 @@ _array_power = _each(_number_power)
 
 
 def _divide(x: Value, y: Value) -> Value:
-    if isinstance(x, float) and isinstance(y, float):
-        return float(np.divide(x, y))
+    if isinstance(y, float) and y == 0 and isinstance(x, float):  # where Python raises
+        return math.nan if x == 0 or x != x else math.copysign(math.inf, x) * math.copysign(1.0, y)
     return x / y
 
 

@@ -33,7 +33,7 @@ def _eager(function: _Function) -> _Function:
     return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-_count = _eager(plan.count)
+_count_for_compiler = _eager(plan.count)
 
 # Raises if a graph is being captured without `capturable`; older versions call it otherwise.
 _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
@@ -313,13 +313,21 @@ class Optimizer(_Declared):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for launch in self._launches(torch.compiler.is_compiling()):
-                launch.backend.run(launch.batch)
-                _count(launch)
+            if torch.compiler.is_compiling():
+                for launch in self._launches_for_compiler():
+                    launch.backend.run(launch.batch)
+                    _count_for_compiler(launch)
+            else:
+                for launch in self._launches():
+                    launch.backend.run(launch.batch)
+                    plan.count(launch)
         return loss
 
     @_eager
-    def _launches(self, compiling: bool) -> list[plan.Launch]:
+    def _launches_for_compiler(self) -> list[plan.Launch]:
+        return self._launches(compiling=True)
+
+    def _launches(self, *, compiling: bool = False) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""
         launches = (
             self._plan and not compiling and self._plan.renewed(self.param_groups, self.state)

@@ -19,6 +19,7 @@ import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -50,8 +51,8 @@ WorkloadName = StrEnum("WorkloadName", [(name, name) for name in WORKLOADS])  # 
 
 #: How many param groups ``--all`` compares with one.
 _MANY_GROUPS = 500
-#: Parameters smaller than this say nothing about memory, which is counted in pages.
-_TELLING_BYTES = 2**22
+#: Memory is counted in pages, and some of them late; a small parameter does not stand out.
+_IMPRECISION = 2**21
 
 _Tick = Callable[[], None]
 
@@ -127,7 +128,7 @@ def bench(
     console = Console(highlight=False)
     machine = describe() | {"numpy": np.__version__}
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
-    load = [os.getloadavg()[0]]
+    load = [_load()]
     report: dict[str, Any] = {
         "machine": machine,
         "settings": {
@@ -140,23 +141,23 @@ def bench(
             {"name": w.name, "tensors": len(w.shapes), "elements": w.elements} for w in chosen
         ],
     }
-    bar, failed = _Bar(console, names), ""
+    screen, failed = _Screen(console, names), ""
     if steps:
-        report["steps"] = list(_steps(bar, chosen, names, rounds))
+        report["steps"] = list(_steps(screen, chosen, names, rounds))
     if split and groups is not None:
-        report["groups"] = list(_groups(bar, split, names, rounds, groups))
+        report["groups"] = list(_groups(screen, split, names, rounds, groups))
     try:
         if first_step or everything:
-            report["first_step"] = list(_first_steps(bar, chosen, names))
+            report["first_step"] = list(_first_steps(screen, chosen, names))
         if memory or everything:
-            report["memory"] = list(_memory(bar, chosen, names))
+            report["memory"] = list(_memory(screen, chosen, names))
     except ProbeError as error:
         failed = f"stepforge: {error}"
-    load.append(os.getloadavg()[0])
+    load.append(_load())
     report["load"] = load
     console.print(
-        f"{rounds} rounds after {WARM_UPS}, {torch.get_num_threads()} threads; load of the machine "
-        f"{load[0]:.1f} before, {load[1]:.1f} after.",
+        f"\nMedians of {rounds} rounds after {WARM_UPS}. "
+        f"Load of the machine: {load[0]:.1f} before, {load[1]:.1f} after.",
         soft_wrap=True,
     )
     if json_ is not None:
@@ -214,12 +215,16 @@ def _check_memory(workloads: Sequence[Workload], names: Sequence[str]) -> None:
         )
 
 
-class _Bar:
-    """A progress bar that draws between rounds only: a thread that draws would be timed too."""
+class _Screen:
+    """Tables, and a bar that is drawn between rounds: a thread that draws would be timed too."""
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self.console = console
         self._width = max(map(len, names))
+
+    def show(self, title: str, table: Table) -> None:
+        self.console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+        self.console.print(table)
 
     @contextmanager
     def over(self, what: str, names: Sequence[str], each: int) -> Iterator[Callable[[str], _Tick]]:
@@ -232,6 +237,7 @@ class _Bar:
             console=self.console,
             auto_refresh=False,
             transient=True,
+            disable=not self.console.is_terminal,
         )
         with progress:
             task = progress.add_task(what, total=each * len(names))
@@ -248,22 +254,24 @@ class _Bar:
 
 
 def _steps(
-    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str], rounds: int
+    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str], rounds: int
 ) -> Iterator[dict[str, Any]]:
     for workload in workloads:
         results = []
         gradients = make_gradients(workload.shapes)
-        with bar.over(workload.name, names, WARM_UPS + rounds) as start:
+        with screen.over(workload.name, names, WARM_UPS + rounds) as start:
             for name in names:
                 times = measure_arms(name, gradients, rounds=rounds, tick=start(name))
                 results.append(Result(workload.name, name, times))
-        bar.console.print(_steps_table(workload, results))
+        screen.show(f"{workload}: step()", _steps_table(results))
         if any(LIMIT.name not in result.seconds for result in results):
-            bar.console.print(
-                "  Without the limit, for want of a kernel: `stepforge doctor` says why."
+            screen.console.print(
+                "Without the limit, for want of a kernel: `stepforge doctor` says why."
             )
         for result in results:
             yield _kept(result)
+    for arm in ARMS:
+        screen.console.print(f"  [bold]{arm.name:<20}[/]{arm.what}")
 
 
 def _kept(result: Result) -> dict[str, Any]:
@@ -287,9 +295,8 @@ def _kept(result: Result) -> dict[str, Any]:
     }
 
 
-def _steps_table(workload: Workload, results: Iterable[Result]) -> Table:
+def _steps_table(results: Iterable[Result]) -> Table:
     table = _table(
-        str(workload),
         ["optimizer", "arm"],
         ["ms", "spread", "of the\nlimit", "x torch's\nbest", "x torch's\ndefault"],
     )
@@ -319,16 +326,15 @@ def _wanted(target: Ratios) -> list[Text]:
 
 
 def _groups(
-    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str], rounds: int, groups: int
+    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str], rounds: int, groups: int
 ) -> Iterator[dict[str, Any]]:
     for workload in workloads:
         table = _table(
-            f"{workload}: one param group or {groups}",
             ["optimizer", "arm"],
             ["ms, one", f"ms, {groups}", "ratio", "at most"],
         )
         gradients = make_gradients(workload.shapes)
-        with bar.over(f"{workload.name}, groups", names, WARM_UPS + rounds) as start:
+        with screen.over(f"{workload.name}, groups", names, WARM_UPS + rounds) as start:
             for name in names:
                 times = measure_groups(name, gradients, groups, rounds=rounds, tick=start(name))
                 kept: dict[str, Any] = {"workload": workload.name, "optimizer": name, "arms": {}}
@@ -345,41 +351,35 @@ def _groups(
                     )
                     kept["arms"][arm.name] = {"seconds": times[arm.name], "ratio": many / one}
                 yield kept
-        bar.console.print(table)
+        screen.show(f"{workload}: one param group or {groups}", table)
 
 
 def _first_steps(
-    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str]
+    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    table = _table(
-        "first step of a fresh process minus the second",
-        ["workload", "optimizer"],
-        ["ms", "at most"],
-    )
+    table = _table(["workload", "optimizer"], ["ms", "at most"])
     for workload in workloads:
-        with bar.over(f"{workload.name}, first step", names, 1 + PROCESSES) as start:
+        with screen.over(f"{workload.name}, first step", names, 1 + PROCESSES) as start:
             for name in names:
                 seconds = time_first_step(name, workload, start(name))
                 reached = seconds <= FIRST_STEP_TARGET
                 limit = _number(FIRST_STEP_TARGET, 1e3)
                 table.add_row(workload.name, name, _marked(1e3 * seconds, reached), limit)
                 yield {"workload": workload.name, "optimizer": name, "seconds": seconds}
-    bar.console.print(table)
+    screen.show("the first step of a fresh process minus the second", table)
 
 
 def _memory(
-    bar: _Bar, workloads: Sequence[Workload], names: Sequence[str]
+    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     arms = [arm for arm in ARMS if arm != LIMIT]
     for workload in workloads:
         largest = 4 * max(map(math.prod, workload.shapes))
         table = _table(
-            f"{workload}: peak memory of a step beyond what was there, MB\n"
-            f"(the largest parameter: {largest / 1e6:,.1f} MB)",
             ["optimizer"],
             [arm.name.replace(" ", "\n") for arm in arms],
         )
-        with bar.over(f"{workload.name}, memory", names, 1) as start:
+        with screen.over(f"{workload.name}, memory", names, 1) as start:
             for name in names:
                 tick = start(name)
                 peaks = extra_memory(name, workload)
@@ -391,17 +391,23 @@ def _memory(
                     "extra_bytes": peaks,
                 }
                 tick()
-        bar.console.print(table)
+        screen.show(
+            f"{workload}: memory that a step adds at its peak, MB "
+            f"(the largest parameter has {largest / 1e6:,.1f})",
+            table,
+        )
+
+
+def _load() -> float:
+    """How many processes wanted to run in the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 # Cells. -------------------------------------------------------------------------------------------
 
 
-def _table(title: str, names: Iterable[str], numbers: Iterable[str]) -> Table:
+def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -426,17 +432,19 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def _marked(value: float | None, reached: bool | None) -> Text:
+def _marked(value: float | None, reached: bool | None, shown: str = "") -> Text:
     """A number, with a mark if it was to reach something, and room for the mark if not."""
     mark = {
         True: Text(" \N{CHECK MARK}", style="green"),
         False: Text(" \N{BALLOT X}", style="red"),
         None: Text("  "),
     }[reached]
-    return Text.assemble(_number(value), mark)
+    number = format(value, shown) if shown and value is not None else _number(value)
+    return Text.assemble(number, mark)
 
 
 def _peak(extra: int | None, largest: int) -> Text:
     if extra is None:
         return Text()
-    return _marked(extra / 1e6, extra < largest if largest >= _TELLING_BYTES else None)
+    none_as_large = extra < largest - _IMPRECISION if largest > 2 * _IMPRECISION else None
+    return _marked(extra / 1e6, none_as_large, ".1f")

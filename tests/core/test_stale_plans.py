@@ -1,7 +1,7 @@
 """Nothing stale is ever used. Oracle: an optimizer that makes its plan anew in every step.
 
-Each mutation is done, between steps, to an optimizer whose plan is kept and to its twin whose plan is
-made anew; both must store the same bits ever after.
+Each mutation is done, between steps, to an optimizer whose plan is kept and to its twin whose plan
+is made anew; both must store the same bits ever after.
 """
 
 from __future__ import annotations
