@@ -335,14 +335,14 @@ class Optimizer(_Declared):
         if launches:
             return launches
         self._plan = None
-        self._plan = plan.Plan.of(
+        launches, self._plan = plan.lay_out(
             self._rule,
             self.param_groups,
             self.state,
             refuses_sparse=self._refuses_sparse(),
             compiling=compiling,
         )
-        return self._plan.launches
+        return launches
 
     def _refuses_sparse(self) -> str | None:
         """What to say of a sparse gradient; None if the rule takes them."""

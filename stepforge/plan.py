@@ -28,6 +28,7 @@ from stepforge.coefficients import (
 )
 from stepforge.declare import Rule, is_off
 from stepforge.expr import Graph
+from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states
 
 
@@ -59,73 +60,72 @@ def count(launch: Launch) -> None:
         torch._foreach_add_(launch.steps, 1)
 
 
+def lay_out(
+    rule: Rule,
+    groups: Sequence[dict[str, Any]],
+    state: MutableMapping[Any, dict[str, Any]],
+    *,
+    refuses_sparse: str | None,
+    compiling: bool = False,
+) -> tuple[list[Launch], Plan | None]:
+    """What the next step runs. Raises before anything has changed.
+
+    Args:
+        rule: the optimizer's rule.
+        groups: its param groups.
+        state: its state, to which what is missing is added.
+        refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
+        compiling: whether ``torch.compile`` traces the step. It would take a number for a constant
+            and compile anew when it changes, so coefficients become tensors.
+
+    Returns:
+        The launches, and the plan to keep for the steps that follow, if one can be kept.
+
+    Raises:
+        RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
+    """
+    rows = checked_rows(rule, groups, state, refuses_sparse=refuses_sparse, compiling=compiling)
+    batches = _batches(rows)
+    launches = [_launch(rule, batch, compiling) for batch in batches]
+    keep_new_states(rows, state)
+    if compiling or not rows or not all(map(_is_plain, rows)):
+        return launches, None
+    stepping = set(map(id, (row.p for row in rows)))
+    lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, launches)]
+    plan = Plan(
+        lanes=tuple(lane for _, lane in lanes),
+        groups=tuple(_Group.of(rule, group) for group in groups),
+        idle=tuple(p for group in groups for p in group["params"] if id(p) not in stepping),
+        entries=tuple(state.values()),
+        environment=_environment(),
+    )
+    return [launch for launch, _ in lanes], plan
+
+
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a step, and what they were made from.
+    """What a step was made from, to make the next one of. It holds no gradients.
 
     Attributes:
-        launches: what the step runs.
-        lanes: what each launch was made from, where that is worth keeping; else empty.
+        lanes: what each launch was made from.
         groups: the options and parameters of each group, as they were.
         idle: the parameters that had no gradient.
         entries: the entries of ``optimizer.state``.
         environment: the variables that choose backends.
     """
 
-    launches: list[Launch]
-    lanes: tuple[Lane, ...] = ()
-    groups: tuple[_Group, ...] = ()
-    idle: tuple[torch.Tensor, ...] = ()
-    entries: tuple[Any, ...] = ()
-    environment: tuple[str | None, ...] = ()
-
-    @classmethod
-    def of(
-        cls,
-        rule: Rule,
-        groups: Sequence[dict[str, Any]],
-        state: MutableMapping[Any, dict[str, Any]],
-        *,
-        refuses_sparse: str | None,
-        compiling: bool = False,
-    ) -> Plan:
-        """The plan of the next step. Raises before anything has changed.
-
-        Args:
-            rule: the optimizer's rule.
-            groups: its param groups.
-            state: its state, to which what is missing is added.
-            refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
-            compiling: whether ``torch.compile`` traces the step. It would take a number for a
-                constant and compile anew when it changes, so coefficients become tensors.
-
-        Raises:
-            RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
-        """
-        rows = checked_rows(rule, groups, state, refuses_sparse=refuses_sparse, compiling=compiling)
-        batches = _batches(rows)
-        launches = [_launch(rule, batch, compiling) for batch in batches]
-        keep_new_states(rows, state)
-        if compiling or not all(map(_is_plain, rows)):
-            return cls(launches)
-        stepping = set(map(id, (row.p for row in rows)))
-        lanes = tuple(Lane.of(rule, batch, launch) for batch, launch in zip(batches, launches))
-        return cls(
-            [lane.launch for lane in lanes],
-            lanes,
-            tuple(_Group.of(rule, group) for group in groups),
-            tuple(p for group in groups for p in group["params"] if id(p) not in stepping),
-            tuple(state.values()),
-            _environment(),
-        )
+    lanes: tuple[Lane, ...]
+    groups: tuple[_Group, ...]
+    idle: tuple[torch.Tensor, ...]
+    entries: tuple[Any, ...]
+    environment: tuple[str | None, ...]
 
     def renewed(
         self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
     ) -> list[Launch] | None:
         """The launches of another step, with its gradients and coefficients; None if stale."""
         if (
-            not self.lanes
-            or self.environment != _environment()
+            self.environment != _environment()
             or len(groups) != len(self.groups)
             or not all(known.holds(group) for known, group in zip(self.groups, groups))
             or any(p.grad is not None for p in self.idle)
@@ -134,7 +134,7 @@ class Plan:
         ):
             return None
         launches = [lane.renewed() for lane in self.lanes]
-        return None if None in launches else launches  # type: ignore[return-value]
+        return [x for x in launches if x is not None] if all(launches) else None
 
 
 def _environment() -> tuple[str | None, ...]:
@@ -144,11 +144,13 @@ def _environment() -> tuple[str | None, ...]:
 def _is_plain(row: Row) -> bool:
     """Whether a row's tensors are nothing but memory and its options nothing but numbers."""
     tensors = [row.p, row.g, *(x for x in row.state.values() if isinstance(x, torch.Tensor))]
+    step = row.state["step"]
     return not (
         row.group["differentiable"]
         or row.group["capturable"]
         or row.p.is_complex()
         or row.g.is_sparse
+        or (step.dtype, step.device.type) != (scalar_dtype(), "cpu")
         or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )
 
@@ -188,9 +190,9 @@ class Lane:
     """What a launch was made from, kept for the next step.
 
     Attributes:
-        launch: the launch, without gradients that are still right.
+        launch: the launch, with neither gradients nor coefficients.
         rule: the optimizer's rule.
-        rows: its rows.
+        states: the entries of ``optimizer.state`` of its rows.
         keys: the names of the states that the rows keep.
         tensors: the parameters, then the states of each row in the order of ``keys``.
         addresses: where they begin.
@@ -203,7 +205,7 @@ class Lane:
 
     launch: Launch
     rule: Rule
-    rows: tuple[Row, ...]
+    states: tuple[dict[str, Any], ...]
     keys: tuple[str, ...]
     tensors: tuple[torch.Tensor, ...]
     addresses: list[int]
@@ -212,30 +214,28 @@ class Lane:
     groups: _GroupsOfRows
 
     @classmethod
-    def of(cls, rule: Rule, rows: Sequence[Row], launch: Launch) -> Lane:
-        """The lane of those rows; their step numbers and scalar states become views."""
-        states = [s for s in rule.states.values() if s.on(rows[0].group)]
+    def of(cls, rule: Rule, rows: Sequence[Row], launch: Launch) -> tuple[Launch, Lane]:
+        """The lane of those rows, whose step numbers and scalar states become views; the launch."""
+        declared = [s for s in rule.states.values() if s.on(rows[0].group)]
+        states = tuple(row.state for row in rows)
+        keys = ("step", *(s.key for s in declared))
         numbers = {
-            key: _as_one_vector(rows, key) for key in ["step", *(s.key for s in states if s.scalar)]
+            key: _as_one_vector(states, key)
+            for key in ("step", *(s.key for s in declared if s.scalar))
         }
-        keys = ("step", *(s.key for s in states))
-        scalars = [
-            row.state[rule.states[s].key] for s in launch.batch.graph.scalars for row in rows
-        ]
+        scalars = [s[rule.states[x].key] for x in launch.batch.graph.scalars for s in states]
         launch = replace(
             launch,
             batch=replace(launch.batch, prepared=launch.backend.prepare(launch.batch)),
             steps=[numbers["step"]],
             scalars=list(zip(scalars, (value for _, value in launch.scalars))),
         )
-        tensors = [
-            *(row.p for row in rows),
-            *itertools.chain.from_iterable(_states(rows, keys)),
-        ]
-        return cls(
-            launch,
+        tensors = [*(row.p for row in rows), *_read(states, keys)]
+        columns = {name: c for name, c in launch.batch.columns.items() if name != "g"}
+        lane = cls(
+            replace(launch, batch=replace(launch.batch, columns=columns, coefficients=[])),
             rule,
-            tuple(rows),
+            states,
             keys,
             tuple(tensors),
             _addresses(tensors),
@@ -243,20 +243,20 @@ class Lane:
             numbers,
             _GroupsOfRows.of(rows),
         )
+        return launch, lane
 
     def renewed(self) -> Launch | None:
         """The launch with this step's gradients and coefficients; None if anything has moved."""
-        params = self.tensors[: len(self.rows)]
-        gradients = list(map(_grad, params))
+        count = len(self.states)
+        gradients = list(map(_grad, self.tensors[:count]))
         if any(map(operator.is_, gradients, itertools.repeat(None))):
             return None
         try:
-            states = list(itertools.chain.from_iterable(_states(self.rows, self.keys)))
+            found = _read(self.states, self.keys)
         except KeyError:
             return None
-        kept = self.tensors[len(self.rows) :]
         if (
-            not all(map(operator.is_, states, kept))
+            not all(map(operator.is_, found, self.tensors[count:]))
             or _addresses(self.tensors) != self.addresses
             or not self.layout(*self.tensors, *gradients)
         ):
@@ -270,7 +270,7 @@ class Lane:
             batch=replace(
                 batch,
                 columns=batch.columns | {"g": gradients},
-                coefficients=[rounded(c, len(self.rows), batch.dtype) for c in coefficients],
+                coefficients=[rounded(c, count, batch.dtype) for c in coefficients],
             ),
             steps=[self.numbers["step"]],
             scalars=[
@@ -297,31 +297,31 @@ class _GroupsOfRows:
 _grad = operator.attrgetter("grad")
 
 
-def _states(rows: Iterable[Row], keys: Sequence[str]) -> Iterable[tuple[Any, ...]]:
-    read = operator.itemgetter(*keys) if len(keys) > 1 else lambda state: (state[keys[0]],)
-    return map(read, (row.state for row in rows))
+def _read(states: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[Any]:
+    """The values of those keys in each dict, one after the other."""
+    if len(keys) == 1:
+        return list(map(operator.itemgetter(*keys), states))
+    return list(itertools.chain.from_iterable(map(operator.itemgetter(*keys), states)))
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
-def _as_one_vector(rows: Sequence[Row], key: str) -> torch.Tensor:
+def _as_one_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
     """One vector of a scalar state of all rows, of which the rows' states become elements."""
-    states = [row.state[key] for row in rows]
-    first = states[0]
-    base: torch.Tensor | None = first._base
+    tensors = [state[key] for state in states]
+    base: torch.Tensor | None = tensors[0]._base
     if (
         base is not None
         and base.dim() == 1
-        and len(base) == len(rows)
-        and all(s._base is base for s in states)
-        and _addresses(states) == _addresses(base.unbind())
+        and all(x._base is base for x in tensors)
+        and _addresses(tensors) == _addresses(base.unbind())
     ):
         return base
-    vector = torch.stack([s.detach().reshape(()) for s in states])
-    for row, element in zip(rows, vector.unbind()):
-        row.state[key] = element
+    vector = torch.stack([x.detach().reshape(()) for x in tensors])
+    for state, element in zip(states, vector.unbind()):
+        state[key] = element
     return vector
 
 

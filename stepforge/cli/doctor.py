@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -111,7 +112,9 @@ def _environment() -> str:
 def _served(name: str, dtype: torch.dtype) -> Served:
     try:
         optimizer = getattr(stepforge, name)([torch.zeros(1, dtype=dtype)])
-        served = stepforge.explain(optimizer).served[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the one that there is no kernel: we say so ourselves
+            served = stepforge.explain(optimizer).served[0]
     except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND asks for what cannot be had
         return Served("", str(error))
     if served.backend == native.name:

@@ -35,14 +35,14 @@ class Workload:
         return f"{self.name}: {len(self.shapes):,} tensor{plural}, {self.elements:,} elements"
 
     def scaled(self, factor: float) -> Workload:
-        """The same number of tensors, with their first dimensions multiplied by a factor.
+        """As many tensors, with their first dimensions multiplied by a factor, but at least 1.
 
         Example:
-            >>> Workload("two", ((10, 3), (2,))).scaled(0.2).shapes
-            ((2, 3), (1,))
+            >>> Workload("two", ((10, 3), (2,))).scaled(0.2)
+            Workload(name='two x 0.2', shapes=((2, 3), (1,)))
         """
         return Workload(
-            self.name,
+            f"{self.name} x {factor:g}",
             tuple(
                 (max(1, round(shape[0] * factor)), *shape[1:]) if shape else ()
                 for shape in self.shapes

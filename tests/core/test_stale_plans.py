@@ -7,6 +7,8 @@ is made anew; both must store the same bits ever after.
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -279,3 +281,15 @@ def test_the_layout_check_without_torchs_guards(monkeypatch: pytest.MonkeyPatch)
     assert not same(torch.ones(3, 5))
     assert not same(x.double())
     assert not same(torch._neg_view(x))
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_a_kept_plan_keeps_no_gradient(backend: str) -> None:
+    optimizer = built(stepforge.AdamW, backend)
+    for step in range(3):
+        give_gradients(optimizer, step)
+        gradients = [weakref.ref(p.grad) for p in params_of(optimizer)]
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert all(gradient() is None for gradient in gradients), f"step {step}"

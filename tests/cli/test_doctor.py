@@ -1,0 +1,139 @@
+"""The doctor: what it says of this machine, and of one that lacks what kernels need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stepforge.backends.native import build
+from stepforge.cli import make_app
+from stepforge.cli.measure import OPTIMIZERS
+
+VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_CACHE", "CC")
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def run() -> tuple[int, str]:
+    result = CliRunner().invoke(make_app(), ["doctor"], catch_exceptions=False)
+    return result.exit_code, result.output
+
+
+def run_afresh(**environment: str) -> tuple[int, str]:
+    """In a process of its own, which has no kernels loaded."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from stepforge.cli import main; main()", "doctor"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    cells = [line.split() for line in output.splitlines()]
+    return {row[0]: row[1:] for row in cells if row and row[0] in OPTIMIZERS}
+
+
+def line(output: str, name: str) -> str:
+    (found,) = [line for line in output.splitlines() if line.startswith(f"{name:<16}")]
+    return found.removeprefix(f"{name:<16}")
+
+
+def needs_compiler() -> None:
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_where_kernels_run():
+    needs_compiler()
+    code, output = run()
+    assert code == 0
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * ["native"])
+    assert line(output, "torch") == torch.__version__
+    assert line(output, "numpy") == np.__version__
+    assert line(output, "instruction set") == (build.instruction_set() or "the plain one")
+    assert line(output, "compiler").startswith(f"{build.compiler()}: ")
+    assert line(output, "kernel cache").startswith(f"{build.cache_folder()}: ")
+    assert line(output, "threads").startswith(f"{torch.get_num_threads()}; torch's OpenMP pool")
+    assert line(output, "environment") == f"none of {', '.join(VARIABLES)} is set"
+    assert "no native" not in output
+
+
+def test_no_compiler_and_an_empty_cache(tmp_path: Path):
+    folder = tmp_path / "kernels"
+    code, output = run_afresh(CC="/nonexistent", STEPFORGE_CACHE=str(folder))
+    why = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
+    assert code == 1
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+    assert line(output, "compiler") == f"none: {why}"
+    assert line(output, "kernel cache") == f"{folder}: 0 kernels, 0.0 MB"
+    assert line(output, "environment") == f"STEPFORGE_CACHE={folder}, CC=/nonexistent"
+    assert output.splitlines()[-1] == f"no native for any of them: {why}"
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
+def test_a_cache_that_cannot_be_used(tmp_path: Path):
+    needs_compiler()
+    tmp_path.chmod(0o777)
+    code, output = run_afresh(STEPFORGE_CACHE=str(tmp_path))
+    assert code == 1
+    assert line(output, "kernel cache").startswith(f"none: the kernel cache {tmp_path} can be wri")
+    assert f"chmod 700 {tmp_path}" in output.splitlines()[-1]
+
+
+def test_a_cache_with_kernels(tmp_path: Path, monkeypatch):
+    tmp_path.chmod(0o700)
+    (tmp_path / "a-b.so").write_bytes(bytes(1_500_000))
+    monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path))
+    assert line(run()[1], "kernel cache") == f"{tmp_path}: 1 kernel, 1.5 MB"
+
+
+def test_no_openmp_pool(monkeypatch):
+    monkeypatch.setattr(build, "thread_pool", lambda: None)
+    assert "pool was not found, so kernels use one" in line(run()[1], "threads")
+
+
+@pytest.mark.parametrize("forced", ["foreach", "reference"])
+def test_a_forced_backend(monkeypatch, forced):
+    monkeypatch.setenv("STEPFORGE_BACKEND", forced)
+    code, output = run()
+    assert code == 1
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * [forced])
+    assert line(output, "environment") == f"STEPFORGE_BACKEND={forced}"
+    assert output.splitlines()[-1] == (
+        f"no native for any of them: STEPFORGE_BACKEND asks for {forced}"
+    )
+
+
+def test_a_backend_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("STEPFORGE_BACKEND", "warp")
+    code, output = run()
+    assert code == 1
+    assert set(rows(output)) == set(OPTIMIZERS)
+    assert output.splitlines()[-1].startswith(
+        "no native for any of them: STEPFORGE_BACKEND is 'warp'; it must be one of "
+    )
+
+
+def test_an_instruction_set_that_does_not_exist(monkeypatch):
+    monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v9")
+    code, output = run()
+    assert code == 1
+    assert line(output, "instruction set").startswith("none: STEPFORGE_ISA is 'x86-64-v9'")
+    assert "no native for any of them: STEPFORGE_ISA is 'x86-64-v9'" in output
