@@ -121,8 +121,9 @@ def examine(
         tensors = [n for n in rule.hyperparameters if isinstance(group.get(n), torch.Tensor)]
         loading.in_place.append(frozenset(tensors) & options.keys())
         loading.names.append(None if by_name else _adopted_names(group, source, saved_groups))
+        renewed = {**group, **options}
         for member in members:
-            _examine_parameter(rule, {**group, **options}, member, state_dict["state"], loading)
+            _examine_parameter(rule, renewed, member, state_dict["state"], loading)
     _examine_leftovers(matches, saved_groups, state_dict["state"], loading)
     if strict and any(loading.result):
         raise ValueError(_complaint(loading.result))

@@ -6,14 +6,17 @@ the device, or row by row in tensors where autograd has to see them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from stepforge.backends.batch import Coefficient
-from stepforge.expr import Graph, evaluate
+from stepforge.expr import Graph, Program
 from stepforge.ops import VOCABULARY
 
 
@@ -24,8 +27,11 @@ def host_values(graph: Graph, columns: Mapping[str, Any]) -> list[Any]:
         graph: its ``uniform`` program is run.
         columns: for each input a number, or an array with one element a row.
     """
+    inputs = [columns[name] for name in graph.uniform.inputs]
+    if not any(isinstance(column, np.ndarray) for column in inputs):
+        return _function(graph.uniform)(*inputs)
     with np.errstate(all="ignore"):
-        return evaluate(graph.uniform, columns, (), VOCABULARY)
+        return _function(graph.uniform)(*inputs)
 
 
 def differentiable_values(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -35,10 +41,8 @@ def differentiable_values(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> li
         graph: its ``uniform`` program is run.
         rows: the inputs of each row.
     """
-    results = [
-        evaluate(graph.uniform, {n: _wide(row[n]) for n in graph.uniform.inputs}, (), VOCABULARY)
-        for row in rows
-    ]
+    run = _function(graph.uniform)
+    results = [run(*(_wide(row[name]) for name in graph.uniform.inputs)) for row in rows]
     return [list(column) for column in zip(*results)]
 
 
@@ -49,8 +53,33 @@ def device_values(graph: Graph, columns: Mapping[str, Any]) -> list[Any]:
         graph: its ``uniform`` program is run.
         columns: for each input a number, a tensor of one element, or a vector of one a row.
     """
-    inputs = {name: _wide(columns[name]) for name in graph.uniform.inputs}
-    return evaluate(graph.uniform, inputs, (), VOCABULARY)
+    return _function(graph.uniform)(*(_wide(columns[name]) for name in graph.uniform.inputs))
+
+
+_INFIX = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "neg": "-{0}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+}
+
+
+@functools.cache
+def _function(program: Program) -> Callable[..., list[Any]]:
+    """The program as one Python function of its inputs: it runs in every step of every lane."""
+    constants = program.registers(dict.fromkeys(program.inputs))
+    names = [f"r{n}" if x is None else repr(x) for n, x in enumerate(constants)]
+    lines = [f"def run({', '.join(names[: len(program.inputs)])}):"]
+    for instruction in program.instructions:
+        args = [names[register] for register in instruction.args]
+        call = _INFIX.get(instruction.op, f"{instruction.op}({', '.join(args)})").format(*args)
+        lines.append(f"    {names[instruction.out]} = {call}")
+    lines.append(f"    return [{', '.join(names[register] for register in program.outputs)}]")
+    scope = dict(VOCABULARY)
+    exec("\n".join(lines), scope)
+    return scope["run"]
 
 
 def _wide(value: Any) -> Any:
@@ -67,21 +96,35 @@ def rounded(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
     ):
         rows = for_each_row(values, count)
         return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in rows]
-    array = np.asarray(values)
-    column = np.empty(count, _NUMPY[bool if array.dtype == np.bool_ else dtype])
-    with np.errstate(over="ignore"):
-        column[:] = array
-    return column
+    if isinstance(values, list):  # a row each
+        values = np.array(values)
+    if isinstance(values, np.ndarray):
+        if values.dtype == np.bool_ or dtype == torch.float64:
+            return values
+        with np.errstate(over="ignore"):
+            return values.astype(np.float32)
+    return values if isinstance(values, bool) or dtype == torch.float64 else _single(values)
 
 
-_NUMPY: dict[Any, Any] = {bool: np.bool_, torch.float32: np.float32, torch.float64: np.float64}
+def _single(number: float) -> float:
+    """The nearest float32."""
+    try:
+        return float(_FLOAT.unpack(_FLOAT.pack(number))[0])
+    except OverflowError:
+        return math.copysign(math.inf, number)
 
 
-def as_tensors(column: Coefficient, device: torch.device) -> Coefficient:
+_FLOAT = struct.Struct("f")
+
+
+def as_tensors(
+    column: Coefficient, count: int, dtype: torch.dtype, device: torch.device
+) -> Coefficient:
     """A coefficient as tensors without dimensions."""
-    if isinstance(column, np.ndarray):
-        return list(torch.from_numpy(column).to(device).unbind())
-    return column
+    if isinstance(column, list):
+        return column
+    kind = torch.bool if np.asarray(column).dtype == np.bool_ else dtype
+    return list(torch.tensor(for_each_row(column, count), dtype=kind, device=device).unbind())
 
 
 def for_each_row(values: Any, count: int) -> list[Any]:

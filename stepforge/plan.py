@@ -375,7 +375,7 @@ def _launch(rule: Rule, rows: Sequence[Row], compiling: bool) -> Launch:
     coefficients, scalars = _split(graph, _uniform_values(rule, rows))
     given = [rounded(c, len(rows), dtype) for c in coefficients]
     if compiling:
-        given = [as_tensors(c, rows[0].p.device) for c in given]
+        given = [as_tensors(c, len(rows), dtype, rows[0].p.device) for c in given]
     columns = {
         "p": [_real(row.p) for row in rows],
         "g": [_real(row.g.resolve_conj()) for row in rows],

@@ -15,8 +15,8 @@ from stepforge.expr import Graph
 #: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
 CACHED = 2**17
 
-#: The values of a uniform node, one a row.
-Coefficient: TypeAlias = "np.ndarray[Any, Any] | list[torch.Tensor]"
+#: The values of a uniform node.
+Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | list[torch.Tensor]"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Batch:
         columns: for each varying input its tensors, one a row: parameters ``p``, gradients ``g``
             and states, all real, a row's all of one shape. Results are stored into the column
             of the same name. Storage may be of any floating dtype and any strides.
-        coefficients: for each of ``graph.coefficients``, in order, its values, one a row: an array
-            of ``dtype`` or of truth values, or a list of tensors without dimensions.
+        coefficients: for each of ``graph.coefficients``, in order, its value, rounded to ``dtype``
+            or true or false: a number for all rows, an array with one a row, or a list of tensors
+            without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         differentiable: whether autograd must see the step.
         prepared: what the backend's ``prepare`` made of these rows with other gradients of the
@@ -67,8 +68,15 @@ class Batch:
             yield self._part(rows, origins)
 
     def numbers(self) -> list[list[Any]]:
-        """The coefficients as lists of Python numbers, or of tensors."""
-        return [c.tolist() if isinstance(c, np.ndarray) else c for c in self.coefficients]
+        """The coefficients as lists, one element a row, of Python numbers or of tensors."""
+        return [
+            c.tolist()
+            if isinstance(c, np.ndarray)
+            else c
+            if isinstance(c, list)
+            else [c] * len(self)
+            for c in self.coefficients
+        ]
 
     def rows(self, indices: list[int]) -> Batch:
         """Only the rows of those numbers."""
@@ -85,11 +93,14 @@ class Batch:
             self,
             prepared=None,
             columns={name: [row[name] for row in rows] for name in self.columns},
-            coefficients=[
-                c[origins] if isinstance(c, np.ndarray) else [c[index] for index in origins]
-                for c in self.coefficients
-            ],
+            coefficients=[_of_rows(c, origins) for c in self.coefficients],
         )
+
+
+def _of_rows(coefficient: Coefficient, rows: list[int]) -> Coefficient:
+    if isinstance(coefficient, np.ndarray):
+        return coefficient[rows]
+    return [coefficient[row] for row in rows] if isinstance(coefficient, list) else coefficient
 
 
 def _cut(row: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:

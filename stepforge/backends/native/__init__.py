@@ -70,18 +70,23 @@ class Kernel:
             pointers: uint64 of rows x columns; where each tensor begins.
             numbers: of rows x coefficients, in the dtype of the arithmetic.
         """
-        pool = build.thread_pool() if starts[-1] >= SERIAL and not _forked else None
+        tables = (array.ctypes.data for array in (starts, pointers, numbers))
+        self.launch(len(starts) - 1, int(starts[-1]), *tables)
+
+    def launch(self, rows: int, elements: int, starts: int, pointers: int, numbers: int) -> None:
+        """The same, given where the tables are.
+
+        Args:
+            rows: how many they are.
+            elements: how many elements they have together.
+            starts: the address of rows + 1 int64: the elements before each row, and all.
+            pointers: the address of rows x columns addresses of tensors.
+            numbers: the address of rows x coefficients in the dtype of the arithmetic.
+        """
+        pool = build.thread_pool() if elements >= SERIAL and not _forked else None
         threads = torch.get_num_threads() if pool else 1
         parallel, thread = pool or (0, 0)
-        self._run(
-            len(starts) - 1,
-            starts.ctypes.data,
-            pointers.ctypes.data,
-            numbers.ctypes.data,
-            threads,
-            thread,
-            parallel,
-        )
+        self._run(rows, starts, pointers, numbers, threads, thread, parallel)
 
 
 # A child of fork has the pool's memory but not its threads: waiting for them would never end.
@@ -222,8 +227,17 @@ class Table:
         self.origins = origins
         self.sizes = np.array([p.numel() for p in columns[0]], dtype=np.int64)
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes)])
-        self.pointers = np.stack([_addresses(column) for column in columns], axis=1)
+        self.pointers = np.ascontiguousarray(np.stack([*map(_addresses, columns)], axis=1))
+        self.occupied = self.sizes > 0
         self.gradient = names.index("g") if "g" in names else None
+        self.numbers = np.empty((len(origins), len(graph.coefficients)), dtype=kernel.number)
+        self.arguments = (
+            len(origins),
+            int(self.starts[-1]),
+            self.starts.ctypes.data,
+            self.pointers.ctypes.data,
+            self.numbers.ctypes.data,
+        )
         self.gradient_bytes = self.sizes * batch.columns["g"][origins[0]].element_size()
         self.written = [x for n in graph.results for x in columns[names.index(n)]]
         kept = [position for position in range(len(names)) if position != self.gradient]
@@ -246,10 +260,12 @@ class Table:
         if self.overlaps():
             reference.run(batch)
             return
-        numbers = np.empty((len(self), len(batch.coefficients)), dtype=self.kernel.number)
-        for position, values in enumerate(batch.coefficients):
-            numbers[:, position] = values
-        self.kernel(self.starts, self.pointers, numbers)
+        if any(isinstance(values, np.ndarray) for values in batch.coefficients):
+            for position, values in enumerate(batch.coefficients):
+                self.numbers[:, position] = values
+        else:
+            self.numbers[:] = batch.coefficients
+        self.kernel.launch(*self.arguments)
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
 
@@ -267,7 +283,7 @@ class Table:
         return bool((last > first).any())
 
     def _check_memory(self) -> None:
-        if (self.pointers[self.sizes > 0] == 0).any():
+        if (self.pointers[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
 
 
