@@ -262,6 +262,8 @@ class Lane:
         ):
             return None
         batch, graph = self.launch.batch, self.launch.batch.graph
+        if batch.prepared is not None:
+            batch.prepared.aim(gradients)
         numbers = {key: vector.numpy() for key, vector in self.numbers.items()}
         values = host_values(graph, _host_inputs(self.rule, graph, self.groups, numbers))
         coefficients, scalars = _split(graph, values)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.backends import foreach, native, reference
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import Batch, Prepared
 from stepforge.expr import Graph
 
 __all__ = ["BACKENDS", "Backend", "Batch", "Choice", "choose"]
@@ -35,7 +35,7 @@ class Backend(Protocol):
     ) -> str | None:
         """Why it cannot serve a parameter with that gradient and options; None if it can."""
 
-    def prepare(self, batch: Batch) -> object:
+    def prepare(self, batch: Batch) -> Prepared | None:
         """What can be kept of a batch for the next step of the same tensors; None if nothing."""
 
     def run(self, batch: Batch) -> None:

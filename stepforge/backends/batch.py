@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,13 @@ CACHED = 2**17
 
 #: The values of a uniform node.
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | list[torch.Tensor]"
+
+
+class Prepared(Protocol):
+    """What a backend keeps of a batch for the next step of the same tensors."""
+
+    def aim(self, gradients: list[torch.Tensor]) -> None:
+        """Takes the next step's gradients; raises before anything has run if it cannot."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Batch:
     coefficients: list[Coefficient]
     dtype: torch.dtype
     differentiable: bool = False
-    prepared: object = None
+    prepared: Prepared | None = None
 
     def __len__(self) -> int:
         return len(self.columns["p"])

@@ -58,6 +58,9 @@ def _run_part(batch: Batch) -> None:
         if op in IN_PLACE and reusable and first not in instruction.args[1:]:
             IN_PLACE[op](*args)
             registers[instruction.out] = args[0]
+        elif op == "where":
+            condition, x, y = args
+            registers[instruction.out] = _where(condition, x, y, batch.dtype)
         else:
             registers[instruction.out] = list(OPERATIONS[op](*args))
         if program.may_alias(instruction.out):
@@ -124,17 +127,21 @@ def _finite(x: Tensors) -> Sequence[torch.Tensor]:
     return clamped
 
 
-def _where(condition: list[Any], x: Any, y: Any) -> Tensors:
-    like = x if _is_list_of_tensors(x) else y if _is_list_of_tensors(y) else condition
+def _where(condition: list[Any], x: Any, y: Any, dtype: torch.dtype = torch.float32) -> Tensors:
+    like = next(operand for operand in (x, y, condition) if _is_list_of_tensors(operand))
     rows = zip(condition, _for_each_row(x, like), _for_each_row(y, like), like, strict=True)
-    return [_where_row(*row) for row in rows]
+    return [_where_row(*row, dtype) for row in rows]
 
 
-def _where_row(condition: Any, x: Any, y: Any, like: torch.Tensor) -> torch.Tensor:
-    if isinstance(condition, torch.Tensor):
-        return torch.where(condition.to(torch.bool), x, y)
-    chosen = x if condition else y
-    return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(like, chosen)
+def _where_row(
+    condition: Any, x: Any, y: Any, like: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    if not isinstance(condition, torch.Tensor):
+        chosen = x if condition else y
+        return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(like, chosen)
+    if not isinstance(x, torch.Tensor):  # two numbers would have the default dtype
+        x = torch.tensor(x, dtype=dtype, device=like.device)
+    return torch.where(condition.to(torch.bool), x, y)
 
 
 def _for_each_row(x: Uniform | Tensors, like: Tensors) -> list[Any]:

@@ -6,6 +6,7 @@ other backends are held to its bits.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def _run_row(batch: Batch, index: int, given: list[Any]) -> None:
     if batch.differentiable:
         # Autograd keeps operands for the backward pass, and the step overwrites them.
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-    operations = VOCABULARY if batch.differentiable else OPERATIONS
+    operations = _operations(batch.dtype, batch.differentiable)
     results = evaluate(program, inputs, given, operations)
     # No result may change because another is stored first.
     results = [
@@ -82,9 +83,27 @@ def _divide(x: Any, y: Any) -> Any:
     return torch.div(x, y)
 
 
+def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    tensor = next(operand for operand in (x, y, condition) if isinstance(operand, torch.Tensor))
+    if not isinstance(condition, torch.Tensor):
+        chosen = x if condition else y
+        return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(tensor, chosen)
+    if not isinstance(x, torch.Tensor):  # two numbers would have the default dtype
+        x = torch.tensor(x, dtype=dtype, device=tensor.device)
+    return torch.where(condition.to(torch.bool), x, y)
+
+
 #: What each operation of the vocabulary does here.
 OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
     "add": operator.add,
     "div": _divide,
     "sqrt": correct_sqrt,
+    "where": _where,
 }
+
+
+@functools.cache
+def _operations(dtype: torch.dtype, differentiable: bool) -> dict[str, Callable[..., Any]]:
+    """The operations in an arithmetic. A root through numpy is out of autograd's sight."""
+    operations = OPERATIONS | {"where": functools.partial(_where, dtype=dtype)}
+    return operations | {"sqrt": torch.sqrt} if differentiable else operations

@@ -54,6 +54,9 @@ _MANY_GROUPS = 500
 #: Memory is counted in pages, and some of them late; a small parameter does not stand out.
 _IMPRECISION = 2**21
 
+#: On a machine with nothing else to do, quartiles are a few percent of the median apart.
+_WIDE_SPREAD = 0.3
+
 _Tick = Callable[[], None]
 
 
@@ -268,10 +271,21 @@ def _steps(
             screen.console.print(
                 "Without the limit, for want of a kernel: `stepforge doctor` says why."
             )
+        shaken = [result.optimizer for result in results if _is_shaken(result)]
+        if shaken:
+            screen.console.print(
+                f"The times of {', '.join(shaken)} spread widely: something else used the machine, "
+                "measure again.",
+                soft_wrap=True,
+            )
         for result in results:
             yield _kept(result)
     for arm in ARMS:
         screen.console.print(f"  [bold]{arm.name:<20}[/]{arm.what}")
+
+
+def _is_shaken(result: Result) -> bool:
+    return any((result.spread(arm) or 0) > _WIDE_SPREAD for arm in result.seconds)
 
 
 def _kept(result: Result) -> dict[str, Any]:

@@ -83,8 +83,8 @@ def _or_why_not(ask: Callable[[], str]) -> str:
 
 
 def _compiler() -> str:
-    path = build.compiler()
-    return f"{path}: {build.compiler_version(path)}"
+    command = build.compiler()
+    return f"{' '.join(command)}: {build.compiler_version(command)}"
 
 
 def _cache() -> str:

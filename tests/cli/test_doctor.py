@@ -68,7 +68,7 @@ def test_where_kernels_run():
     assert line(output, "torch") == torch.__version__
     assert line(output, "numpy") == np.__version__
     assert line(output, "instruction set") == (build.instruction_set() or "the plain one")
-    assert line(output, "compiler").startswith(f"{build.compiler()}: ")
+    assert line(output, "compiler").startswith(f"{' '.join(build.compiler())}: ")
     assert line(output, "kernel cache").startswith(f"{build.cache_folder()}: ")
     assert line(output, "threads").startswith(f"{torch.get_num_threads()}; torch's OpenMP pool")
     assert line(output, "environment") == f"none of {', '.join(VARIABLES)} is set"

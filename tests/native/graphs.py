@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import subprocess
@@ -9,12 +10,13 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy as np
 import torch
 
-from stepforge.backends import Batch, reference
-from stepforge.backends.native import Kernel, build, kernel_for
+from stepforge.backends import Batch, native, reference
+from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source, columns_of
 from stepforge.expr import Expr, Graph, Trace, evaluate
 from stepforge.ops import VOCABULARY
@@ -62,44 +64,39 @@ def coefficients(
         return [bool(x) if isinstance(x, (bool, np.bool_)) else float(number(x)) for x in found]
 
 
-def kernel_of(graph: Graph, row: Mapping[str, torch.Tensor], arithmetic: torch.dtype) -> Kernel:
-    """The kernel for rows of the same dtypes."""
-    kernel = kernel_for(graph, tuple(row[name].dtype for name in columns_of(graph)), arithmetic)
-    assert isinstance(kernel, Kernel), kernel
-    return kernel
-
-
-def launch(kernel: Kernel, rows: Sequence[Row], numbers: Sequence[Sequence[float]]) -> None:
-    """Steps rows in place."""
-    sizes = [row["p"].numel() for row in rows]
-    pointers = [[row[name].data_ptr() for name in kernel.columns] for row in rows]
-    kernel(
-        np.cumsum([0, *sizes], dtype=np.int64),
-        np.array(pointers, dtype=np.uint64),
-        np.array(numbers, dtype=kernel.number).reshape(len(rows), -1),
-    )
-
-
-def by_kernel(
+def batch_of(
     graph: Graph, rows: Sequence[Row], numbers: Sequence[Sequence[float]], arithmetic: torch.dtype
-) -> list[Row]:
-    """The results of each row by the compiled kernel; the rows stay as they are."""
-    copies = [{name: tensor.clone() for name, tensor in row.items()} for row in rows]
-    launch(kernel_of(graph, rows[0], arithmetic), copies, numbers)
-    return [{name: row[name] for name in graph.results} for row in copies]
-
-
-def by_reference(
-    graph: Graph, rows: Sequence[Row], numbers: Sequence[Sequence[float]], arithmetic: torch.dtype
-) -> list[Row]:
-    """The results of each row by the reference; the rows stay as they are."""
-    copies = [{name: tensor.clone() for name, tensor in row.items()} for row in rows]
+) -> Batch:
+    """The rows with the coefficients of each."""
     number = np.float64 if arithmetic == torch.float64 else np.float32
     kinds = [np.bool_ if node.boolean else number for node in graph.coefficients]
-    columns = {name: [row[name] for row in copies] for name in rows[0]}
-    given = [np.array(c, dtype=k) for c, k in zip(zip(*numbers), kinds)]
-    reference.run(Batch(graph, columns, given, arithmetic))
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    given = [np.array(c, dtype=k) for c, k in zip(zip(*numbers, strict=True), kinds)]
+    return Batch(graph, columns, given, arithmetic)
+
+
+def step_by_kernel(batch: Batch) -> None:
+    """Steps rows in place by the compiled kernel; fails if it is left to the reference."""
+    with mock.patch.object(reference, "run", side_effect=AssertionError("not by a kernel")):
+        native.run(batch)
+
+
+def _results(
+    step: Callable[[Batch], None],
+    graph: Graph,
+    rows: Sequence[Row],
+    numbers: Sequence[Sequence[float]],
+    arithmetic: torch.dtype,
+) -> list[Row]:
+    copies = [{name: tensor.clone() for name, tensor in row.items()} for row in rows]
+    step(batch_of(graph, copies, numbers, arithmetic))
     return [{name: row[name] for name in graph.results} for row in copies]
+
+
+#: The results of each row (of a graph, given its coefficients, in an arithmetic) by the compiled
+#: kernel and by the reference; the rows stay as they are.
+by_kernel = functools.partial(_results, step_by_kernel)
+by_reference = functools.partial(_results, reference.run)
 
 
 def special(dtype: torch.dtype) -> torch.Tensor:
@@ -124,7 +121,7 @@ def with_results(graph: Graph, row: Mapping[str, torch.Tensor]) -> Row:
 
 def run_compiler(arguments: Iterable[str | Path]) -> subprocess.CompletedProcess[str]:
     """Runs the compiler that the library would use."""
-    command = [build.compiler(), *map(str, arguments)]
+    command = [*build.compiler(), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -8,7 +8,7 @@ import errno
 import hashlib
 import json
 import os
-import shutil
+import shlex
 import sys
 import tempfile
 import time
@@ -21,29 +21,29 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.backends.native import Kernel, build
-from tests.native.graphs import INSTRUCTION_SETS, in_new_process, launch, traced
+from stepforge.backends.native import build, kernel_for
+from stepforge.expr import Graph
+from tests.native.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
 
 PROCESSES = 16
 
 
-def new_kernel() -> Kernel:
-    """The kernel of a small rule, loaded anew: nothing is remembered from one call to the next."""
-    return Kernel(traced(lambda p, g: p + 2.0 * g), (torch.float32,) * 2, torch.float32)
+def new_graph() -> Graph:
+    """A small rule, of which no process remembers a kernel."""
+    return traced(lambda p, g: p + 2.0 * g)
 
 
-def assert_right(kernel: Kernel) -> None:
+def assert_right() -> None:
+    """Steps by a kernel that is loaded anew."""
     p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
-    wanted = p + 2 * g
-    launch(kernel, [{"p": p, "g": g}], [[]])
-    assert torch.equal(p, wanted)
+    (result,) = by_kernel(new_graph(), [{"p": p, "g": g}], [[]], torch.float32)
+    assert torch.equal(result["p"], p + 2 * g)
 
 
 def refusal() -> str:
     """Why a kernel cannot be had: one sentence."""
-    with pytest.raises(build.BuildError) as caught:
-        new_kernel()
-    sentence = str(caught.value)
+    sentence = kernel_for(new_graph(), (torch.float32,) * 2, torch.float32)
+    assert isinstance(sentence, str)
     assert "\n" not in sentence
     assert len(sentence) > 20
     return sentence
@@ -68,7 +68,12 @@ def leftovers(folder: Path) -> list[str]:
 
 def bears_its_digest(kernel: Path) -> bool:
     digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
-    return kernel.stem.split("-")[1] == digest[:32]
+    return kernel.stem.split("-")[-1] == digest[:32]
+
+
+def key_of(kernel: Path) -> str:
+    """What a kernel's name says of what went into it."""
+    return kernel.stem.rsplit("-", 1)[0]
 
 
 def never(*args: Any, **kwargs: Any) -> NoReturn:
@@ -88,13 +93,13 @@ def raises_os_error(number: int) -> Callable[..., NoReturn]:
 def test_a_kernel_is_compiled_once_and_kept_in_private(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_right(new_kernel())
+    assert_right()
     (kernel,) = kernels(cache)
     assert bears_its_digest(kernel)
     assert cache.stat().st_mode & 0o777 == 0o700
     assert not leftovers(cache)
     monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
-    assert_right(new_kernel())
+    assert_right()
     assert kernels(cache) == [kernel]
 
 
@@ -137,9 +142,9 @@ def test_a_cache_that_may_not_be_written_still_serves_what_it_has(
     assert "cannot be written to (Permission denied): set STEPFORGE_CACHE" in refusal()
     monkeypatch.undo()
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
-    new_kernel()
+    assert_right()
     monkeypatch.setattr(tempfile, "mkdtemp", raises_os_error(errno.EACCES))
-    assert_right(new_kernel())
+    assert_right()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
@@ -164,7 +169,7 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path, mode: int) -> 
     assert f"chmod 700 {cache}" in sentence
     assert list(cache.iterdir()) == []
     cache.chmod(0o755)
-    assert_right(new_kernel())
+    assert_right()
 
 
 def test_a_cache_that_belongs_to_another_is_refused(
@@ -194,7 +199,7 @@ def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the kernel, which no process has loaded from there."""
     folder = tmp_path / "filled"
     monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
-    new_kernel()
+    assert_right()
     return folder
 
 
@@ -207,7 +212,7 @@ def test_a_kernel_file_that_is_not_what_it_was_is_built_anew(
     damaged = cache / original.name
     damaged.write_bytes(fault(original.read_bytes()))
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
-    assert_right(new_kernel())
+    assert_right()
     assert all(map(bears_its_digest, kernels(cache)))
     assert len(kernels(cache)) == 1
     assert not leftovers(cache)
@@ -218,11 +223,11 @@ def test_a_kernel_under_another_s_name_is_not_loaded(
 ) -> None:
     (original,) = kernels(filled)
     cache.mkdir(mode=0o700)
-    key = original.stem.split("-")[0]
-    (cache / f"{key}-{'0' * 32}.so").write_bytes(original.read_bytes())
-    (cache / f"{'0' * 32}-{original.stem.split('-')[1]}.so").write_bytes(original.read_bytes())
+    zeros = "0" * 32
+    for name in (f"{key_of(original)}-{zeros}", original.stem.replace(key_of(original), zeros)):
+        (cache / f"{name}.so").write_bytes(original.read_bytes())
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
-    assert_right(new_kernel())
+    assert_right()
     assert (cache / original.name).exists()
 
 
@@ -233,7 +238,7 @@ def test_what_cannot_be_loaded_is_said(
     cache.mkdir(mode=0o700)
     content = b"no library"
     digest = hashlib.sha256(content).hexdigest()[:32]
-    (cache / f"{original.stem.split('-')[0]}-{digest}.so").write_bytes(content)
+    (cache / f"{key_of(original)}-{digest}.so").write_bytes(content)
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     assert "cannot be loaded" in refusal()
 
@@ -244,7 +249,7 @@ def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
     cache.chmod(0o700)
     (cut_off / "kernel.c").write_text("half a fil")
     (cut_off / "kernel.so").write_bytes(b"\x7fELF")
-    assert_right(new_kernel())
+    assert_right()
     assert len(kernels(cache)) == 1
     assert all(map(bears_its_digest, kernels(cache)))
 
@@ -259,7 +264,7 @@ def build_in_many_processes() -> None:
             os.close(release)
             os.read(gate, 1)
             try:
-                assert_right(new_kernel())
+                assert_right()
             except BaseException as error:
                 print(error, file=sys.stderr, flush=True)
                 os._exit(1)
@@ -285,15 +290,14 @@ def executable(path: Path, script: str) -> Path:
     return path
 
 
-def compiler_of_version(path: Path, version: str) -> Path:
-    """A compiler like the real one that says it is of another version."""
-    real = shutil.which("cc") or build.compiler()
-    versioned = f'if [ "$1" = --version ]; then echo "cc {version}"; exit; fi'
-    return executable(path, f'{versioned}\nexec "{real}" "$@"')
+@pytest.fixture
+def real_compiler() -> str:
+    """The command of the compiler, as a shell takes it."""
+    return shlex.join(build.compiler())
 
 
 @pytest.fixture
-def named_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def named_compiler(real_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a test may put the compiler that CC names."""
     path = tmp_path / "fake-cc"
     monkeypatch.setenv("CC", str(path))
@@ -304,22 +308,23 @@ def named_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_other_flags_make_another_kernel(
     cache: Path, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_kernel()
+    assert_right()
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
     for _ in range(2):
-        assert_right(new_kernel())
-        assert len({path.name.split("-")[0] for path in kernels(cache)}) == 2
+        assert_right()
+        assert len(set(map(key_of, kernels(cache)))) == 2
 
 
 def test_another_version_of_the_compiler_makes_another_kernel(
-    cache: Path, named_compiler: Path
+    cache: Path, named_compiler: Path, real_compiler: str
 ) -> None:
     """Also when it takes the place of the old one while a process runs."""
     for count, version in enumerate(["1.0", "2.0"], start=1):
-        compiler_of_version(named_compiler, version)
+        tells = f'if [ "$1" = --version ]; then echo "cc {version}"; exit; fi'
+        executable(named_compiler, f'{tells}\nexec {real_compiler} "$@"')
         os.utime(named_compiler, (count, count))
         for _ in range(2):
-            assert_right(new_kernel())
+            assert_right()
             assert len(kernels(cache)) == count
 
 
@@ -330,8 +335,8 @@ def test_every_instruction_set_has_its_own_kernel(
     for _ in range(2):
         for isa in INSTRUCTION_SETS.values():
             monkeypatch.setenv("STEPFORGE_ISA", isa)
-            assert_right(new_kernel())
-    assert len({path.name.split("-")[0] for path in kernels(cache)}) == len(INSTRUCTION_SETS)
+            assert_right()
+    assert len(set(map(key_of, kernels(cache)))) == len(INSTRUCTION_SETS)
 
 
 def test_an_instruction_set_that_does_not_exist(
@@ -361,11 +366,22 @@ def test_no_compiler(
 
 
 def test_the_compiler_may_be_named_with_arguments(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As make and every build system take it: CC="ccache gcc"."""
-    monkeypatch.setenv("CC", f"{build.compiler()} -DUNUSED")
-    assert_right(new_kernel())
+    for count, arguments in enumerate(["-DUNUSED", "-DUNUSED -fno-inline"], start=1):
+        monkeypatch.setenv("CC", f"{real_compiler} {arguments}")
+        assert_right()
+        assert len(kernels(cache)) == count
+
+
+def test_without_a_compiler_what_is_in_the_cache_still_serves(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "/nonexistent")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    assert_right()
+    assert len(kernels(filled)) == 1
 
 
 def test_a_compiler_that_fails_is_quoted(cache: Path, named_compiler: Path) -> None:
@@ -439,21 +455,22 @@ def steps_without_a_compiler(cache: str) -> None:
     print(json.dumps(found))
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
-    """``fused=True`` says what to install; by default foreach serves, with one warning."""
+@pytest.mark.parametrize("fails", [False, True], ids=["missing", "failing"])
+def test_without_a_compiler(tmp_path: Path, fails: bool) -> None:
+    """``fused=True`` says what is wrong; by default foreach serves, with one warning."""
+    cc, reason = "/nonexistent", "CC names '/nonexistent', which is not on the PATH: install gcc"
+    if fails:  # and names, as compilers do, the file, which is another for every kernel
+        cc = str(executable(tmp_path / "fake-cc", 'echo "$*: error: out of paper" >&2; exit 1'))
+        reason = "error: out of paper"
     cache = str(tmp_path / "cache")
-    output = in_new_process(
-        steps_without_a_compiler, cache, CC="/nonexistent", STEPFORGE_CACHE=cache
-    )
+    output = in_new_process(steps_without_a_compiler, cache, CC=cc, STEPFORGE_CACHE=cache)
     found = json.loads(output)
-    reason = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
     assert found["refused"].startswith("fused=True cannot serve")
     assert reason in found["refused"]
     assert found["served"] == ["foreach"] * 3
     ((category, message),) = found["told"]
     assert category == "RuntimeWarning"
     assert reason in message
-    assert "foreach" in message
     assert "\n" not in message
 
 

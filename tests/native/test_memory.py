@@ -18,6 +18,7 @@ import stepforge
 from stepforge.backends import native
 from stepforge.backends.native.source import columns_of
 from tests.conformance.table import (
+    GRADIENT_LAYOUTS,
     OPTIMIZERS,
     VARIANTS,
     assert_same_bits,
@@ -29,7 +30,14 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.native.graphs import by_reference, graph_of, in_new_process, kernel_of, launch
+from tests.native.graphs import (
+    batch_of,
+    by_reference,
+    graph_of,
+    in_new_process,
+    step_by_kernel,
+    traced,
+)
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -157,8 +165,25 @@ def test_neither_neighbours_nor_alignment_matter(name: str, stored: torch.dtype)
     ):
         for column, tensor in result.items():
             wanted[column][begin : begin + size] = tensor
-    launch(kernel_of(graph, rows[0], arithmetic), rows, numbers)
+    step_by_kernel(batch_of(graph, rows, numbers, arithmetic))
     assert_same_bits(memory, wanted)
+
+
+@pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_kernel_steps_whatever_the_layout_of_the_gradient(layout: str, others: int) -> None:
+    """Through buffers if it must; also when no other parameter of the step is dense."""
+    graph = traced(lambda p, g: p - 0.1 * g)
+    rows = [
+        {"p": normal((4, 3, 5), torch.float32, k), "g": normal((4, 3, 5), torch.float32, 9 + k)}
+        for k in range(1 + others)
+    ]
+    given: list[list[float]] = [[]] * len(rows)
+    rows[0]["g"] = GRADIENT_LAYOUTS[layout](rows[0]["g"])
+    wanted = by_reference(graph, rows, given, torch.float32)
+    step_by_kernel(batch_of(graph, rows, given, torch.float32))
+    for row, oracle in zip(rows, wanted, strict=True):
+        assert_same_bits({"p": row["p"]}, oracle)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])

@@ -38,11 +38,13 @@ MAIN = """\
 #include <stdio.h>
 #include <stdlib.h>
 
-static int current;
+static int current, size;
 static int thread(void) { return current; }
+static int team(void) { return size; }
 static void parallel(void (*share)(void *), void *work, unsigned threads, unsigned flags) {
     (void)flags;
-    for (current = (int)threads - 1; current >= 0; current--) share(work);
+    size = threads > 3 ? 2 : (int)threads;    /* four are asked for, two are given */
+    for (current = size - 1; current >= 0; current--) share(work);
 }
 
 static uint64_t stepped(int64_t rows, const int64_t *sizes, int threads) {
@@ -63,7 +65,7 @@ static uint64_t stepped(int64_t rows, const int64_t *sizes, int threads) {
             pointers[row * COLUMNS + column] = at;
         }
     }
-    stepforge_run(rows, starts, pointers, numbers, threads, thread, parallel);
+    stepforge_run(rows, starts, pointers, numbers, threads, thread, team, parallel);
     uint64_t hash = 14695981039346656037u;
     for (int64_t at = 0; at < rows * COLUMNS; at++) {
         const unsigned char *bytes = pointers[at];
@@ -78,7 +80,7 @@ static uint64_t stepped(int64_t rows, const int64_t *sizes, int threads) {
 int main(void) {
     SHAPES_OF_RUNS
     for (size_t run = 0; run < sizeof runs / sizeof *runs; run++)
-        for (int threads = 1; threads <= 3; threads++)
+        for (int threads = 1; threads <= 4; threads++)
             printf("%zu %d %llx\\n", run, threads,
                    (unsigned long long)stepped(runs[run].rows, runs[run].sizes, threads));
     return 0;
@@ -87,7 +89,7 @@ int main(void) {
 
 
 def program(kernel: str, widths: list[int]) -> str:
-    """The C of a kernel with a ``main`` that steps all the shapes, on 1, 2 and 3 threads."""
+    """The C of a kernel with a ``main`` that steps all the shapes, on 1 to 4 threads."""
     arrays = [
         f"{{{len(sizes)}, (const int64_t[]){{{', '.join(map(str, sizes))}}}}}"
         for sizes in SHAPES.values()
@@ -155,7 +157,7 @@ def test_no_memory_beside_its_own_and_nothing_undefined(
     done = sanitized(*kernel_and_widths(name, stored, options), tmp_path)
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    assert len(found) == 3 * len(SHAPES)
+    assert len(found) == 4 * len(SHAPES)
     by_run = [{value for run, _, value in found if run == str(n)} for n in range(len(SHAPES))]
     assert all(len(values) == 1 for values in by_run), "the number of threads changes the result"
     assert len(set.union(*by_run)) == len(SHAPES)

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ class Kernel:
         self._run = build.load(source).stepforge_run
         pointer = ctypes.c_void_p
         self._run.argtypes = [
-            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_int, pointer, pointer
+            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer
         ]  # fmt: skip
         self._run.restype = None
 
@@ -85,8 +85,7 @@ class Kernel:
         """
         pool = build.thread_pool() if elements >= SERIAL and not _forked else None
         threads = torch.get_num_threads() if pool else 1
-        parallel, thread = pool or (0, 0)
-        self._run(rows, starts, pointers, numbers, threads, thread, parallel)
+        self._run(rows, starts, pointers, numbers, threads, *(pool or (0, 0, 0)))
 
 
 # A child of fork has the pool's memory but not its threads: waiting for them would never end.
@@ -138,8 +137,9 @@ def refuses(
         return "capturable keeps its numbers on the device, out of the reach of a C call"
     if p.device.type != "cpu":
         return f"it runs on a CPU, not on {p.device.type}"
-    if type(p) not in (torch.Tensor, torch.nn.Parameter):
-        return f"a {type(p).__name__} may have no memory of its own"
+    for tensor in (p, p if g is None else g):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a {type(tensor).__name__} may have no memory of its own"
     if g is not None and g.is_sparse:
         return "its gradient is sparse"
     dtype, gradient = (_real_dtype(x.dtype) for x in (p, p if g is None else g))
@@ -155,8 +155,14 @@ def refuses(
     return None
 
 
-@functools.cache
+_warned = False
+
+
 def _warn_once(reason: str) -> None:
+    global _warned
+    if _warned:
+        return
+    _warned = True
     warnings.warn(
         f"steps run on torch operations, several times slower than a compiled kernel: {reason}",
         RuntimeWarning,
@@ -166,9 +172,13 @@ def _warn_once(reason: str) -> None:
 
 def prepare(batch: Batch) -> Table | None:
     """The table of a batch that one call can step, to be kept while its tensors stay; or None."""
-    rows = list(range(len(batch)))
-    table = _table(batch, rows)
-    return table if table is not None and len(table) == len(rows) else None
+    names = columns_of(batch.graph)
+    rows = list(zip(*(batch.columns[name] for name in names)))
+    if len({tuple(x.dtype for x in row) for row in rows}) > 1 or not all(map(_is_dense, rows)):
+        return None
+    table = Table(batch)
+    table.aim(batch.columns["g"])
+    return None if table.overlaps() else table
 
 
 def run(batch: Batch) -> None:
@@ -176,19 +186,22 @@ def run(batch: Batch) -> None:
     if isinstance(batch.prepared, Table):
         batch.prepared.run(batch)
         return
+    if _overlaps(batch):
+        reference.run(batch)  # which has an order of reads and writes
+        return
+    names = columns_of(batch.graph)
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    columns = [batch.columns[name] for name in columns_of(batch.graph)]
-    for index, row in enumerate(zip(*columns)):
+    dense = set()
+    for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
         alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
+        if _is_dense(row):
+            dense.add(index)
     for rows in alike.values():
-        table = _table(batch, rows)
-        if table is None:  # memory that overlaps has an order of reads and writes to keep
-            reference.run(batch.rows(rows))
-            continue
-        table.run(batch.rows(table.origins))
-        others = sorted(set(rows) - set(table.origins))
-        for part in batch.rows(others).pieces(CACHED):
-            _run_through_buffers(part)
+        part = batch.rows([index for index in rows if index in dense])
+        if len(part):
+            Table(part).run(part)
+        for piece in batch.rows([index for index in rows if index not in dense]).pieces(CACHED):
+            _run_through_buffers(piece)
 
 
 def _run_through_buffers(batch: Batch) -> None:
@@ -197,7 +210,8 @@ def _run_through_buffers(batch: Batch) -> None:
         name: [x.resolve_neg().contiguous() for x in column]
         for name, column in batch.columns.items()
     }
-    run(batch.with_columns(copies))
+    part = batch.with_columns(copies)
+    Table(part).run(part)
     for name in batch.graph.results:
         for tensor, copy in zip(batch.columns[name], copies[name]):
             if copy is not tensor:
@@ -205,58 +219,62 @@ def _run_through_buffers(batch: Batch) -> None:
 
 
 class Table:
-    """Rows of dense memory that one call steps: where their tensors are, and how long.
+    """Rows of dense memory and of the same dtypes, which one call steps: where they are.
 
     Args:
-        batch: the rows and others.
-        origins: the numbers of those rows in the batch, which share their dtypes.
+        batch: the rows; their gradients and coefficients may be others when it runs.
 
     Raises:
         RuntimeError: there is no kernel for them, or a tensor has no memory.
     """
 
-    def __init__(self, batch: Batch, origins: list[int]) -> None:
+    def __init__(self, batch: Batch) -> None:
         graph = batch.graph
         names = columns_of(graph)
-        columns = [[batch.columns[name][i] for i in origins] for name in names]
-        kernel = kernel_for(graph, tuple(column[0].dtype for column in columns), batch.dtype)
+        columns = [batch.columns[name] for name in names]
+        dtypes = tuple(column[0].dtype for column in columns)
+        kernel = kernel_for(graph, dtypes, batch.dtype)
         if isinstance(kernel, str):
-            dtypes = ", ".join(str(column[0].dtype) for column in columns)
-            raise RuntimeError(f"there is no kernel for {dtypes}: {kernel}")
+            raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
         self.kernel = kernel
-        self.origins = origins
-        self.sizes = np.array([p.numel() for p in columns[0]], dtype=np.int64)
+        self.sizes = np.array([x.numel() for x in columns[0]], dtype=np.int64)
+        self.occupied = self.sizes > 0
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes)])
         self.pointers = np.ascontiguousarray(np.stack([*map(_addresses, columns)], axis=1))
-        self.occupied = self.sizes > 0
-        self.gradient = names.index("g") if "g" in names else None
-        self.numbers = np.empty((len(origins), len(graph.coefficients)), dtype=kernel.number)
+        self.numbers = np.empty((len(batch), len(graph.coefficients)), dtype=kernel.number)
         self.arguments = (
-            len(origins),
+            len(batch),
             int(self.starts[-1]),
-            self.starts.ctypes.data,
-            self.pointers.ctypes.data,
-            self.numbers.ctypes.data,
+            *(table.ctypes.data for table in (self.starts, self.pointers, self.numbers)),
         )
-        self.gradient_bytes = self.sizes * batch.columns["g"][origins[0]].element_size()
-        self.written = [x for n in graph.results for x in columns[names.index(n)]]
-        kept = [position for position in range(len(names)) if position != self.gradient]
-        begins = self.pointers[:, kept].ravel()
-        lengths = np.stack([self.sizes * columns[k][0].element_size() for k in kept], axis=1)
-        filled = lengths.ravel() > 0
-        order = np.argsort(begins[filled])
-        self.begins = begins[filled][order]
-        self.ends = (begins + lengths.ravel().astype(np.uint64))[filled][order]
+        self.written = [x for name in graph.results for x in batch.columns[name]]
+        self.gradient = names.index("g") if "g" in names else None
+        self.gradient_bytes = self.sizes * batch.columns["g"][0].element_size()
+        self.kept = _Spans([x for n, c in zip(names, columns) if n != "g" for x in c])
         self._check_memory()
 
-    def __len__(self) -> int:
-        return len(self.origins)
+    def aim(self, gradients: list[torch.Tensor]) -> None:
+        """Takes other gradients of the same layout.
+
+        Raises:
+            RuntimeError: one has no memory.
+        """
+        if self.gradient is not None:
+            self.pointers[:, self.gradient] = _addresses(gradients)
+            self._check_memory()
+
+    def overlaps(self) -> bool:
+        """Whether memory that is kept is also another tensor's of these rows."""
+        if self.gradient is None:
+            return self.kept.overlap
+        begins = self.pointers[:, self.gradient][self.occupied]
+        return self.kept.overlap or self.kept.touch(
+            begins, begins + self.gradient_bytes[self.occupied].astype(np.uint64)
+        )
 
     def run(self, batch: Batch) -> None:
         """Steps the rows with the gradients and coefficients of a batch of just these rows."""
-        if self.gradient is not None:
-            self.pointers[:, self.gradient] = _addresses(batch.columns["g"])
-            self._check_memory()
+        self.aim(batch.columns["g"])
         if self.overlaps():
             reference.run(batch)
             return
@@ -269,40 +287,50 @@ class Table:
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
 
-    def overlaps(self) -> bool:
-        """Whether memory that is written is also another tensor's of these rows."""
-        if (self.ends[:-1] > self.begins[1:]).any():
-            return True
-        if self.gradient is None or not len(self.begins):
-            return False
-        begins = self.pointers[:, self.gradient]
-        ends = begins + self.gradient_bytes.astype(np.uint64)
-        # Parameters and states lie apart, so their ends are in order too.
-        first = np.searchsorted(self.ends, begins, side="right")
-        last = np.searchsorted(self.begins, ends, side="left")
-        return bool((last > first).any())
-
     def _check_memory(self) -> None:
         if (self.pointers[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
 
 
-def _table(batch: Batch, rows: list[int]) -> Table | None:
-    """The dense ones of some rows as a table; None if memory overlaps or none is dense."""
-    names = columns_of(batch.graph)
-    dtypes = {tuple(batch.columns[name][i].dtype for name in names) for i in rows}
-    dense = [i for i in rows if _is_dense([batch.columns[name][i] for name in names])]
-    if len(dtypes) > 1 or not dense:
-        return None
-    table = Table(batch, dense)
-    return None if table.overlaps() else table
+class _Spans:
+    """The memory that some tensors span, gaps included, in order."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        tensors = [x for x in tensors if x.numel()]
+        begins = _addresses(tensors)
+        order = np.argsort(begins)
+        self.begins = begins[order]
+        self.ends = (begins + np.array([_extent(x) for x in tensors], np.uint64))[order]
+        #: Whether any two of them do.
+        self.overlap = bool((np.maximum.accumulate(self.ends[:-1]) > self.begins[1:]).any())
+
+    def touch(self, begins: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> bool:
+        """Whether any other span touches one of these, which do not overlap."""
+        first = np.searchsorted(self.ends, begins, side="right")
+        last = np.searchsorted(self.begins, ends, side="left")
+        return bool((last > first).any())
+
+
+def _overlaps(batch: Batch) -> bool:
+    """Whether the memory of a parameter or state is also another tensor's of the batch."""
+    kept = _Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
+    gradients = [g for g in batch.columns["g"] if g.numel()]
+    begins = _addresses(gradients)
+    extents = np.array([_extent(g) for g in gradients], np.uint64)
+    return kept.overlap or kept.touch(begins, begins + extents)
+
+
+def _extent(x: torch.Tensor) -> int:
+    """The bytes from the first element of a tensor to the end of its last."""
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
+    return (last + 1) * x.element_size()
 
 
 def _addresses(tensors: list[torch.Tensor]) -> np.ndarray[Any, Any]:
     return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
 
 
-def _is_dense(row: list[torch.Tensor]) -> bool:
+def _is_dense(row: Sequence[torch.Tensor]) -> bool:
     """Whether all tensors of a row have their elements in one order and without gaps."""
     first = row[0]
     if any(tensor.is_neg() for tensor in row):  # the memory holds what it is not

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -71,34 +72,34 @@ def _processor_features() -> frozenset[str]:
     return frozenset(next(lines, "").split())
 
 
-def compiler() -> str:
-    """The path of the C compiler: what ``CC`` names, or ``cc``, ``gcc`` or ``clang``.
+def compiler() -> tuple[str, ...]:
+    """The command of the C compiler: what ``CC`` names, or ``cc``, ``gcc`` or ``clang``.
 
     Raises:
         BuildError: there is none.
     """
-    named = os.environ.get("CC")
-    for candidate in [named] if named else ["cc", "gcc", "clang"]:
-        path = shutil.which(candidate)
+    named = shlex.split(os.environ.get("CC", ""))
+    for program, *arguments in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        path = shutil.which(program)
         if path:
-            return path
-    what = f"CC names {named!r}, which is not" if named else "no C compiler is"
+            return path, *arguments
+    what = f"CC names {named[0]!r}, which is not" if named else "no C compiler is"
     raise BuildError(f"{what} on the PATH: install gcc or clang")
 
 
-def compiler_version(path: str) -> str:
+def compiler_version(command: tuple[str, ...]) -> str:
     """What a compiler calls itself: the first line of its ``--version``.
 
     Raises:
         BuildError: it cannot be run.
     """
-    return _version_of(path, os.stat(path).st_mtime_ns)
+    return _version_of(command, os.stat(command[0]).st_mtime_ns)
 
 
 @functools.cache
-def _version_of(path: str, modified_ns: int) -> str:
-    done = _run([path, "--version"])
-    return done.stdout.splitlines()[0] if done.stdout else path
+def _version_of(command: tuple[str, ...], modified_ns: int) -> str:
+    lines = _run([*command, "--version"]).stdout.splitlines()
+    return lines[0] if lines else " ".join(command)
 
 
 def cache_folder() -> Path:
@@ -134,15 +135,25 @@ def cache_folder() -> Path:
 def load(source: str) -> ctypes.CDLL:
     """The library compiled from a source, from the cache if it is there.
 
+    Without a compiler, one that any compiler has built of the same source will do.
+
     Raises:
         BuildError: it is not in the cache and cannot be built.
     """
     isa = instruction_set()
     folder = cache_folder()
-    path = compiler()
-    version = compiler_version(path)
-    key = _digest("\0".join([source, *FLAGS, isa, version, platform.machine()]).encode())
-    library = _cached(folder, key) or _compile(source, isa, path, folder, key)
+    key = _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
+    try:
+        command = compiler()
+    except BuildError:
+        library = _cached(folder, key, "*")
+        if library is None:
+            raise
+    else:
+        version = _digest("\0".join([compiler_version(command), *command]).encode())[:8]
+        library = _cached(folder, key, version) or _compile(
+            source, isa, command, folder, f"{key}-{version}"
+        )
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
@@ -153,27 +164,27 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _cached(folder: Path, key: str) -> Path | None:
-    for candidate in folder.glob(f"{key}-*.so"):
+def _cached(folder: Path, key: str, version: str) -> Path | None:
+    for candidate in sorted(folder.glob(f"{key}-{version}-*.so")):
         try:
             content = candidate.read_bytes()
         except OSError:
             continue
-        if candidate.name == f"{key}-{_digest(content)}.so":
+        if candidate.stem.split("-")[-1] == _digest(content):
             return candidate
     return None
 
 
-def _compile(source: str, isa: str, compiler_path: str, folder: Path, key: str) -> Path:
+def _compile(source: str, isa: str, command: tuple[str, ...], folder: Path, name: str) -> Path:
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
             c_file, so_file = Path(work, "kernel.c"), Path(work, "kernel.so")
             c_file.write_text(source)
             march = [f"-march={isa}"] if isa else []
-            done = _run([compiler_path, *FLAGS, *march, str(c_file), "-o", str(so_file), "-lm"])
+            done = _run([*command, *FLAGS, *march, str(c_file), "-o", str(so_file), "-lm"])
             if done.returncode != 0 or not so_file.exists():
-                raise BuildError(f"{compiler_path} failed: {_first_line(done.stderr)}")
-            built = folder / f"{key}-{_digest(so_file.read_bytes())}.so"
+                raise BuildError(f"{command[0]} failed: {_first_line(done.stderr)}")
+            built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
             # Readers see the whole file or none, whoever else builds the same at the same time.
             os.replace(so_file, built)
             return built
@@ -187,7 +198,12 @@ def _compile(source: str, isa: str, compiler_path: str, folder: Path, key: str) 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=PATIENCE_S,
         )
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} did not finish within {PATIENCE_S:g} s") from None
@@ -200,21 +216,26 @@ def _first_line(text: str) -> str:
     return lines[0].strip() if lines else "it said nothing"
 
 
+_OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
+
+
 @functools.cache
-def thread_pool() -> tuple[int, int] | None:
-    """The addresses of ``GOMP_parallel`` and ``omp_get_thread_num`` in torch's OpenMP runtime.
+def thread_pool() -> tuple[int, int, int] | None:
+    """The addresses of three functions of torch's OpenMP runtime, in the order of a kernel's call.
+
+    They are ``omp_get_thread_num``, ``omp_get_num_threads`` and ``GOMP_parallel``.
 
     None if torch has loaded no runtime that has them; kernels then run on one thread.
     """
     for library in _openmp_libraries():
         try:
             runtime = ctypes.CDLL(library)
-            functions = runtime.GOMP_parallel, runtime.omp_get_thread_num
+            functions = [getattr(runtime, name) for name in _OPENMP]
         except (OSError, AttributeError):
             continue
-        parallel, thread = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
-        if parallel and thread:
-            return parallel, thread
+        thread, team, parallel = (ctypes.cast(f, ctypes.c_void_p).value for f in functions)
+        if thread and team and parallel:
+            return thread, team, parallel
     return None
 
 

@@ -7,6 +7,7 @@ reference's bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +51,7 @@ STORAGE: dict[torch.dtype, Storage] = {
     torch.float32: Storage("float", "(number){0}", "(float){0}"),
     torch.float64: Storage("double", "(number){0}", "(double){0}"),
     torch.bfloat16: Storage("uint16_t", "(number)from_bfloat16({0})", "to_bfloat16((float){0})"),
-    torch.float16: Storage("_Float16", "(number){0}", "(_Float16){0}"),
+    torch.float16: Storage("_Float16", "(number){0}", "(_Float16)(float){0}"),
 }
 
 _BFLOAT16 = """\
@@ -78,16 +79,17 @@ typedef struct {
     const int64_t *starts;    /* rows + 1: the elements before each row */
     void *const *pointers;    /* rows x COLUMNS */
     const number *numbers;    /* rows x COEFFICIENTS */
-    int threads;
-    int (*thread)(void);
+    int (*thread)(void);      /* which thread this is; null where there is but one */
+    int (*team)(void);        /* how many there are: perhaps fewer than were asked for */
 } work;
 
 static void share(void *argument) {
     const work *w = argument;
     int64_t total = w->starts[w->rows];
-    int64_t part = (total / w->threads + GRAIN) / GRAIN * GRAIN;
-    int64_t begin = w->threads > 1 ? w->thread() * part : 0;
-    int64_t end = w->threads > 1 && begin + part < total ? begin + part : total;
+    int64_t threads = w->thread ? w->team() : 1;
+    int64_t part = (total / threads + GRAIN) / GRAIN * GRAIN;
+    int64_t begin = w->thread ? w->thread() * part : 0;
+    int64_t end = begin + part < total ? begin + part : total;
     if (begin >= end) return;
     int64_t low = 0, high = w->rows;    /* the last row that starts at or before begin */
     while (high - low > 1) {
@@ -104,13 +106,14 @@ static void share(void *argument) {
 }
 
 void stepforge_run(int64_t rows, const int64_t *starts, void *const *pointers,
-                   const number *numbers, int threads, int (*thread)(void),
+                   const number *numbers, int threads, int (*thread)(void), int (*team)(void),
                    void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
-    work w = {rows, starts, pointers, numbers, threads, thread};
-    if (threads > 1)
-        parallel(share, &w, (unsigned)threads, 0);
-    else
+    int alone = threads <= 1;
+    work w = {rows, starts, pointers, numbers, alone ? 0 : thread, alone ? 0 : team};
+    if (alone)
         share(&w);
+    else
+        parallel(share, &w, (unsigned)threads, 0);
 }
 """
 
@@ -178,9 +181,15 @@ def _register_names(graph: Graph) -> list[str]:
     program = graph.varying
     inputs = [f"{name}_in" for name in program.inputs]
     coefficients = [f"c{position}" for position in range(len(program.given))]
-    constants = [f"(number){number.hex()}" for number in program.constants]
+    constants = [_literal(number) for number in program.constants]
     results = [f"x{position}" for position in range(len(program.instructions))]
     return [*inputs, *coefficients, *constants, *results]
+
+
+def _literal(number: float) -> str:
+    if math.isfinite(number):
+        return f"(number){number.hex()}"
+    return "(number)NAN" if math.isnan(number) else f"({'-' if number < 0 else ''}(number)INFINITY)"
 
 
 def _expression(instruction: Instruction, names: Sequence[str], double: bool) -> str:
