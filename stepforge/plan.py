@@ -87,9 +87,11 @@ def lay_out(
     rows = checked_rows(rule, groups, state, refuses_sparse=refuses_sparse, compiling=compiling)
     batches = _batches(rows)
     launches = [_launch(rule, batch, compiling) for batch in batches]
-    keep_new_states(rows, state)
     if compiling or not rows or not all(map(_is_plain, rows)):
+        keep_new_states(rows, state)
         return launches, None
+    launches = [_prepared(launch) for launch in launches]
+    keep_new_states(rows, state)
     stepping = set(map(id, (row.p for row in rows)))
     lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, launches)]
     plan = Plan(
@@ -135,6 +137,11 @@ class Plan:
             return None
         launches = [lane.renewed() for lane in self.lanes]
         return [x for x in launches if x is not None] if all(launches) else None
+
+
+def _prepared(launch: Launch) -> Launch:
+    prepared = launch.backend.prepare(launch.batch)
+    return replace(launch, batch=replace(launch.batch, prepared=prepared))
 
 
 def _environment() -> tuple[str | None, ...]:
@@ -226,7 +233,6 @@ class Lane:
         scalars = [s[rule.states[x].key] for x in launch.batch.graph.scalars for s in states]
         launch = replace(
             launch,
-            batch=replace(launch.batch, prepared=launch.backend.prepare(launch.batch)),
             steps=[numbers["step"]],
             scalars=list(zip(scalars, (value for _, value in launch.scalars))),
         )

@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+import stepforge
+from stepforge.declare import NonNegative
+from stepforge.ops import where
 from tests.conformance.table import (
+    BACKENDS,
     DTYPES,
     OPTIMIZERS,
     OTHERS,
@@ -130,3 +134,26 @@ def test_the_inputs_above_reach_the_corners_they_are_meant_for(name: str) -> Non
     assert any(tensor.isinf().any() for end in ends for tensor in end.values())
     steps = {float(end["step"]) for end in ends[-len(SHAPES) :] if "step" in end}
     assert len(steps) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_choice_between_two_numbers(dtype: torch.dtype) -> None:
+    """Numbers alone have no dtype: they are those of the arithmetic, not torch's default."""
+
+    def rule(h: Any, t: Any, p: Any, g: Any) -> Any:
+        return p * where(g > 0, 1.2, h.other)
+
+    class Chooser(stepforge.Optimizer, rule=rule):
+        other: NonNegative = 0.1
+
+    stored = {}
+    for backend in BACKENDS:
+        p = torch.nn.Parameter(torch.linspace(-3, 3, 999, dtype=torch.float64).to(dtype))
+        p.grad = torch.linspace(1, -1, 999, dtype=torch.float64).to(dtype)
+        with forced(backend):
+            Chooser([p]).step()
+        stored[backend] = p.detach()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        values = torch.linspace(-3, 3, 999, dtype=torch.float64).to(dtype).to(wide)
+        factors = torch.tensor([0.1, 1.2], dtype=wide)[(p.grad > 0).long()]
+        assert torch.equal(p.detach(), (values * factors).to(dtype)), backend

@@ -51,13 +51,15 @@ def instruction_set() -> str:
 
     The environment variable ``STEPFORGE_ISA`` overrides it.
     """
-    forced = os.environ.get("STEPFORGE_ISA")
-    if forced is not None:
-        if forced not in (*LEVELS, ""):
-            raise BuildError(f"STEPFORGE_ISA is {forced!r}; it must be one of {', '.join(LEVELS)}")
-        return forced
     features = _processor_features()
-    return next((level for level, needed in LEVELS.items() if needed <= features), "")
+    usable = [level for level, needed in LEVELS.items() if needed <= features]
+    forced = os.environ.get("STEPFORGE_ISA")
+    if forced is None:
+        return usable[0] if usable else ""
+    if forced not in (*usable, ""):
+        known = ", ".join(usable) or "empty"
+        raise BuildError(f"STEPFORGE_ISA is {forced!r}; on this processor it must be {known}")
+    return forced
 
 
 @functools.cache
@@ -183,7 +185,8 @@ def _compile(source: str, isa: str, command: tuple[str, ...], folder: Path, name
             march = [f"-march={isa}"] if isa else []
             done = _run([*command, *FLAGS, *march, str(c_file), "-o", str(so_file), "-lm"])
             if done.returncode != 0 or not so_file.exists():
-                raise BuildError(f"{command[0]} failed: {_first_line(done.stderr)}")
+                said = _first_line(done.stderr.replace(str(c_file), c_file.name))
+                raise BuildError(f"{command[0]} failed: {said}")
             built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
             # Readers see the whole file or none, whoever else builds the same at the same time.
             os.replace(so_file, built)
