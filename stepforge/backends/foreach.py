@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from stepforge.backends.batch import CACHED, Batch
-from stepforge.backends.rounding import correct_sqrt
+from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.expr import Graph
 
 name = "foreach"
@@ -95,10 +95,7 @@ def _sub(x: Any, y: Any) -> Sequence[torch.Tensor]:
 def _div(x: Any, y: Tensors) -> Sequence[torch.Tensor]:
     if _is_list_of_tensors(x):
         return torch._foreach_div(x, y)
-    return [
-        torch.div(torch.as_tensor(number, dtype=row.dtype, device=row.device), row)
-        for number, row in zip(_for_each_row(x, y), y, strict=True)
-    ]
+    return [divide(*pair) for pair in zip(_for_each_row(x, y), y, strict=True)]
 
 
 def _sqrt(x: Tensors) -> Sequence[torch.Tensor]:
@@ -130,18 +127,7 @@ def _finite(x: Tensors) -> Sequence[torch.Tensor]:
 def _where(condition: list[Any], x: Any, y: Any, dtype: torch.dtype = torch.float32) -> Tensors:
     like = next(operand for operand in (x, y, condition) if _is_list_of_tensors(operand))
     rows = zip(condition, _for_each_row(x, like), _for_each_row(y, like), like, strict=True)
-    return [_where_row(*row, dtype) for row in rows]
-
-
-def _where_row(
-    condition: Any, x: Any, y: Any, like: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    if not isinstance(condition, torch.Tensor):
-        chosen = x if condition else y
-        return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(like, chosen)
-    if not isinstance(x, torch.Tensor):  # two numbers would have the default dtype
-        x = torch.tensor(x, dtype=dtype, device=like.device)
-    return torch.where(condition.to(torch.bool), x, y)
+    return [choose(*row, dtype) for row in rows]
 
 
 def _for_each_row(x: Uniform | Tensors, like: Tensors) -> list[Any]:

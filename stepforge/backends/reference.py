@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stepforge.backends.batch import CACHED, Batch
-from stepforge.backends.rounding import correct_sqrt
+from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.expr import Graph, evaluate
 from stepforge.ops import VOCABULARY
 
@@ -76,27 +76,15 @@ def _named_elements(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _divide(x: Any, y: Any) -> Any:
-    # `number / tensor` is computed by torch as a reciprocal and a product: two roundings.
-    if not isinstance(x, torch.Tensor):
-        x = torch.tensor(x, dtype=y.dtype, device=y.device)
-    return torch.div(x, y)
-
-
 def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    tensor = next(operand for operand in (x, y, condition) if isinstance(operand, torch.Tensor))
-    if not isinstance(condition, torch.Tensor):
-        chosen = x if condition else y
-        return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(tensor, chosen)
-    if not isinstance(x, torch.Tensor):  # two numbers would have the default dtype
-        x = torch.tensor(x, dtype=dtype, device=tensor.device)
-    return torch.where(condition.to(torch.bool), x, y)
+    like = next(operand for operand in (x, y, condition) if isinstance(operand, torch.Tensor))
+    return choose(condition, x, y, like, dtype)
 
 
 #: What each operation of the vocabulary does here.
 OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
     "add": operator.add,
-    "div": _divide,
+    "div": divide,
     "sqrt": correct_sqrt,
     "where": _where,
 }

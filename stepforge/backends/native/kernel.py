@@ -1,0 +1,114 @@
+"""A compiled kernel: what a graph becomes, and how it is called."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepforge.backends.native import build
+from stepforge.backends.native.source import c_source, columns_of
+from stepforge.expr import Graph
+
+#: Elements below which waking the other threads costs more than they save.
+SERIAL = 2**15
+
+
+class Kernel:
+    """A compiled kernel.
+
+    Args:
+        graph: what it computes.
+        dtypes: the dtype of each of :func:`columns_of`, in order.
+        arithmetic: float32 or float64.
+
+    Raises:
+        BuildError: it cannot be compiled.
+    """
+
+    def __init__(
+        self, graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype
+    ) -> None:
+        self.columns = columns_of(graph)
+        self.number = np.float64 if arithmetic == torch.float64 else np.float32
+        source = c_source(graph, dict(zip(self.columns, dtypes)), arithmetic)
+        self._run = build.load(source).stepforge_run
+        pointer = ctypes.c_void_p
+        self._run.argtypes = [
+            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer
+        ]  # fmt: skip
+        self._run.restype = None
+
+    def __call__(
+        self,
+        starts: np.ndarray[Any, Any],
+        pointers: np.ndarray[Any, Any],
+        numbers: np.ndarray[Any, Any],
+    ) -> None:
+        """Steps rows of dense memory.
+
+        Args:
+            starts: int64 of rows + 1; the number of elements before each row, and of all.
+            pointers: uint64 of rows x columns; where each tensor begins.
+            numbers: of rows x coefficients, in the dtype of the arithmetic.
+        """
+        tables = (array.ctypes.data for array in (starts, pointers, numbers))
+        self.launch(len(starts) - 1, int(starts[-1]), *tables)
+
+    def launch(self, rows: int, elements: int, starts: int, pointers: int, numbers: int) -> None:
+        """The same, given where the tables are.
+
+        Args:
+            rows: how many they are.
+            elements: how many elements they have together.
+            starts: the address of rows + 1 int64: the elements before each row, and all.
+            pointers: the address of rows x columns addresses of tensors.
+            numbers: the address of rows x coefficients in the dtype of the arithmetic.
+        """
+        pool = build.thread_pool() if elements >= SERIAL and not _forked else None
+        threads = torch.get_num_threads() if pool else 1
+        self._run(rows, starts, pointers, numbers, threads, *(pool or (0, 0, 0)))
+
+
+# A child of fork has the pool's memory but not its threads: waiting for them would never end.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+_building = threading.Lock()
+
+
+def kernel_for(
+    graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype
+) -> Kernel | str:
+    """The kernel, compiled at its first use; or why it cannot be had.
+
+    Args:
+        graph: what it computes.
+        dtypes: the dtype of each of :func:`columns_of`, in order.
+        arithmetic: float32 or float64.
+    """
+    with _building:
+        return _kernel_for(graph, dtypes, arithmetic, os.environ.get("STEPFORGE_ISA"))
+
+
+@functools.cache
+def _kernel_for(
+    graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, _isa: str | None
+) -> Kernel | str:
+    try:
+        return Kernel(graph, dtypes, arithmetic)
+    except build.BuildError as error:
+        return str(error)
