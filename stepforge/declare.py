@@ -324,11 +324,26 @@ class Rule:
             self._graphs[key] = self._traced(statics)
         return self._graphs[key]
 
+    def number(self, group: Mapping[str, Any], symbol: str) -> Any:
+        """The number that a param group gives for a symbol of the graph."""
+        name, component = self._components[symbol]
+        return group[name] if component is None else group[name][component]
+
+    @functools.cached_property
+    def _components(self) -> dict[str, tuple[str, int | None]]:
+        """For each uniform symbol its hyperparameter and, of a tuple, which component it is."""
+        return {
+            symbol: (name, None if parameter.length is None else index)
+            for name, parameter in self.hyperparameters.items()
+            if not parameter.static
+            for index, (symbol, _) in enumerate(
+                parameter.components([None] * (parameter.length or 1))
+            )
+        }
+
     def uniform_values(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """Every number that a param group gives the rule, with the name of its symbol."""
-        for name, parameter in self.hyperparameters.items():
-            if not parameter.static:
-                yield from parameter.components(group[name])
+        return ((symbol, self.number(group, symbol)) for symbol in self._components)
 
     def _traced(self, statics: Mapping[str, Any]) -> Graph:
         trace = Trace()

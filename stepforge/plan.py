@@ -174,11 +174,11 @@ class _Group:
     @classmethod
     def of(cls, rule: Rule, group: Mapping[str, Any]) -> _Group:
         # Numbers are read anew by the lanes; only what the graph or the backend depends on counts.
-        names = [n for n, h in rule.hyperparameters.items() if h.static]
-        off = [n for n, h in rule.hyperparameters.items() if h.zero_is_off]
+        flags = operator.itemgetter(*(n for n, h in rule.hyperparameters.items() if h.static))
+        off = tuple(n for n, h in rule.hyperparameters.items() if h.zero_is_off)
 
         def read(group: Mapping[str, Any]) -> tuple[Any, ...]:
-            return (*(group[n] for n in names), *(is_off(group[n]) for n in off))
+            return flags(group), [is_off(group[name]) for name in off]
 
         return cls(group, read, read(group), tuple(group["params"]))
 
@@ -438,7 +438,6 @@ def _host_inputs(
 
     Numbers go through the program several times faster, and to the same bits.
     """
-    options = [dict(rule.uniform_values(group)) for group in groups.distinct]
     inputs: dict[str, Any] = {}
     for name in graph.uniform.inputs:
         if name == "t":
@@ -446,7 +445,7 @@ def _host_inputs(
         elif name in rule.states:
             inputs[name] = _agreed(numbers[rule.states[name].key])
         else:
-            known = [float(values[name]) for values in options]
+            known = [float(rule.number(group, name)) for group in groups.distinct]
             same = known.count(known[0]) == len(known)
             inputs[name] = known[0] if same else np.array(known)[groups.own]
     return inputs
