@@ -42,11 +42,11 @@ SPLITS = {
     "one-more": [ENOUGH + 1],
     "just-enough-in-two": [ENOUGH // 2 - 1, ENOUGH // 2 + 1],
     "around-the-grain": [GRAIN - 1, GRAIN, GRAIN + 1] * (ENOUGH // 3 // GRAIN + 3),
-    "many-small": [*range(260)],
+    "many-small": [*range(370)],
     "a-big-one-last": [1] * 100 + [ENOUGH],
     "empties-between": [0, 0, ENOUGH // 2, 0, 0, 0, ENOUGH // 2 + 5, 0, 0],
-    # 33000 elements make shares of 8256 for four threads and of 16512 for two.
-    "shares-end-with-rows": [8256, 8256, 0, 8256, 8232],
+    # 66000 elements make shares of 16512 for four threads and of 33024 for two.
+    "shares-end-with-rows": [16512, 16512, 0, 16512, 16464],
 }
 
 pytestmark = pytest.mark.skipif(

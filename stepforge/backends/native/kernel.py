@@ -15,8 +15,9 @@ from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source, columns_of
 from stepforge.expr import Graph
 
-#: Elements below which waking the other threads costs more than they save.
-SERIAL = 2**15
+#: Elements below which one thread steps alone. Two break even with one here, measured 10 ms after
+#: the last parallel work, as in training: at 2**14 one is a third faster, at 2**19 two are.
+SERIAL = 2**16
 
 
 class Kernel:
