@@ -77,9 +77,10 @@ def _function(program: Program) -> Callable[..., list[Any]]:
         call = _INFIX.get(instruction.op, f"{instruction.op}({', '.join(args)})").format(*args)
         lines.append(f"    {names[instruction.out]} = {call}")
     lines.append(f"    return [{', '.join(names[register] for register in program.outputs)}]")
-    scope = dict(VOCABULARY)
+    scope: dict[str, Any] = VOCABULARY | {"inf": math.inf, "nan": math.nan}  # as repr writes them
     exec("\n".join(lines), scope)
-    return scope["run"]
+    run: Callable[..., list[Any]] = scope["run"]
+    return run
 
 
 def _wide(value: Any) -> Any:

@@ -138,7 +138,6 @@ class Optimizer(_Declared):
         self._check_options(defaults)
         self._plan: plan.Plan | None = None
         super().__init__(params, defaults)
-        self._restore_capabilities()
         if self._eager_state:
             for group in self.param_groups:
                 for p in group["params"]:
@@ -153,9 +152,6 @@ class Optimizer(_Declared):
         if options["foreach"] and options["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
 
-    def _restore_capabilities(self) -> None:
-        """Sets the attributes that others look for and that no pickle carries."""
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
@@ -167,7 +163,6 @@ class Optimizer(_Declared):
                 for key in ("step", *(s.key for s in self._rule.states.values() if s.scalar)):
                     if key in entry and not isinstance(entry[key], torch.Tensor):
                         entry[key] = checkpoint.scalar_state(entry[key], p, group)
-        self._restore_capabilities()
 
     def _patch_step_function(self) -> None:
         # torch wraps the step of every class in hooks and a profiler record. Where a subclass

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend, Batch
+from stepforge.backends.batch import arithmetic
 from stepforge.coefficients import (
     as_tensors,
     device_values,
@@ -366,20 +367,15 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
             row.choice.backend.name,
             id(row.graph),
             row.p.device,
-            _arithmetic(row.p),
+            arithmetic(row.p.dtype),
             id(row.group) if alone else None,
         )
         batches.setdefault(key, []).append(row)
     return list(batches.values())
 
 
-def _arithmetic(p: torch.Tensor) -> torch.dtype:
-    wide = (torch.float64, torch.complex128)
-    return torch.float64 if p.dtype in wide else torch.float32
-
-
 def _launch(rule: Rule, rows: Sequence[Row], compiling: bool) -> Launch:
-    group, graph, dtype = rows[0].group, rows[0].graph, _arithmetic(rows[0].p)
+    group, graph, dtype = rows[0].group, rows[0].graph, arithmetic(rows[0].p.dtype)
     coefficients, scalars = _split(graph, _uniform_values(rule, rows))
     given = [rounded(c, len(rows), dtype) for c in coefficients]
     if compiling:

@@ -70,7 +70,7 @@ def checked_rows(
             if g.is_sparse:
                 g = _coalesced(g, group, refuses_sparse)
             # All that a choice depends on: parameters alike in it are asked about once.
-            kind = (p.dtype, g.dtype, p.device, g.layout, type(p))
+            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g))
             if kind not in choices:
                 _check_dtypes(p, g)
                 choices[kind] = choose(p, g, group, graph, compiling=compiling)

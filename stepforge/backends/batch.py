@@ -15,6 +15,12 @@ from stepforge.expr import Graph
 #: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
 CACHED = 2**17
 
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which parameters of a dtype are stepped: float32, or float64 for float64."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
 #: The values of a uniform node.
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | list[torch.Tensor]"
 

@@ -7,7 +7,6 @@ other backends are held to its bits.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,7 +82,6 @@ def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -
 
 #: What each operation of the vocabulary does here.
 OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
-    "add": operator.add,
     "div": divide,
     "sqrt": correct_sqrt,
     "where": _where,

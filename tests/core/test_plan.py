@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.declare import NonNegative
+from stepforge.ops import minimum, where
+from stepforge.rows import checked_rows
 
 OPTIMIZERS = [
     stepforge.Adagrad,
@@ -103,3 +106,32 @@ def test_nothing_is_traced_on_the_second_step(monkeypatch: pytest.MonkeyPatch) -
     optimizer.step()
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.step()
+
+
+class Logged(torch.Tensor):
+    """A gradient that may have no memory of its own, as far as anyone can tell."""
+
+
+def test_a_gradient_of_another_class_is_asked_about_by_itself() -> None:
+    plain, special = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    plain.grad, special.grad = torch.ones(3), torch.ones(3).as_subclass(Logged)
+    rows = checked_rows(
+        stepforge.Adam._rule,
+        stepforge.Adam([plain, special]).param_groups,
+        {},
+        refuses_sparse=None,
+    )
+    assert [row.choice.backend.name for row in rows] == ["native", "foreach"]
+
+
+def test_a_rule_may_hold_an_infinite_number() -> None:
+    def rule(h: Any, t: Any, p: Any, g: Any) -> Any:
+        return p - minimum(h.lr, float("inf")) * g * where(t > float("-inf"), 1.0, float("nan"))
+
+    class Bounded(stepforge.Optimizer, rule=rule):
+        lr: NonNegative = 0.5
+
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    Bounded([p]).step()
+    assert p.tolist() == [0.5, 0.5, 0.5]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from stepforge.backends import reference
-from stepforge.backends.batch import CACHED, Batch
+from stepforge.backends.batch import CACHED, Batch, arithmetic
 from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
 from stepforge.backends.native.source import OPERATIONS, STORAGE, columns_of
 from stepforge.backends.native.table import Table, overlaps
@@ -55,7 +55,7 @@ def refuses(
         if stored not in STORAGE:
             return f"it does not store {stored}"
     dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
-    kernel = kernel_for(graph, dtypes, _arithmetic(dtype))
+    kernel = kernel_for(graph, dtypes, arithmetic(dtype))
     if isinstance(kernel, str):
         if not group["fused"]:
             _warn_once(kernel)
@@ -85,7 +85,6 @@ def prepare(batch: Batch) -> Table | None:
     if len({tuple(x.dtype for x in row) for row in rows}) > 1 or not all(map(_is_dense, rows)):
         return None
     table = Table(batch)
-    table.aim(batch.columns["g"])
     return None if table.overlaps() else table
 
 
@@ -150,7 +149,3 @@ def _without_gaps(tensor: torch.Tensor) -> bool:
 
 def _real_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

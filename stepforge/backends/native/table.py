@@ -17,7 +17,7 @@ class Table:
     """Rows of dense memory and of the same dtypes, which one call steps: where they are.
 
     Args:
-        batch: the rows; their gradients and coefficients may be others when it runs.
+        batch: the rows; it may be aimed at other gradients, and run with other coefficients.
 
     Raises:
         RuntimeError: there is no kernel for them, or a tensor has no memory.
@@ -68,8 +68,10 @@ class Table:
         )
 
     def run(self, batch: Batch) -> None:
-        """Steps the rows with the gradients and coefficients of a batch of just these rows."""
-        self.aim(batch.columns["g"])
+        """Steps the rows with the coefficients of a batch of just these rows.
+
+        Its gradients are those that the table was made with, or has been aimed at since.
+        """
         if self.overlaps():
             reference.run(batch)
             return
