@@ -386,7 +386,7 @@ def _first_steps(
 def _memory(
     screen: _Screen, workloads: Sequence[Workload], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    arms = [arm for arm in ARMS if arm != LIMIT]
+    arms = [arm for arm in ARMS if arm.bound is None]
     for workload in workloads:
         largest = 4 * max(map(math.prod, workload.shapes))
         table = _table(

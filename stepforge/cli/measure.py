@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
+import operator
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +25,7 @@ from stepforge.cli.workloads import Shape
 from stepforge.expr import Graph, Trace
 
 __all__ = [
+    "ACCESS",
     "ARMS",
     "LIMIT",
     "OPTIMIZERS",
@@ -55,6 +58,72 @@ class Stepper(Protocol):
         """Steps; timed."""
 
 
+class _Stepped:
+    """Parameters with an optimizer."""
+
+    def __init__(self, params: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self.params = params
+        self.optimizer = optimizer
+
+    def feed(self, gradients: Sequence[Tensor]) -> None:
+        # The old gradient is let go of after the new one has its memory, so that no two steps in
+        # turn find gradients in the same place.
+        for p, gradient in zip(self.params, gradients):
+            p.grad = gradient.clone()
+
+    def step(self) -> object:
+        return self.optimizer.step()
+
+
+class _Limit:
+    """The memory traffic of an optimizer, through the driver and the threads of its kernel.
+
+    Only the C call counts as the step: the tables that it is given are laid out before.
+    """
+
+    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
+        graph = _traffic(optimizer)
+        float32 = (torch.float32,) * len({*graph.varying.inputs, *graph.results})
+        self.kernel = Kernel(graph, float32, torch.float32)
+        self.tensors = {
+            column: params if column == "p" else [torch.zeros_like(p) for p in params]
+            for column in self.kernel.columns
+        }
+        sizes = [p.numel() for p in params]
+        self.starts = np.cumsum([0, *sizes], dtype=np.int64)
+        self.numbers = np.empty((len(params), 0), dtype=np.float32)
+
+    def feed(self, gradients: Sequence[Tensor]) -> None:
+        self.tensors["g"] = [gradient.clone() for gradient in gradients]
+        columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.columns]
+        self.pointers = np.array(columns, dtype=np.uint64).T.copy()
+
+    def step(self) -> None:
+        self.kernel(self.starts, self.pointers, self.numbers)
+
+
+class _Access:
+    """What no step written in Python can leave out, however fast its kernel.
+
+    Each gradient has to be asked for and each tensor for its address, as both may have changed; and
+    autograd has to be told which tensors were written.
+    """
+
+    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
+        states = len(set(_traffic(optimizer).varying.inputs) - {"p", "g"})
+        self.params = params
+        self.kept = [*params, *(torch.zeros_like(p) for _ in range(states) for p in params)]
+
+    def feed(self, gradients: Sequence[Tensor]) -> None:
+        for p, gradient in zip(self.params, gradients):
+            p.grad = gradient.clone()
+
+    def step(self) -> None:
+        gradients = map(operator.attrgetter("grad"), self.params)
+        list(map(Tensor.data_ptr, itertools.chain(self.kept, gradients)))
+        torch.autograd.graph.increment_version(self.kept)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to run an optimizer.
@@ -62,14 +131,16 @@ class Arm:
     Attributes:
         name: what tables and files call it.
         what: what it is, for a legend.
-        library: where its optimizer comes from; None of the streaming limit.
+        library: where its optimizer comes from; None if it is a bound on all of them.
         flags: arguments of its constructor.
+        bound: what does a part of every step, given the optimizer's name and the parameters.
     """
 
     name: str
     what: str
-    library: ModuleType | None
+    library: ModuleType | None = None
     flags: Mapping[str, bool] = field(default_factory=dict)
+    bound: Callable[[str, list[Tensor]], Stepper] | None = None
 
     def exists(self, optimizer: str) -> bool:
         """Whether the library has that optimizer with these flags; RAdam has no ``fused``."""
@@ -90,8 +161,8 @@ class Arm:
             BuildError: it is the limit, and its kernel cannot be had.
         """
         params = [gradient.clone() for gradient in gradients]
-        if self.library is None:
-            return _Limit(optimizer, params)
+        if self.bound is not None:
+            return self.bound(optimizer, params)
         make = cast(Callable[..., torch.optim.Optimizer], getattr(self.library, optimizer))
         if groups == 1:
             return _Stepped(params, make(params, **self.flags))
@@ -102,12 +173,14 @@ class Arm:
         return _Stepped(params, make(split, **self.flags))
 
 
-LIMIT = Arm("limit", "a C loop that reads and writes what a step does, and adds", None)
+LIMIT = Arm("limit", "a C loop that reads and writes what a step does, and adds", bound=_Limit)
+ACCESS = Arm("access", "reads gradients and addresses in Python, counts versions", bound=_Access)
 TORCH = Arm("torch", "torch.optim, default flags", torch.optim)
 OURS = Arm("stepforge", "stepforge, default flags", stepforge)
 #: Everything is made from this tuple: an arm more is a line more.
 ARMS = (
     LIMIT,
+    ACCESS,
     TORCH,
     Arm("torch foreach", "torch.optim, foreach=True", torch.optim, {"foreach": True}),
     Arm("torch fused", "torch.optim, fused=True", torch.optim, {"fused": True}),
@@ -170,50 +243,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-class _Stepped:
-    """Parameters with an optimizer."""
-
-    def __init__(self, params: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self.params = params
-        self.optimizer = optimizer
-
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        # The old gradient is let go of after the new one has its memory, so that no two steps in
-        # turn find gradients in the same place.
-        for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.clone()
-
-    def step(self) -> object:
-        return self.optimizer.step()
-
-
-class _Limit:
-    """The memory traffic of an optimizer, through the driver and the threads of its kernel.
-
-    Only the C call counts as the step: the tables that it is given are laid out before.
-    """
-
-    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        graph = _traffic(optimizer)
-        float32 = (torch.float32,) * len({*graph.varying.inputs, *graph.results})
-        self.kernel = Kernel(graph, float32, torch.float32)
-        self.tensors = {
-            column: params if column == "p" else [torch.zeros_like(p) for p in params]
-            for column in self.kernel.columns
-        }
-        sizes = [p.numel() for p in params]
-        self.starts = np.cumsum([0, *sizes], dtype=np.int64)
-        self.numbers = np.empty((len(params), 0), dtype=np.float32)
-
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        self.tensors["g"] = [gradient.clone() for gradient in gradients]
-        columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.columns]
-        self.pointers = np.array(columns, dtype=np.uint64).T.copy()
-
-    def step(self) -> None:
-        self.kernel(self.starts, self.pointers, self.numbers)
 
 
 def measure_arms(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from stepforge.cli.measure import ARMS, LIMIT, OURS, Stepper, make_gradients
+from stepforge.cli.measure import ARMS, OURS, Stepper, make_gradients
 from stepforge.cli.workloads import Shape, Workload
 
 __all__ = ["PROCESSES", "ProbeError", "extra_memory", "time_first_step"]
@@ -99,7 +99,7 @@ def _answer(question: str, optimizer: str, shapes: Sequence[Shape]) -> object:
     return {
         arm.name: _peak(arm.start(optimizer, gradients), gradients)
         for arm in ARMS
-        if arm != LIMIT and arm.exists(optimizer)
+        if arm.bound is None and arm.exists(optimizer)
     }
 
 

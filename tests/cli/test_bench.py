@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import stepforge
 from stepforge.backends.native.build import BuildError
 from stepforge.cli import make_app, measure, probe
-from stepforge.cli.measure import ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
+from stepforge.cli.measure import ACCESS, ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
 from stepforge.cli.scores import TARGETS, Ratios, Result
 from stepforge.cli.workloads import WORKLOADS, read_shapes
 
@@ -76,7 +76,9 @@ def test_every_arm_of_every_optimizer_that_has_it():
         assert ("torch fused" in arms) == (name in ("Adagrad", "Adam", "AdamW"))
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != LIMIT], ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "arm", [arm for arm in ARMS if arm.bound is None], ids=lambda arm: arm.name
+)
 def test_an_arm_steps_its_own_copies_on_fresh_gradients(arm):
     """Oracle: the same optimizer, written out."""
     gradients = measure.make_gradients([(3, 2), (4,)])
@@ -116,6 +118,19 @@ def test_the_limit_moves_what_a_step_moves(name):
     assert values.pop("g") == {1.0}
     assert values.pop("p") == {2.0}
     assert list(values.values()) == moments * [{1.0}]  # from zero
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_access_arm_touches_what_a_step_keeps_and_changes_nothing(name):
+    """Oracle: autograd's version counters, and arrays of ones."""
+    ones = [torch.ones(5), torch.ones(2, 3)]
+    access = ACCESS.start(name, ones)
+    access.feed(ones)
+    before = [x._version for x in access.kept]
+    access.step()
+    assert len(access.kept) == 2 * (2 if name == "Adagrad" else 3)
+    assert [x._version for x in access.kept] == [version + 1 for version in before]
+    assert all(torch.equal(p, one) for p, one in zip(access.params, ones))
 
 
 class Recorder:
@@ -298,7 +313,7 @@ def test_memory_sees_a_temporary_and_finds_none_of_ours(tmp_path):
     (memory,) = report["memory"]
     assert memory["largest_parameter"] == 16_000_000
     extra = memory["extra_bytes"]
-    assert set(extra) == {arm.name for arm in ARMS if arm != LIMIT}
+    assert set(extra) == {arm.name for arm in ARMS if arm.bound is None}
     assert extra["torch foreach"] > 15_000_000
     for arm in ARMS:
         if arm.library is stepforge:
