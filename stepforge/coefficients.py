@@ -118,16 +118,6 @@ def _single(number: float) -> float:
 _FLOAT = struct.Struct("f")
 
 
-def as_tensors(
-    column: Coefficient, count: int, dtype: torch.dtype, device: torch.device
-) -> Coefficient:
-    """A coefficient as tensors without dimensions."""
-    if isinstance(column, list):
-        return column
-    kind = torch.bool if np.asarray(column).dtype == np.bool_ else dtype
-    return list(torch.tensor(for_each_row(column, count), dtype=kind, device=device).unbind())
-
-
 def for_each_row(values: Any, count: int) -> list[Any]:
     """A result as a list with one value a row."""
     if isinstance(values, list):

@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar
-from typing import Any, ClassVar, TypeVar, cast, dataclass_transform, overload
+from typing import TYPE_CHECKING, Any, ClassVar, cast, dataclass_transform, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -22,18 +22,11 @@ from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
 from stepforge.rows import initial_state
 
+if TYPE_CHECKING:
+    from stepforge.compiled import Traced
+
 __all__ = ["Optimizer", "ParamsT"]
 
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def _eager(function: _Function) -> _Function:
-    """Marks what ``torch.compile`` must not trace but run: it reads numbers out of tensors."""
-    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
-_count_for_compiler = _eager(plan.count)
 
 # Raises if a graph is being captured without `capturable`; older versions call it otherwise.
 _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
@@ -137,6 +130,7 @@ class Optimizer(_Declared):
         }
         self._check_options(defaults)
         self._plan: plan.Plan | None = None
+        self._traced: Traced | None = None
         super().__init__(params, defaults)
         if self._eager_state:
             for group in self.param_groups:
@@ -155,6 +149,7 @@ class Optimizer(_Declared):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._traced = None
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         for group in self.param_groups:
             checkpoint.complete_options(self._hyperparameters, group)
@@ -201,6 +196,7 @@ class Optimizer(_Declared):
         self._check_params(group)
         self._rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
         self.param_groups.append(group)
+        self._traced = None
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
@@ -309,24 +305,22 @@ class Optimizer(_Declared):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             if torch.compiler.is_compiling():
-                for launch in self._launches_for_compiler():
-                    launch.backend.run(launch.batch)
-                    _count_for_compiler(launch)
+                # Brings torch._dynamo, and with it a second that only those who compile should pay.
+                from stepforge import compiled
+
+                compiled.step(self)
             else:
-                for launch in self._launches():
-                    launch.backend.run(launch.batch)
-                    plan.count(launch)
+                self._run()
         return loss
 
-    @_eager
-    def _launches_for_compiler(self) -> list[plan.Launch]:
-        return self._launches(compiling=True)
+    def _run(self) -> None:
+        for launch in self._launches():
+            launch.backend.run(launch.batch)
+            plan.count(launch)
 
-    def _launches(self, *, compiling: bool = False) -> list[plan.Launch]:
+    def _launches(self) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""
-        launches = (
-            self._plan and not compiling and self._plan.renewed(self.param_groups, self.state)
-        )
+        launches = self._plan and self._plan.renewed(self.param_groups, self.state)
         if launches:
             return launches
         self._plan = None
@@ -335,7 +329,6 @@ class Optimizer(_Declared):
             self.param_groups,
             self.state,
             refuses_sparse=self._refuses_sparse(),
-            compiling=compiling,
         )
         return launches
 

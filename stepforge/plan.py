@@ -20,7 +20,6 @@ import torch
 from stepforge.backends import Backend, Batch
 from stepforge.backends.batch import arithmetic
 from stepforge.coefficients import (
-    as_tensors,
     device_values,
     differentiable_values,
     for_each_row,
@@ -30,7 +29,7 @@ from stepforge.coefficients import (
 from stepforge.declare import Rule, is_off
 from stepforge.expr import Graph
 from stepforge.ops import scalar_dtype
-from stepforge.rows import Row, checked_rows, keep_new_states
+from stepforge.rows import Row, checked_rows, keep_new_states, stepping
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,17 @@ def count(launch: Launch) -> None:
         torch._foreach_add_(launch.steps, 1)
 
 
+def launches(rule: Rule, rows: Sequence[Row]) -> list[Launch]:
+    """What steps those rows, of which nothing is to be kept."""
+    return [_launch(rule, batch) for batch in _batches(rows)]
+
+
 def lay_out(
     rule: Rule,
     groups: Sequence[dict[str, Any]],
     state: MutableMapping[Any, dict[str, Any]],
     *,
     refuses_sparse: str | None,
-    compiling: bool = False,
 ) -> tuple[list[Launch], Plan | None]:
     """What the next step runs. Raises before anything has changed.
 
@@ -76,8 +79,6 @@ def lay_out(
         groups: its param groups.
         state: its state, to which what is missing is added.
         refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
-        compiling: whether ``torch.compile`` traces the step. It would take a number for a constant
-            and compile anew when it changes, so coefficients become tensors.
 
     Returns:
         The launches, and the plan to keep for the steps that follow, if one can be kept.
@@ -85,20 +86,20 @@ def lay_out(
     Raises:
         RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
     """
-    rows = checked_rows(rule, groups, state, refuses_sparse=refuses_sparse, compiling=compiling)
-    batches = _batches(rows)
-    launches = [_launch(rule, batch, compiling) for batch in batches]
-    if compiling or not rows or not all(map(_is_plain, rows)):
+    rows = checked_rows(rule, stepping(groups, state), refuses_sparse=refuses_sparse)
+    if not rows or not all(map(_is_plain, rows)):
+        unplanned = launches(rule, rows)
         keep_new_states(rows, state)
-        return launches, None
-    launches = [_prepared(launch) for launch in launches]
+        return unplanned, None
+    batches = _batches(rows)
+    prepared = [_prepared(_launch(rule, batch)) for batch in batches]
     keep_new_states(rows, state)
-    stepping = set(map(id, (row.p for row in rows)))
-    lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, launches)]
+    stepped = set(map(id, (row.p for row in rows)))
+    lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, prepared)]
     plan = Plan(
         lanes=tuple(lane for _, lane in lanes),
         groups=tuple(_Group.of(rule, group) for group in groups),
-        idle=tuple(p for group in groups for p in group["params"] if id(p) not in stepping),
+        idle=tuple(p for group in groups for p in group["params"] if id(p) not in stepped),
         entries=tuple(state.values()),
         environment=_environment(),
     )
@@ -374,12 +375,10 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
     return list(batches.values())
 
 
-def _launch(rule: Rule, rows: Sequence[Row], compiling: bool) -> Launch:
+def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
     group, graph, dtype = rows[0].group, rows[0].graph, arithmetic(rows[0].p.dtype)
     coefficients, scalars = _split(graph, _uniform_values(rule, rows))
     given = [rounded(c, len(rows), dtype) for c in coefficients]
-    if compiling:
-        given = [as_tensors(c, len(rows), dtype, rows[0].p.device) for c in given]
     columns = {
         "p": [_real(row.p) for row in rows],
         "g": [_real(row.g.resolve_conj()) for row in rows],

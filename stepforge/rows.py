@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +13,15 @@ from stepforge.backends import Choice, choose
 from stepforge.declare import Rule, State, is_off
 from stepforge.expr import Graph
 from stepforge.ops import scalar_dtype
+
+
+class Member(NamedTuple):
+    """A parameter with its gradient, the options of its param group, and what state it has."""
+
+    p: torch.Tensor
+    g: torch.Tensor
+    group: Mapping[str, Any]
+    entry: dict[str, Any]
 
 
 @dataclass
@@ -36,22 +46,23 @@ class Row:
     state: dict[str, Any]
 
 
-def checked_rows(
-    rule: Rule,
-    groups: Iterable[Mapping[str, Any]],
-    state: Mapping[Any, dict[str, Any]],
-    *,
-    refuses_sparse: str | None,
-    compiling: bool = False,
-) -> list[Row]:
+def stepping(
+    groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]]
+) -> Iterator[Member]:
+    """The parameters that have a gradient, group by group, each once."""
+    for group in groups:
+        for p in _distinct(group["params"]):
+            if p.grad is not None:
+                yield Member(p, p.grad, group, state.get(p) or {})
+
+
+def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str | None) -> list[Row]:
     """The rows of a step. Changes nothing.
 
     Args:
         rule: the optimizer's rule.
-        groups: the optimizer's param groups.
-        state: the optimizer's state.
+        members: what is to be stepped, the members of a group one after the other.
         refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
-        compiling: whether ``torch.compile`` traces the step.
 
     Raises:
         RuntimeError: a gradient is sparse and may not be, a gradient or a state has another shape
@@ -59,22 +70,19 @@ def checked_rows(
         TypeError: a parameter is neither real nor complex floating point.
     """
     rows: list[Row] = []
-    for group in groups:
-        graph = rule.graph(group)
-        states = _kept_states(rule, group)
+    for _, of_one_group in itertools.groupby(members, key=lambda member: id(member.group)):
+        alike = list(of_one_group)
+        graph, states = rule.graph(alike[0].group), _kept_states(rule, alike[0].group)
         choices: dict[Any, Choice] = {}
-        for p in _distinct(group["params"]):
-            g = p.grad
-            if g is None:
-                continue
+        for p, g, group, entry in alike:
             if g.is_sparse:
                 g = _coalesced(g, group, refuses_sparse)
             # All that a choice depends on: parameters alike in it are asked about once.
             kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g))
             if kind not in choices:
                 _check_dtypes(p, g)
-                choices[kind] = choose(p, g, group, graph, compiling=compiling)
-            row = Row(p, g, group, graph, choices[kind], state.get(p) or {})
+                choices[kind] = choose(p, g, group, graph)
+            row = Row(p, g, group, graph, choices[kind], entry)
             _complete(row, states)
             _check_shapes(row, states)
             rows.append(row)
@@ -96,6 +104,11 @@ def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict
     """The state of a parameter before its first step, ``step`` included."""
     states = _kept_states(rule, group)
     return {"step": _initial(None, p, group)} | {s.key: _initial(s, p, group) for s in states}
+
+
+def kept_keys(rule: Rule, group: Mapping[str, Any]) -> list[str]:
+    """The names of the states that a group's parameters have, the step number first."""
+    return ["step", *(s.key for s in _kept_states(rule, group))]
 
 
 def _kept_states(rule: Rule, group: Mapping[str, Any]) -> list[State]:

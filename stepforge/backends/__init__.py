@@ -66,8 +66,6 @@ def choose(
     g: torch.Tensor | None,
     group: Mapping[str, Any],
     graph: Graph,
-    *,
-    compiling: bool = False,
 ) -> Choice:
     """The backend for a parameter, by its group's ``fused`` and ``foreach``.
 
@@ -80,7 +78,6 @@ def choose(
         g: its gradient, if it has one.
         group: the options of its param group.
         graph: what is to be computed.
-        compiling: whether ``torch.compile`` traces the step: it sees torch operations only.
 
     Raises:
         ValueError: ``STEPFORGE_BACKEND`` names no backend.
@@ -89,10 +86,8 @@ def choose(
     reasons: list[tuple[str, str]] = []
     for candidate, asked_for in _candidates(group):
         backend = BACKENDS.get(candidate)
-        if compiling and candidate in FUSED:
-            why_not: str | None = "torch.compile sees torch operations only"
-        elif backend is None:
-            why_not = "; ".join(why for _, why in reasons)
+        if backend is None:
+            why_not: str | None = "; ".join(why for _, why in reasons)
         else:
             why_not = backend.refuses(p, g, group, graph)
             if why_not is None:

@@ -42,7 +42,7 @@ def prepare(batch: Batch) -> None:
 def run(batch: Batch) -> None:
     """Computes all rows together and stores their results."""
     on_cpu = batch.columns["p"][0].device.type == "cpu"
-    for part in batch.pieces(CACHED) if on_cpu and not torch.compiler.is_compiling() else [batch]:
+    for part in batch.pieces(CACHED) if on_cpu else [batch]:
         _run_part(part)
 
 
@@ -99,7 +99,7 @@ def _div(x: Any, y: Tensors) -> Sequence[torch.Tensor]:
 
 
 def _sqrt(x: Tensors) -> Sequence[torch.Tensor]:
-    if x[0].device.type == "cpu" and not torch.compiler.is_compiling():
+    if x[0].device.type == "cpu":
         return [correct_sqrt(row) for row in x]
     return torch._foreach_sqrt(x)
 

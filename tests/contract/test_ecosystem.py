@@ -21,7 +21,6 @@ import stepforge
 
 from .twins import (
     LR,
-    OPTIMIZERS,
     SHAPES,
     assert_identical,
     assert_params_close,
@@ -407,63 +406,6 @@ def test_a_pickle_of_an_older_version_is_completed(cls: type) -> None:
     run(restored, restored.param_groups[0]["params"], range(3, 6))
     run(optimizer, params, range(3, 6))
     assert_identical(frozen(restored)["params"], frozen(optimizer)["params"])
-
-
-# torch.compile
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-COMPILED = [(cls, "aot_eager") for cls in OPTIMIZERS] + [(stepforge.AdamW, "inductor")]
-
-
-@torch_scripts
-@pytest.mark.usefixtures("_fresh_compiler")
-@pytest.mark.parametrize(
-    ("cls", "backend"), COMPILED, ids=[f"{cls.__name__}-{backend}" for cls, backend in COMPILED]
-)
-def test_a_compiled_step_is_the_eager_one_and_compiles_once(cls: type, backend: str) -> None:
-    params, eager_params = make_params(), make_params()
-    optimizer, eager = cls(params, lr=LR), cls(eager_params, lr=LR)
-    compiled = torch.compile(optimizer.step, backend=backend)
-
-    def advance(steps: range) -> None:
-        for step in steps:
-            give_gradients(params, step)
-            compiled()
-            run(eager, eager_params, range(step, step + 1))
-
-    advance(range(2))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        advance(range(2, 6))
-        for opt in (optimizer, eager):
-            opt.param_groups[0]["lr"] = LR / 2
-        advance(range(6, 9))
-    assert {float(entry["step"]) for entry in optimizer.state.values()} == {9.0}
-    assert_params_close(params, eager_params, **tolerance(torch.float32, 9))
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@each_optimizer
-def test_a_compiled_training_step_may_hold_the_optimizer(cls: type) -> None:
-    model, eager_model = make_model(), make_model()
-    optimizer, eager = (cls(m.parameters(), lr=LR) for m in (model, eager_model))
-
-    @torch.compile(backend="aot_eager")
-    def training_step(inputs: torch.Tensor) -> None:
-        (model(inputs) - 1).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for step in range(4):
-        training_step(batch(step))
-    train(eager_model, eager, range(4))
-    assert_models_close(model, eager_model, 4)
 
 
 # Tensors without data

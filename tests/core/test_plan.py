@@ -8,7 +8,7 @@ import torch
 import stepforge
 from stepforge.declare import NonNegative
 from stepforge.ops import minimum, where
-from stepforge.rows import checked_rows
+from stepforge.rows import checked_rows, stepping
 
 OPTIMIZERS = [
     stepforge.Adagrad,
@@ -115,12 +115,9 @@ class Logged(torch.Tensor):
 def test_a_gradient_of_another_class_is_asked_about_by_itself() -> None:
     plain, special = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     plain.grad, special.grad = torch.ones(3), torch.ones(3).as_subclass(Logged)
-    rows = checked_rows(
-        stepforge.Adam._rule,
-        stepforge.Adam([plain, special]).param_groups,
-        {},
-        refuses_sparse=None,
-    )
+    optimizer = stepforge.Adam([plain, special])
+    members = stepping(optimizer.param_groups, optimizer.state)
+    rows = checked_rows(optimizer._rule, members, refuses_sparse=None)
     assert [row.choice.backend.name for row in rows] == ["native", "foreach"]
 
 

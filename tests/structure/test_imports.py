@@ -18,7 +18,7 @@ LAYERS = [
     ["stepforge.rows", "stepforge.coefficients"],
     ["stepforge.plan"],
     ["stepforge.checkpoint", "stepforge.explain"],
-    ["stepforge.optimizer"],
+    ["stepforge.optimizer", "stepforge.compiled"],
     ["stepforge.rules"],
     ["stepforge"],
     ["stepforge.cli"],

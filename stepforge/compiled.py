@@ -1,0 +1,174 @@
+"""The step under ``torch.compile``: one custom operator, opaque to the compiler.
+
+A compiler that traced the step would take its numbers for constants and its kernels for nothing it
+knows. It sees the operator ``stepforge::step`` instead, which names the tensors that it reads and
+writes and which does, when it is run, what a step does without compilation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+from stepforge import plan
+from stepforge.rows import Member, Row, checked_rows, keep_new_states, kept_keys, stepping
+
+if TYPE_CHECKING:
+    from stepforge.optimizer import Optimizer
+
+__all__ = ["Traced", "step"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def step(optimizer: Optimizer) -> None:
+    """Steps an optimizer. This is what the compiler traces."""
+    if _is_traceable(optimizer):
+        cast(Traced, optimizer._traced).step(optimizer)
+    else:
+        _step_outside(optimizer)
+
+
+class Traced:
+    """What the compiler is shown of an optimizer.
+
+    Attributes:
+        number: under which the operator finds the optimizer.
+        params: the parameters of all groups, in order.
+        groups: for each of them the number of its group.
+        keys: for each the names of its states.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.number = next(_numbers)
+        _optimizers[self.number] = optimizer
+        groups = optimizer.param_groups
+        self.params = [p for group in groups for p in group["params"]]
+        self.groups = [number for number, group in enumerate(groups) for _ in group["params"]]
+        self.keys = [kept_keys(optimizer._rule, groups[number]) for number in self.groups]
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer still has these parameters in these groups."""
+        present = [
+            (p, n) for n, group in enumerate(optimizer.param_groups) for p in group["params"]
+        ]
+        return len(present) == len(self.params) and all(
+            p is known and number == group
+            for (p, number), known, group in zip(present, self.params, self.groups)
+        )
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Steps every parameter that has a gradient."""
+        # All gradients before any state: once the compiler has seen the keys of optimizer.state it
+        # finds parameters there, and guards the identity of their gradients.
+        indices = [index for index, p in enumerate(self.params) if p.grad is not None]
+        params = [self.params[index] for index in indices]
+        gradients = [p.grad for p in params]
+        groups = [self.groups[index] for index in indices]
+        entries = [optimizer.state[p] for p in params]
+        states = [entry[key] for entry, index in zip(entries, indices) for key in self.keys[index]]
+        if params:
+            torch.ops.stepforge.step(params, gradients, states, self.number, groups)
+
+
+def _once_a_trace(function: _Function) -> _Function:
+    """Marks what runs when the compiler traces, and whose result it takes for a constant."""
+    decorated = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return cast(_Function, decorated)
+
+
+@_once_a_trace
+def _is_traceable(optimizer: Optimizer) -> bool:
+    """Makes an optimizer ready to be traced; False if its step must run outside of the graph.
+
+    This runs when the compiler traces, not in the steps that follow. The states have to exist then,
+    and not to share memory: a compiler may not write to tensors that others alias.
+    """
+    try:
+        members = stepping(optimizer.param_groups, optimizer.state)
+        rows = checked_rows(optimizer._rule, members, refuses_sparse=optimizer._refuses_sparse())
+    except (RuntimeError, TypeError):
+        return False  # the step outside of the graph says what is wrong
+    if any(row.group["differentiable"] or not all(map(_is_plain, _tensors(row))) for row in rows):
+        return False
+    keep_new_states(rows, optimizer.state)
+    for row in rows:
+        for key, tensor in row.state.items():
+            if isinstance(tensor, torch.Tensor) and tensor._base is not None:
+                row.state[key] = tensor.clone()
+    optimizer._traced = Traced(optimizer)
+    return True
+
+
+def _outside_of_graphs(function: _Function) -> _Function:
+    """Marks what the compiler must not trace but run."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+@_outside_of_graphs
+def _step_outside(optimizer: Optimizer) -> None:
+    optimizer._run()
+
+
+def _tensors(row: Row) -> list[torch.Tensor]:
+    return [row.p, row.g, *(x for x in row.state.values() if isinstance(x, torch.Tensor))]
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_sparse
+
+
+_numbers = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("stepforge::step", mutates_args=("params", "states"))
+def _step(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    states: Sequence[torch.Tensor],
+    optimizer: int,
+    groups: Sequence[int],
+) -> None:
+    """Steps parameters by their optimizer's rule.
+
+    Args:
+        params: the parameters.
+        gradients: the gradient of each.
+        states: the states of each in the order of :func:`~stepforge.rows.kept_keys`, one
+            parameter's after the other's.
+        optimizer: the number of their optimizer.
+        groups: the number of the param group of each.
+    """
+    stepped = _optimizers[optimizer]
+    if stepped._traced is None or not stepped._traced.holds(stepped):
+        raise RuntimeError(
+            "the parameters of a param group have changed since the step was compiled: "
+            "call torch.compiler.reset()"
+        )
+    keys = [kept_keys(stepped._rule, group) for group in stepped.param_groups]
+    rest = iter(states)
+    members = [
+        Member(p, g, stepped.param_groups[number], {key: next(rest) for key in keys[number]})
+        for p, g, number in zip(params, gradients, groups)
+    ]
+    rows = checked_rows(stepped._rule, members, refuses_sparse=stepped._refuses_sparse())
+    with torch.no_grad():
+        for launch in plan.launches(stepped._rule, rows):
+            launch.backend.run(launch.batch)
+            plan.count(launch)
+
+
+@_step.register_fake
+def _(
+    params: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    states: Sequence[torch.Tensor],
+    optimizer: int,
+    groups: Sequence[int],
+) -> None:
+    """What it returns: nothing. What it writes, its schema tells."""

@@ -1,0 +1,220 @@
+"""``torch.compile`` over a step: one operator, no graph break, compiled once.
+
+The oracle is the same optimizer stepped plainly: the operator runs the same kernels, so parameters
+and states are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import stepforge
+
+from .twins import (
+    LR,
+    OPTIMIZERS,
+    assert_identical,
+    each_optimizer,
+    frozen,
+    give_gradients,
+    make_params,
+    run,
+)
+
+# What modules of torch say of themselves when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Pair:
+    """An optimizer whose step is compiled, and its copy that runs plainly."""
+
+    def __init__(self, cls: type, backend: str = "aot_eager", **options: Any) -> None:
+        self.params, self.plain_params = make_params(), make_params()
+        self.compiled = cls(self.params, **options)
+        self.plain = cls(self.plain_params, **options)
+        self.step = torch.compile(self.compiled.step, backend=backend, fullgraph=True)
+
+    def advance(self, steps: range, *, uneven: bool = False) -> None:
+        for step in steps:
+            give_gradients(self.params, step, uneven=uneven)
+            self.step()
+            run(self.plain, self.plain_params, range(step, step + 1), uneven=uneven)
+            assert_identical(frozen(self.compiled), frozen(self.plain))
+
+
+COMPILED = [(cls, "aot_eager") for cls in OPTIMIZERS] + [(stepforge.AdamW, "inductor")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "backend"), COMPILED, ids=[f"{cls.__name__}-{backend}" for cls, backend in COMPILED]
+)
+def test_a_compiled_step_is_the_plain_one_and_compiles_once(cls: type, backend: str) -> None:
+    pair = Pair(cls, backend, lr=LR)
+    pair.advance(range(1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pair.advance(range(1, 4))
+        for optimizer in (pair.compiled, pair.plain):
+            optimizer.param_groups[0]["lr"] = LR / 2  # as a scheduler does
+        pair.advance(range(4, 7))
+    assert {float(entry["step"]) for entry in pair.compiled.state.values()} == {7.0}
+
+
+def test_the_graph_holds_the_operator_and_nothing_else() -> None:
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return module.forward
+
+    params = make_params()
+    optimizer = stepforge.NAdam(params)
+    give_gradients(params, 0)
+    torch.compile(optimizer.step, backend=keep, fullgraph=True)()
+    (graph,) = graphs
+    called = [node.target for node in graph.nodes if node.op.startswith("call")]
+    no_grad, operator, restored = called
+    assert no_grad == restored == torch._C._set_grad_enabled
+    assert operator == torch.ops.stepforge.step
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_every_backend_can_be_behind_the_operator(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", backend)
+    Pair(stepforge.RAdam, lr=LR).advance(range(2))
+
+
+def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+    """Oracle: torch's own check of schema, mutation and fake implementation."""
+    params = make_params()
+    optimizer = stepforge.Adam(params)
+    give_gradients(params, 0)
+    torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    traced = optimizer._traced
+    states = [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "exp_avg_sq")]
+    gradients = [p.grad for p in params]
+    values = [p.detach() for p in params]
+    torch.library.opcheck(
+        torch.ops.stepforge.step,
+        (values, gradients, states, traced.number, traced.groups),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+
+
+def test_gradients_may_come_and_go() -> None:
+    Pair(stepforge.Adam, lr=LR).advance(range(6), uneven=True)
+
+
+def test_a_group_added_between_compiled_steps_is_stepped() -> None:
+    pair = Pair(stepforge.AdamW, lr=LR)
+    pair.advance(range(2))
+    for optimizer, params in ((pair.compiled, pair.params), (pair.plain, pair.plain_params)):
+        more = make_params(((2, 3),))
+        optimizer.add_param_group({"params": more, "lr": LR / 3})
+        params += more
+    pair.advance(range(2, 4))
+
+
+def test_a_state_loaded_between_compiled_steps_counts() -> None:
+    pair = Pair(stepforge.NAdam, lr=LR)
+    pair.advance(range(2))
+    saved = pair.plain.state_dict()
+    pair.compiled.load_state_dict(saved)
+    pair.advance(range(2, 4))
+
+
+def test_compiled_and_plain_steps_may_alternate() -> None:
+    pair = Pair(stepforge.NAdam, lr=LR)
+    for step in range(6):
+        if step % 2:
+            pair.advance(range(step, step + 1))
+        else:
+            run(pair.compiled, pair.params, range(step, step + 1))
+            run(pair.plain, pair.plain_params, range(step, step + 1))
+    assert_identical(frozen(pair.compiled), frozen(pair.plain))
+
+
+def test_a_parameter_swapped_behind_the_compilers_back_is_noticed() -> None:
+    pair = Pair(stepforge.Adam, lr=LR)
+    pair.advance(range(1))
+    before = [p.detach().clone() for p in pair.params]
+    pair.compiled.param_groups[0]["params"][0] = make_params()[0]
+    with pytest.raises(RuntimeError, match=r"changed since the step was compiled.*reset\(\)"):
+        pair.step()
+    assert all(map(torch.equal, pair.params, before))
+
+
+@each_optimizer
+def test_a_learning_rate_may_be_a_tensor(cls: type) -> None:
+    pair = Pair(cls, lr=torch.tensor(LR))
+    pair.advance(range(2))
+    for optimizer in (pair.compiled, pair.plain):
+        optimizer.param_groups[0]["lr"].fill_(LR / 2)
+    pair.advance(range(2, 4))
+
+
+@each_optimizer
+def test_a_differentiable_step_is_taken_outside_of_the_graph(cls: type) -> None:
+    slopes = []
+    for compiling in (True, False):
+        start = torch.ones(3, requires_grad=True)
+        p = start.clone()
+        p.grad = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
+        optimizer = cls([p], lr=LR, differentiable=True)
+        (torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step)()
+        slopes.append(torch.autograd.grad(p.sum(), (start, p.grad)))
+    assert_identical(slopes[0], slopes[1])
+
+
+def test_a_sparse_gradient_is_stepped_outside_of_the_graph() -> None:
+    results = []
+    for compiling in (True, False):
+        table = torch.nn.Embedding.from_pretrained(torch.ones(5, 2), freeze=False, sparse=True)
+        optimizer = stepforge.Adagrad(table.parameters(), lr=LR)
+        table(torch.tensor([1, 3])).sum().backward()
+        (torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step)()
+        results.append(table.weight.detach())
+    assert torch.equal(*results)
+
+
+def test_a_mistake_is_said_as_without_compilation() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3).to_sparse()
+    step = torch.compile(stepforge.Adam([p]).step, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        step()
+
+
+@each_optimizer
+def test_a_compiled_training_step_may_hold_the_optimizer(cls: type) -> None:
+    def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+        return model, cls(model.parameters(), lr=LR)
+
+    def training_step(
+        model: torch.nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor
+    ) -> None:
+        (model(inputs) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    compiled, plain = make(), make()
+    compiled_step = torch.compile(training_step, backend="aot_eager")
+    for step in range(4):
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
+        compiled_step(*compiled, inputs)
+        training_step(*plain, inputs)
+    assert_identical(frozen(compiled[1]), frozen(plain[1]))
