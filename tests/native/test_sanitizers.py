@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stepforge.backends.native import build
-from stepforge.backends.native.source import STORAGE
+from stepforge.backends.native.storage import STORAGE
 from tests.conformance.table import OPTIMIZERS
 from tests.native.graphs import c_of, graph_of, run_compiler
 
@@ -165,8 +165,8 @@ def test_no_memory_beside_its_own_and_nothing_undefined(
 
 MISTAKES = {
     # what is wrong: what is written instead, and what a sanitizer says of it
-    "an element too many": ("i < high; i++", "i <= high; i++", "heap-buffer-overflow"),
-    "an element too early": ("int64_t i = low; ", "int64_t i = low - 1; ", "heap-buffer-overflow"),
+    "an element too many": ("i < count; i++", "i <= count; i++", "heap-buffer-overflow"),
+    "an element too early": ("int64_t i = 0; ", "int64_t i = -1; ", "heap-buffer-overflow"),
     "a row too many": ("w->starts[row + 1] <", "w->starts[row + 2] <", "heap-buffer-overflow"),
     "a step of rows too wide": ("row * COLUMNS", "row * (COLUMNS + 1)", "heap-buffer-overflow"),
     "an overflow": ("int64_t part = ", "int64_t part = INT64_MAX + ", "signed integer overflow"),

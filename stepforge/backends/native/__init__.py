@@ -16,7 +16,8 @@ import torch
 from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch, arithmetic
 from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
-from stepforge.backends.native.source import OPERATIONS, STORAGE, columns_of
+from stepforge.backends.native.source import OPERATIONS, columns_of
+from stepforge.backends.native.storage import STORAGE
 from stepforge.backends.native.table import Table, overlaps
 from stepforge.expr import Graph
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from stepforge.backends.native.storage import STORAGE, conversions
 from stepforge.expr import Graph, Instruction
 
 #: What an operation is in C; operands are names of variables, or numbers. ``{f}`` is the suffix of
@@ -36,40 +36,6 @@ OPERATIONS: dict[str, str] = {
     "ne": "{0} != {1}",
 }
 
-
-@dataclass(frozen=True)
-class Storage:
-    """How C sees a dtype: its type, and how a number is read from and written to it."""
-
-    ctype: str
-    read: str = "{0}"
-    write: str = "{0}"
-
-
-#: The dtypes that parameters, gradients and states may be stored in.
-STORAGE: dict[torch.dtype, Storage] = {
-    torch.float32: Storage("float", "(number){0}", "(float){0}"),
-    torch.float64: Storage("double", "(number){0}", "(double){0}"),
-    torch.bfloat16: Storage("uint16_t", "(number)from_bfloat16({0})", "to_bfloat16((float){0})"),
-    torch.float16: Storage("_Float16", "(number){0}", "(_Float16)(float){0}"),
-}
-
-_BFLOAT16 = """\
-static inline float from_bfloat16(uint16_t bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
-/* To nearest, ties to even; NaN stays NaN. */
-static inline uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return x != x ? 0x7fc0 : (uint16_t)rounded;
-}
-"""
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
@@ -99,8 +65,8 @@ static void share(void *argument) {
     for (int64_t row = low; begin < end; row++) {
         int64_t stop = w->starts[row + 1] < end ? w->starts[row + 1] : end;
         if (begin < stop)
-            step(w->pointers + row * COLUMNS, w->numbers + row * COEFFICIENTS,
-                 begin - w->starts[row], stop - w->starts[row]);
+            step_row(w->pointers + row * COLUMNS, w->numbers + row * COEFFICIENTS,
+                     begin - w->starts[row], stop - w->starts[row]);
         begin = stop;
     }
 }
@@ -131,31 +97,8 @@ def c_source(graph: Graph, dtypes: Mapping[str, torch.dtype], arithmetic: torch.
         dtypes: the dtype in which each of :func:`columns_of` is stored.
         arithmetic: float32 or float64.
     """
-    program = graph.varying
-    columns = columns_of(graph)
     double = arithmetic == torch.float64
-    names = _register_names(graph)
-    lines: list[str] = []
-    for position, column in enumerate(columns):
-        const = "" if column in graph.results else "const "
-        ctype = STORAGE[dtypes[column]].ctype
-        lines.append(f"{const}{ctype} *restrict {column} = at[{position}];")
-    for position, node in enumerate(program.given):
-        kind, test = ("int", " != 0") if node.boolean else ("number", "")
-        lines.append(f"const {kind} c{position} = c[{position}]{test};  /* {_shown(node)} */")
-    lines.append("for (int64_t i = low; i < high; i++) {")
-    for name in program.inputs:
-        read = STORAGE[dtypes[name]].read.format(f"{name}[i]")
-        lines.append(f"    const number {names[program.inputs.index(name)]} = {read};")
-    for instruction in program.instructions:
-        kind = "int" if program.nodes[instruction.out].boolean else "number"
-        expression = _expression(instruction, names, double)
-        lines.append(f"    const {kind} {names[instruction.out]} = {expression};")
-    for column, register in zip(graph.results, program.outputs):
-        write = STORAGE[dtypes[column]].write.format(names[register])
-        lines.append(f"    {column}[i] = {write};")
-    lines.append("}")
-    body = "\n".join(f"    {line}" for line in lines)
+    columns = columns_of(graph)
     return f"""\
 #include <float.h>
 #include <math.h>
@@ -165,15 +108,88 @@ def c_source(graph: Graph, dtypes: Mapping[str, torch.dtype], arithmetic: torch.
 typedef {"double" if double else "float"} number;
 #define LARGEST {"DBL_MAX" if double else "FLT_MAX"}
 #define COLUMNS {len(columns)}
-#define COEFFICIENTS {len(program.given)}
+#define COEFFICIENTS {len(graph.varying.given)}
 #define GRAIN 64    /* a thread's share begins on a whole number of cache lines */
+/* Of functions that are not inlined: with its call GCC forgets what restrict promised. */
+#define APART __attribute__((noinline))
 
-{_BFLOAT16 if torch.bfloat16 in dtypes.values() else ""}
-static void step(void *const *at, const number *c, int64_t low, int64_t high) {{
-{body}
-}}
-
+{conversions(dtypes[name] for name in columns)}
+{_step_elements(graph, dtypes, double)}
+{_step_row(graph, dtypes)}
 {_DRIVER}"""
+
+
+def _step_elements(graph: Graph, dtypes: Mapping[str, torch.dtype], double: bool) -> str:
+    """The loop over elements: each operation of the program once."""
+    program = graph.varying
+    names = _register_names(graph)
+    parameters = ["int64_t count", "const number *c"]
+    for column in columns_of(graph):
+        element = STORAGE[dtypes[column]].element
+        parameters.append(f"{_const(graph, column)}{element} *restrict {column}")
+    lines: list[str] = []
+    for position, node in enumerate(program.given):
+        kind, test = ("int", " != 0") if node.boolean else ("number", "")
+        lines.append(f"const {kind} c{position} = c[{position}]{test};  /* {_shown(node)} */")
+    lines.append("for (int64_t i = 0; i < count; i++) {")
+    for column, name in zip(program.inputs, names):
+        read = STORAGE[dtypes[column]].read.format(f"{column}[i]")
+        lines.append(f"    const number {name} = {read};")
+    for instruction in program.instructions:
+        kind = "int" if program.nodes[instruction.out].boolean else "number"
+        expression = _expression(instruction, names, double)
+        lines.append(f"    const {kind} {names[instruction.out]} = {expression};")
+    for column, register in zip(graph.results, program.outputs):
+        write = STORAGE[dtypes[column]].write.format(names[register])
+        lines.append(f"    {column}[i] = {write};")
+    lines.append("}")
+    return f"""\
+static APART void step_elements(
+    {_joined(parameters, ",")}
+) {{
+    {_joined(lines)}
+}}
+"""
+
+
+def _step_row(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> str:
+    """What hands a part of a row to the loop: all at once, or in blocks where it must convert."""
+    columns = {column: STORAGE[dtypes[column]] for column in columns_of(graph)}
+    blocks = {column: storage for column, storage in columns.items() if storage.widen}
+    lines = [
+        f"{_const(graph, column)}{storage.memory} *{column} = at[{position}];"
+        for position, (column, storage) in enumerate(columns.items())
+    ]
+    if blocks:
+        lines += [f"{storage.element} {column}_block[BLOCK];" for column, storage in blocks.items()]
+        lines.append("for (int64_t i = low; i < high; i += BLOCK) {")
+        lines.append("    const int64_t count = high - i < BLOCK ? high - i : BLOCK;")
+        for column, storage in blocks.items():
+            if column in graph.varying.inputs:
+                lines.append(f"    {storage.widen}(count, {column} + i, {column}_block);")
+        given = [f"{column}_block" if column in blocks else f"{column} + i" for column in columns]
+        lines.append(f"    step_elements(count, c, {', '.join(given)});")
+        for column, storage in blocks.items():
+            if column in graph.results:
+                lines.append(f"    {storage.narrow}(count, {column}_block, {column} + i);")
+        lines.append("}")
+    else:
+        given = [f"{column} + low" for column in columns]
+        lines.append(f"step_elements(high - low, c, {', '.join(given)});")
+    return f"""\
+static void step_row(void *const *at, const number *c, int64_t low, int64_t high) {{
+    {_joined(lines)}
+}}
+"""
+
+
+def _const(graph: Graph, column: str) -> str:
+    return "" if column in graph.results else "const "
+
+
+def _joined(lines: Sequence[str], separator: str = "") -> str:
+    """The lines of a body, the first of which is indented already."""
+    return f"{separator}\n    ".join(lines)
 
 
 def _register_names(graph: Graph) -> list[str]:
