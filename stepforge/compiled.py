@@ -27,7 +27,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def step(optimizer: Optimizer) -> None:
     """Steps an optimizer. This is what the compiler traces."""
-    if _is_traceable(optimizer):
+    told = getattr(optimizer, "found_inf", None) is not None  # by a gradient scaler
+    if not told and _is_traceable(optimizer):
         cast(Traced, optimizer._traced).step(optimizer)
     else:
         _step_outside(optimizer)

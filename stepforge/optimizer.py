@@ -18,6 +18,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from stepforge import checkpoint, plan
+from stepforge.backends.batch import LossScale
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
 from stepforge.rows import initial_state
@@ -129,6 +130,8 @@ class Optimizer(_Declared):
             for name, declared in self._hyperparameters.items()
         }
         self._check_options(defaults)
+        # A gradient scaler then leaves unscaling to the step.
+        self._step_supports_amp_scaling = bool(defaults["fused"])
         self._plan: plan.Plan | None = None
         self._traced: Traced | None = None
         super().__init__(params, defaults)
@@ -151,6 +154,7 @@ class Optimizer(_Declared):
         self._plan = None
         self._traced = None
         checkpoint.complete_options(self._hyperparameters, self.defaults)
+        self._step_supports_amp_scaling = bool(self.defaults["fused"])
         for group in self.param_groups:
             checkpoint.complete_options(self._hyperparameters, group)
             for p in group["params"]:
@@ -314,9 +318,21 @@ class Optimizer(_Declared):
         return loss
 
     def _run(self) -> None:
-        for launch in self._launches():
-            launch.backend.run(launch.batch)
-            plan.count(launch)
+        scale = LossScale.of(self)
+        try:
+            if scale is not None and scale.on_host and scale.found_inf:
+                return
+            for launch in self._launches():
+                if scale is not None:
+                    launch = launch.scaled(scale)
+                launch.backend.run(launch.batch)
+                plan.count(launch)
+        except BaseException:
+            # What was said is about this step only; a gradient scaler would multiply what it says
+            # at the next one with what it finds.
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
 
     def _launches(self) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend, Batch
-from stepforge.backends.batch import arithmetic
+from stepforge.backends.batch import LossScale, arithmetic
 from stepforge.coefficients import (
     device_values,
     differentiable_values,
@@ -47,6 +47,10 @@ class Launch:
     batch: Batch
     steps: list[torch.Tensor]
     scalars: list[tuple[torch.Tensor, Any]]
+
+    def scaled(self, loss_scale: LossScale) -> Launch:
+        """The same, on gradients of which a gradient scaler says that."""
+        return replace(self, batch=replace(self.batch, loss_scale=loss_scale))
 
 
 def count(launch: Launch) -> None:

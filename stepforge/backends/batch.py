@@ -33,6 +33,42 @@ class Prepared(Protocol):
 
 
 @dataclass(frozen=True)
+class LossScale:
+    """What a gradient scaler says of a step's gradients; ``torch.amp.GradScaler`` does.
+
+    Attributes:
+        scale: what the loss was multiplied by; None if the gradients are divided by it already.
+        found_inf: not zero if a gradient is not finite, and the step is to be skipped.
+    """
+
+    scale: torch.Tensor | float | None
+    found_inf: torch.Tensor | float
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> LossScale | None:
+        """What has been said to an optimizer; None if nothing has."""
+        scale = getattr(optimizer, "grad_scale", None)
+        found_inf = getattr(optimizer, "found_inf", None)
+        if scale is None and found_inf is None:
+            return None
+        return cls(scale, 0.0 if found_inf is None else found_inf)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether its numbers can be read without waiting for a device."""
+        return all(
+            not isinstance(x, torch.Tensor) or x.device.type == "cpu"
+            for x in (self.scale, self.found_inf)
+        )
+
+    def unscale(self, dtype: torch.dtype) -> float:
+        """What gradients are multiplied by, rounded to the dtype of the arithmetic."""
+        if self.scale is None:
+            return 1.0
+        return float(torch.tensor(1.0 / float(self.scale), dtype=torch.float64).to(dtype))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rows that share a graph, a device and an arithmetic; one row for each parameter.
 
@@ -46,6 +82,7 @@ class Batch:
             without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         differentiable: whether autograd must see the step.
+        loss_scale: what a gradient scaler says of the gradients; None if nothing.
         prepared: what the backend's ``prepare`` made of these rows with other gradients of the
             same layout and other coefficients; None if it made nothing.
     """
@@ -55,6 +92,7 @@ class Batch:
     coefficients: list[Coefficient]
     dtype: torch.dtype
     differentiable: bool = False
+    loss_scale: LossScale | None = None
     prepared: Prepared | None = None
 
     def __len__(self) -> int:
@@ -79,6 +117,19 @@ class Batch:
                 size += row["p"].numel()
         if rows:
             yield self._part(rows, origins)
+
+    @property
+    def unscale(self) -> float:
+        """What gradients are multiplied by before all else."""
+        return 1.0 if self.loss_scale is None else self.loss_scale.unscale(self.dtype)
+
+    def unscaled(self) -> Batch:
+        """The same work on gradients that no loss scale is in, copies if need be."""
+        factor = self.unscale
+        if factor == 1.0:
+            return self
+        gradients = [g.to(self.dtype) * factor for g in self.columns["g"]]
+        return replace(self.with_columns(self.columns | {"g": gradients}), loss_scale=None)
 
     def numbers(self) -> list[list[Any]]:
         """The coefficients as lists, one element a row, of Python numbers or of tensors."""

@@ -43,7 +43,7 @@ def run(batch: Batch) -> None:
     """Computes all rows together and stores their results."""
     on_cpu = batch.columns["p"][0].device.type == "cpu"
     for part in batch.pieces(CACHED) if on_cpu else [batch]:
-        _run_part(part)
+        _run_part(part.unscaled())
 
 
 def _run_part(batch: Batch) -> None:

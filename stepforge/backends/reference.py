@@ -35,6 +35,7 @@ def run(batch: Batch) -> None:
     """Computes every row and stores its results."""
     whole = batch.differentiable or batch.columns["p"][0].device.type != "cpu"
     for part in [batch] if whole else batch.pieces(CACHED):
+        part = part.unscaled()
         numbers = part.numbers()
         for index in range(len(part)):
             _run_row(part, index, [column[index] for column in numbers])

@@ -177,9 +177,9 @@ def test_a_scheduler_sees_that_the_step_came_first(cls: type) -> None:
 # Gradient scaling
 
 
-def scaled(make: type, clip: bool) -> torch.nn.Module:
+def scaled(make: type, clip: bool, **flags: bool) -> torch.nn.Module:
     model = make_model()
-    optimizer = make(model.parameters(), lr=LR)
+    optimizer = make(model.parameters(), lr=LR, **flags)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
     for step in range(8):
         optimizer.zero_grad()
@@ -199,12 +199,23 @@ def test_a_gradient_scaler_trains_as_with_the_twin(cls: type, clip: bool) -> Non
     assert_models_close(scaled(cls, clip), scaled(twin_of(cls), clip), 8)
 
 
+@pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
+@each_optimizer
+def test_unscaling_in_the_step_is_as_exact_as_before_it(cls: type, clip: bool) -> None:
+    """Equal bits, as the scaler multiplies by powers of two."""
+    within, before = scaled(cls, clip, fused=True), scaled(cls, clip)
+    assert all(map(torch.equal, within.parameters(), before.parameters()))
+
+
 @pytest.mark.parametrize("unscale", [False, True], ids=["plain", "unscaled first"])
 @pytest.mark.parametrize("steps", [0, 3], ids=["fresh", "trained"])
+@pytest.mark.parametrize("fused", [None, True])
 @each_optimizer
-def test_an_overflow_leaves_everything_untouched(cls: type, steps: int, unscale: bool) -> None:
+def test_an_overflow_leaves_everything_untouched(
+    cls: type, fused: bool | None, steps: int, unscale: bool
+) -> None:
     model = make_model()
-    optimizer = cls(model.parameters(), lr=LR)
+    optimizer = cls(model.parameters(), lr=LR, fused=fused)
     train(model, optimizer, range(steps))
     optimizer.zero_grad()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -224,6 +235,60 @@ def test_an_overflow_leaves_everything_untouched(cls: type, steps: int, unscale:
     scaler.scale(loss_of(model, steps)).backward()
     scaler.step(optimizer)
     assert {float(entry["step"]) for entry in optimizer.state.values()} == {steps + 1.0}
+
+
+@each_optimizer
+def test_only_a_fused_step_claims_to_unscale(cls: type) -> None:
+    for fused in (None, False, True):
+        optimizer = cls(make_params(), fused=fused)
+        for held in (optimizer, pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+            assert bool(held._step_supports_amp_scaling) == bool(fused)
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_backend_divides_by_the_scale(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: gradients divided beforehand, exactly, by a power of two."""
+    monkeypatch.setenv("STEPFORGE_BACKEND", backend)
+    params, plain = make_params(dtype=dtype), make_params(dtype=dtype)
+    optimizer, twin = stepforge.NAdam(params, lr=LR), stepforge.NAdam(plain, lr=LR)
+    for step in range(3):
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(64.0), torch.tensor(0.0)
+        give_gradients(params, step)
+        gradients = [p.grad for p in params]
+        before = [g.mul_(64).clone() for g in gradients]
+        optimizer.step()
+        assert all(map(torch.equal, gradients, before))  # they are read only
+        run(twin, plain, range(step, step + 1))
+    assert all(map(torch.equal, params, plain))
+
+
+def test_a_scale_that_is_no_power_of_two_is_rounded_once() -> None:
+    """Oracle: the product with the float32 reciprocal, as unscale_ of a GradScaler does."""
+    params, plain = make_params(), make_params()
+    optimizer, twin = stepforge.Adam(params, fused=True), stepforge.Adam(plain)
+    give_gradients(params, 0)
+    for p, q in zip(params, plain):
+        q.grad = p.grad * torch.tensor(3.0).double().reciprocal().float()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.0), torch.tensor(0.0)
+    optimizer.step()
+    twin.step()
+    assert all(map(torch.equal, params, plain))
+
+
+def test_a_step_that_raises_forgets_what_the_scaler_said() -> None:
+    """Else the scaler would multiply its next scale with the one it finds."""
+    model = make_model()
+    optimizer = stepforge.Adam(model.parameters(), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler.scale(loss_of(model, 0)).backward()
+    optimizer.param_groups[0]["betas"] = ("no", "number")
+    with pytest.raises((TypeError, ValueError)):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
 
 
 # torch.nn and torch.func

@@ -65,7 +65,7 @@ static uint64_t stepped(int64_t rows, const int64_t *sizes, int threads) {
             pointers[row * COLUMNS + column] = at;
         }
     }
-    stepforge_run(rows, starts, pointers, numbers, threads, thread, team, parallel);
+    stepforge_run(rows, starts, pointers, numbers, 1.0, threads, thread, team, parallel);
     uint64_t hash = 14695981039346656037u;
     for (int64_t at = 0; at < rows * COLUMNS; at++) {
         const unsigned char *bytes = pointers[at];

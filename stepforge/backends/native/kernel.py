@@ -41,7 +41,8 @@ class Kernel:
         self._run = build.load(source).stepforge_run
         pointer = ctypes.c_void_p
         self._run.argtypes = [
-            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_int, pointer, pointer, pointer
+            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_double,
+            ctypes.c_int, pointer, pointer, pointer,
         ]  # fmt: skip
         self._run.restype = None
 
@@ -61,7 +62,15 @@ class Kernel:
         tables = (array.ctypes.data for array in (starts, pointers, numbers))
         self.launch(len(starts) - 1, int(starts[-1]), *tables)
 
-    def launch(self, rows: int, elements: int, starts: int, pointers: int, numbers: int) -> None:
+    def launch(
+        self,
+        rows: int,
+        elements: int,
+        starts: int,
+        pointers: int,
+        numbers: int,
+        unscale: float = 1.0,
+    ) -> None:
         """The same, given where the tables are.
 
         Args:
@@ -70,10 +79,11 @@ class Kernel:
             starts: the address of rows + 1 int64: the elements before each row, and all.
             pointers: the address of rows x columns addresses of tensors.
             numbers: the address of rows x coefficients in the dtype of the arithmetic.
+            unscale: what gradients are multiplied by before all else.
         """
         pool = build.thread_pool() if elements >= SERIAL and not _forked else None
         threads = torch.get_num_threads() if pool else 1
-        self._run(rows, starts, pointers, numbers, threads, *(pool or (0, 0, 0)))
+        self._run(rows, starts, pointers, numbers, unscale, threads, *(pool or (0, 0, 0)))
 
 
 # A child of fork has the pool's memory but not its threads: waiting for them would never end.

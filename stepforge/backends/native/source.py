@@ -45,6 +45,7 @@ typedef struct {
     const int64_t *starts;    /* rows + 1: the elements before each row */
     void *const *pointers;    /* rows x COLUMNS */
     const number *numbers;    /* rows x COEFFICIENTS */
+    number unscale;           /* what gradients are multiplied by before all else */
     int (*thread)(void);      /* which thread this is; null where there is but one */
     int (*team)(void);        /* how many there are: perhaps fewer than were asked for */
 } work;
@@ -65,17 +66,19 @@ static void share(void *argument) {
     for (int64_t row = low; begin < end; row++) {
         int64_t stop = w->starts[row + 1] < end ? w->starts[row + 1] : end;
         if (begin < stop)
-            step_row(w->pointers + row * COLUMNS, w->numbers + row * COEFFICIENTS,
+            step_row(w->pointers + row * COLUMNS, w->numbers + row * COEFFICIENTS, w->unscale,
                      begin - w->starts[row], stop - w->starts[row]);
         begin = stop;
     }
 }
 
 void stepforge_run(int64_t rows, const int64_t *starts, void *const *pointers,
-                   const number *numbers, int threads, int (*thread)(void), int (*team)(void),
+                   const number *numbers, double unscale,
+                   int threads, int (*thread)(void), int (*team)(void),
                    void (*parallel)(void (*)(void *), void *, unsigned, unsigned)) {
     int alone = threads <= 1;
-    work w = {rows, starts, pointers, numbers, alone ? 0 : thread, alone ? 0 : team};
+    number factor = (number)unscale;
+    work w = {rows, starts, pointers, numbers, factor, alone ? 0 : thread, alone ? 0 : team};
     if (alone)
         share(&w);
     else
@@ -123,7 +126,7 @@ def _step_elements(graph: Graph, dtypes: Mapping[str, torch.dtype], double: bool
     """The loop over elements: each operation of the program once."""
     program = graph.varying
     names = _register_names(graph)
-    parameters = ["int64_t count", "const number *c"]
+    parameters = ["int64_t count", "const number *c", "number unscale"]
     for column in columns_of(graph):
         element = STORAGE[dtypes[column]].element
         parameters.append(f"{_const(graph, column)}{element} *restrict {column}")
@@ -134,6 +137,8 @@ def _step_elements(graph: Graph, dtypes: Mapping[str, torch.dtype], double: bool
     lines.append("for (int64_t i = 0; i < count; i++) {")
     for column, name in zip(program.inputs, names):
         read = STORAGE[dtypes[column]].read.format(f"{column}[i]")
+        if column == "g":
+            read += " * unscale"
         lines.append(f"    const number {name} = {read};")
     for instruction in program.instructions:
         kind = "int" if program.nodes[instruction.out].boolean else "number"
@@ -168,16 +173,17 @@ def _step_row(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> str:
             if column in graph.varying.inputs:
                 lines.append(f"    {storage.widen}(count, {column} + i, {column}_block);")
         given = [f"{column}_block" if column in blocks else f"{column} + i" for column in columns]
-        lines.append(f"    step_elements(count, c, {', '.join(given)});")
+        lines.append(f"    step_elements(count, c, unscale, {', '.join(given)});")
         for column, storage in blocks.items():
             if column in graph.results:
                 lines.append(f"    {storage.narrow}(count, {column}_block, {column} + i);")
         lines.append("}")
     else:
         given = [f"{column} + low" for column in columns]
-        lines.append(f"step_elements(high - low, c, {', '.join(given)});")
+        lines.append(f"step_elements(high - low, c, unscale, {', '.join(given)});")
     return f"""\
-static void step_row(void *const *at, const number *c, int64_t low, int64_t high) {{
+static void step_row(void *const *at, const number *c, number unscale,
+                     int64_t low, int64_t high) {{
     {_joined(lines)}
 }}
 """

@@ -40,7 +40,9 @@ class Table:
         self.arguments = (
             len(batch),
             int(self.starts[-1]),
-            *(table.ctypes.data for table in (self.starts, self.pointers, self.numbers)),
+            self.starts.ctypes.data,
+            self.pointers.ctypes.data,
+            self.numbers.ctypes.data,
         )
         self.written = [x for name in graph.results for x in batch.columns[name]]
         self.gradient = names.index("g") if "g" in names else None
@@ -80,7 +82,7 @@ class Table:
                 self.numbers[:, position] = values
         else:
             self.numbers[:] = batch.coefficients
-        self.kernel.launch(*self.arguments)
+        self.kernel.launch(*self.arguments, unscale=batch.unscale)
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
 
