@@ -313,7 +313,8 @@ def test_c_is_readable(name: str) -> None:
     graph = graph_of(name)
     text = c_of(graph, torch.float32)
     for column in graph.varying.inputs:
-        assert f"const number {column}_in = (number){column}[i];" in text
+        factor = " * unscale" if column == "g" else ""
+        assert f"const number {column}_in = (number){column}[i]{factor};" in text
     for column in graph.results:
         assert f"{column}[i] = (float)x" in text
     for position, node in enumerate(graph.coefficients):
