@@ -231,16 +231,57 @@ def test_a_kernel_under_another_s_name_is_not_loaded(
     assert (cache / original.name).exists()
 
 
-def test_what_cannot_be_loaded_is_said(
+def unloadable(cache: Path, like: Path, content: bytes = b"no library") -> Path:
+    """A kernel's file that bears its digest and is no library."""
+    cache.mkdir(mode=0o700)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    path = cache / f"{key_of(like)}-{digest}.so"
+    path.write_bytes(content)
+    return path
+
+
+def test_what_cannot_be_loaded_is_built_anew_once(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a disk that others share, of another system: its name tells nothing of that."""
+    (original,) = kernels(filled)
+    unloadable(cache, original)
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert_right()
+    assert (cache / original.name).exists()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    assert_right()
+
+
+def test_without_a_compiler_what_cannot_be_loaded_is_passed_over(
     cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (original,) = kernels(filled)
-    cache.mkdir(mode=0o700)
-    content = b"no library"
-    digest = hashlib.sha256(content).hexdigest()[:32]
-    (cache / f"{key_of(original)}-{digest}.so").write_bytes(content)
+    unloadable(cache, original)
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
-    assert "cannot be loaded" in refusal()
+    monkeypatch.setenv("CC", "/nonexistent")
+    assert "CC names '/nonexistent'" in refusal()
+    (cache / original.name).write_bytes(original.read_bytes())
+    assert_right()
+
+
+def test_what_cannot_be_loaded_although_it_is_new_is_said(
+    cache: Path, named_compiler: Path
+) -> None:
+    """By a compiler for another machine, say."""
+    log = cache.with_name("log")
+    executable(
+        named_compiler,
+        f"""\
+if [ "$1" = --version ]; then echo 1; exit; fi
+echo called >> {log}
+while [ "$1" != -o ]; do shift; done
+echo "no library" > "$2"
+""",
+    )
+    for calls in (1, 2):  # once each time
+        assert "the compiled kernel cannot be loaded (" in refusal()
+        assert len(log.read_text().splitlines()) == calls
 
 
 def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
@@ -252,6 +293,26 @@ def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
     assert_right()
     assert len(kernels(cache)) == 1
     assert all(map(bears_its_digest, kernels(cache)))
+    assert cut_off.exists(), "its process may still be at work"
+
+
+def test_builds_that_were_cut_off_days_ago_are_removed(cache: Path) -> None:
+    """And nothing that is not ours, should someone name a folder of projects as the cache."""
+    abandoned, theirs = cache / "build-0a1b2c3d", cache / "build-projects"
+    for folder, name in ((abandoned, "kernel.c"), (theirs, "kernel.c"), (theirs, "main.c")):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / name).write_text("half a fil")
+    cache.chmod(0o700)
+    beyond = time.time() - build.ABANDONED_S
+    os.utime(abandoned, (beyond - 60, beyond - 60))
+    os.utime(theirs, (beyond - 60, beyond - 60))
+    young = cache / "build-4e5f6a7b"
+    young.mkdir()
+    os.utime(young, (beyond + 60, beyond + 60))
+    assert_right()
+    assert not abandoned.exists()
+    assert len(list(theirs.iterdir())) == 2
+    assert young.exists()
 
 
 def build_in_many_processes() -> None:
@@ -431,13 +492,37 @@ def test_a_compiler_that_cannot_be_run(cache: Path, named_compiler: Path) -> Non
 def test_a_compiler_that_does_not_end(
     cache: Path, named_compiler: Path, sleeps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler's driver runs the compiler proper as a child, which must not be waited for."""
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
     monkeypatch.setattr(build, "PATIENCE_S", 0.3)
     begin = time.monotonic()
     assert refusal() == f"{named_compiler} did not finish within 0.3 s"
     assert time.monotonic() - begin < 10
     assert list(cache.iterdir()) == []
+
+
+def is_running(process: int) -> bool:
+    """Whether a process runs that may no longer have a parent to wait for it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
+    cache: Path, named_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler's driver runs the compiler proper as a child, which would go on for hours."""
+    told = tmp_path / "child"
+    sleeps = f"sleep 60 & echo $! > {told}.new; mv {told}.new {told}; wait"
+    executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
+    monkeypatch.setattr(build, "PATIENCE_S", 2.0)
+    assert "did not finish" in refusal()
+    child = int(told.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(child)
 
 
 # What an optimizer makes of it.
