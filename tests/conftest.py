@@ -1,7 +1,11 @@
 """Shared by all tests."""
 
+import os
+
 import torch
 
 # Tests run in several processes at once; OpenMP threads that wait for a busy core cost more than
 # they bring, and nothing that is tested depends on their number unless a test sets it.
 torch.set_num_threads(1)
+# What is tested is what the compiler makes of the source, not what lies prebuilt in the checkout.
+os.environ["STEPFORGE_PREBUILT"] = ""

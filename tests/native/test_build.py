@@ -5,7 +5,6 @@ fault ends in that or in one sentence.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shlex
@@ -15,76 +14,31 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import stepforge
-from stepforge.backends.native import build, kernel_for
-from stepforge.expr import Graph
-from tests.native.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
+from stepforge.backends.native import build
+from tests.native.faults import (
+    altered,
+    assert_right,
+    bears_its_digest,
+    emptied,
+    executable,
+    kernels,
+    key_of,
+    leftovers,
+    never,
+    processor_of_level_3,
+    raises_os_error,
+    refusal,
+    shortened,
+    unloadable,
+)
+from tests.native.graphs import INSTRUCTION_SETS, in_new_process
 
 PROCESSES = 16
-
-
-def new_graph() -> Graph:
-    """A small rule, of which no process remembers a kernel."""
-    return traced(lambda p, g: p + 2.0 * g)
-
-
-def assert_right() -> None:
-    """Steps by a kernel that is loaded anew."""
-    p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
-    (result,) = by_kernel(new_graph(), [{"p": p, "g": g}], [[]], torch.float32)
-    assert torch.equal(result["p"], p + 2 * g)
-
-
-def refusal() -> str:
-    """Why a kernel cannot be had: one sentence."""
-    sentence = kernel_for(new_graph(), (torch.float32,) * 2, torch.float32)
-    assert isinstance(sentence, str)
-    assert "\n" not in sentence
-    assert len(sentence) > 20
-    return sentence
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the cache, which does not exist yet."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
-    return folder
-
-
-def kernels(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.so"))
-
-
-def leftovers(folder: Path) -> list[str]:
-    """The files of the cache that are no kernels."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".so")
-
-
-def bears_its_digest(kernel: Path) -> bool:
-    digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
-    return kernel.stem.split("-")[-1] == digest[:32]
-
-
-def key_of(kernel: Path) -> str:
-    """What a kernel's name says of what went into it."""
-    return kernel.stem.rsplit("-", 1)[0]
-
-
-def never(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("this must not be called")
-
-
-def raises_os_error(number: int) -> Callable[..., NoReturn]:
-    def fail(*args: Any, **kwargs: Any) -> NoReturn:
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 # The cache.
@@ -181,28 +135,6 @@ def test_a_cache_that_belongs_to_another_is_refused(
     assert list(cache.iterdir()) == []
 
 
-def shortened(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def altered(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-def emptied(content: bytes) -> bytes:
-    return b""
-
-
-@pytest.fixture
-def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the kernel, which no process has loaded from there."""
-    folder = tmp_path / "filled"
-    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
-    assert_right()
-    return folder
-
-
 @pytest.mark.parametrize("fault", [shortened, altered, emptied])
 def test_a_kernel_file_that_is_not_what_it_was_is_built_anew(
     cache: Path, filled: Path, fault: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
@@ -229,15 +161,6 @@ def test_a_kernel_under_another_s_name_is_not_loaded(
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     assert_right()
     assert (cache / original.name).exists()
-
-
-def unloadable(cache: Path, like: Path, content: bytes = b"no library") -> Path:
-    """A kernel's file that bears its digest and is no library."""
-    cache.mkdir(mode=0o700)
-    digest = hashlib.sha256(content).hexdigest()[:32]
-    path = cache / f"{key_of(like)}-{digest}.so"
-    path.write_bytes(content)
-    return path
 
 
 def test_what_cannot_be_loaded_is_built_anew_once(
@@ -345,12 +268,6 @@ def test_processes_that_start_at_once_on_an_empty_cache(cache: Path) -> None:
 # The key.
 
 
-def executable(path: Path, script: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o700)
-    return path
-
-
 @pytest.fixture
 def real_compiler() -> str:
     """The command of the compiler, as a shell takes it."""
@@ -406,11 +323,6 @@ def test_an_instruction_set_that_does_not_exist(
     monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v9")
     sentence = refusal()
     assert "STEPFORGE_ISA is 'x86-64-v9'" in sentence
-
-
-def processor_of_level_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = build.LEVELS["x86-64-v3"] | build.LEVELS["x86-64-v2"]
-    monkeypatch.setattr(build, "_processor_features", lambda: features)
 
 
 def test_an_instruction_set_that_the_processor_has_not(

@@ -55,6 +55,11 @@ class BuildError(Exception):
     """Why a kernel cannot be had, in one sentence."""
 
 
+def on_x86() -> bool:
+    """Whether :data:`LEVELS` are of this machine's kind."""
+    return platform.machine() in ("x86_64", "AMD64")
+
+
 def instruction_sets() -> tuple[str, ...]:
     """The levels that kernels may be of on this processor, the best first; "" is the plain one.
 
@@ -81,7 +86,7 @@ def instruction_set() -> str:
 
 @functools.cache
 def _processor_features() -> frozenset[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not on_x86():
         return frozenset()
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -143,12 +148,17 @@ def cache_folder() -> Path:
     if hasattr(os, "getuid"):
         if status.st_uid != os.getuid():
             raise BuildError(f"the kernel cache {folder} belongs to another user")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if others_may_write(status):
             raise BuildError(
                 f"the kernel cache {folder} can be written to by others, who could put code "
                 f"there: chmod 700 {folder}"
             )
     return folder
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Whether others than its owner may put something into a folder."""
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def load(source: str) -> ctypes.CDLL:
