@@ -34,7 +34,10 @@ class BuildWithKernels(build_py):
             return
         kernels = sorted(Path(KERNELS).glob("*/*.so"))
         if not kernels:
-            raise SystemExit(f"STEPFORGE_KERNELS is {KERNELS!r}, which holds no kernels")
+            raise SystemExit(
+                f"STEPFORGE_KERNELS is {KERNELS!r}, which holds no kernels: "
+                f"stepforge prebuild --output {KERNELS}"
+            )
         to = Path(self.build_lib, "stepforge", "backends", "native", "kernels")
         shutil.rmtree(to, ignore_errors=True)  # an earlier build's
         for kernel in kernels:
