@@ -106,7 +106,7 @@ def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...])
     """
     place = shelf(folder, isa)
     place.mkdir(mode=0o755, parents=True, exist_ok=True)
-    # Symbols are for debuggers, and would be a tenth of the file.
+    # Symbols are for debuggers, and would be a twentieth of the file.
     return build.compile_into(place, build.key_of(source, isa), source, isa, command, "-s")
 
 
