@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import sys
@@ -314,11 +315,29 @@ class Rule:
         Varying inputs are named ``p``, ``g`` and by the states' letters, uniform ones ``t``, by
         the hyperparameters' names (``betas[0]`` for a component) and by the states' letters.
         """
-        statics = {
-            name: group[name] if parameter.static else is_off(group[name])
+        return self._graph(
+            {
+                name: group[name] if parameter.static else is_off(group[name])
+                for name, parameter in self._statics.items()
+            }
+        )
+
+    def graphs(self) -> Iterator[Graph]:
+        """The graphs of all choices of the static options; some of them may be equal."""
+        choices = map(_choices, self._statics.values())
+        for values in itertools.product(*choices):
+            yield self._graph(dict(zip(self._statics, values)))
+
+    @functools.cached_property
+    def _statics(self) -> dict[str, Hyperparameter]:
+        """What a rule may branch on, and what may leave no trace."""
+        return {
+            name: parameter
             for name, parameter in self.hyperparameters.items()
             if (parameter.static or parameter.zero_is_off) and name not in EXECUTION_FLAGS
         }
+
+    def _graph(self, statics: Mapping[str, Any]) -> Graph:
         key = tuple(statics.values())
         if key not in self._graphs:
             self._graphs[key] = self._traced(statics)
@@ -404,6 +423,13 @@ class _Options:
 def is_off(value: Any) -> bool:
     """Whether a value that ``zero_is_off`` is exactly 0; a tensor never is, as it can change."""
     return not isinstance(value, torch.Tensor) and value == 0
+
+
+def _choices(parameter: Hyperparameter) -> tuple[Any, ...]:
+    """The values of a flag; of a number, whether it is off."""
+    if not parameter.init:
+        return (parameter.default if parameter.static else is_off(parameter.default),)
+    return (False, True, None) if parameter.optional else (False, True)
 
 
 def read_body(

@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo | bench | doctor``."""
+"""The command line: ``stepforge demo | bench | doctor | prebuild``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.bench import bench
     from stepforge.cli.demo import demo
     from stepforge.cli.doctor import doctor
+    from stepforge.cli.prebuild import prebuild
 
     app = typer.Typer(
         name="stepforge",
@@ -42,6 +43,6 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
 
-    for command in (demo, bench, doctor):
+    for command in (demo, bench, doctor, prebuild):
         app.command()(command)
     return app

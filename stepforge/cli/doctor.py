@@ -17,16 +17,24 @@ from rich.table import Table
 
 import stepforge
 from stepforge.backends import native
-from stepforge.backends.native import build
+from stepforge.backends.native import build, prebuilt
+from stepforge.cli import variants
 from stepforge.cli.machine import describe
 from stepforge.cli.measure import OPTIMIZERS
+from stepforge.cli.prebuild import PLAIN
 
 __all__ = ["doctor"]
 
 #: The dtypes of the parameters that are asked about.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
 #: The environment variables that change what runs.
-_VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_CACHE", "CC")
+_VARIABLES = (
+    "STEPFORGE_BACKEND",
+    "STEPFORGE_ISA",
+    "STEPFORGE_PREBUILT",
+    "STEPFORGE_CACHE",
+    "CC",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +57,7 @@ def doctor() -> None:
     """
     console = Console(highlight=False)
     for name, value in _facts().items():
-        console.print(f"[bold]{name:<16}[/]{escape(value)}", soft_wrap=True)
+        console.print(f"[bold]{name:<18}[/]{escape(value)}", soft_wrap=True)
     served = {(name, dtype): _served(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES}
     console.print()
     console.print(_table(served))
@@ -69,6 +77,7 @@ def _facts() -> dict[str, str]:
         "CPU": machine["CPU"],
         "instruction set": _or_why_not(lambda: build.instruction_set() or "the plain one"),
         "compiler": _or_why_not(_compiler),
+        "prebuilt kernels": _or_why_not(_prebuilt),
         "kernel cache": _or_why_not(_cache),
         "threads": _threads(),
         "environment": _environment(),
@@ -85,6 +94,22 @@ def _or_why_not(ask: Callable[[], str]) -> str:
 def _compiler() -> str:
     command = build.compiler()
     return f"{' '.join(command)}: {build.compiler_version(command)}"
+
+
+def _prebuilt() -> str:
+    folder = prebuilt.folder()
+    if folder is None:
+        return "none: STEPFORGE_PREBUILT is empty"
+    wanted = variants.sources()
+    counts, size = [], 0
+    for isa in (*build.LEVELS, ""):
+        files = list(prebuilt.shelf(folder, isa).glob("*.so"))
+        if files:
+            # Those of another version, or altered, are not used.
+            usable = sum(any(prebuilt.find(folder, source, isa)) for source in wanted)
+            counts.append(f"{usable} of {len(wanted)} for {isa or PLAIN}")
+            size += sum(path.stat().st_size for path in files)
+    return f"{folder}: {', '.join(counts)}; {size / 1e6:.1f} MB" if counts else f"none in {folder}"
 
 
 def _cache() -> str:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepforge.backends.native import build
+from stepforge.backends.native import build, prebuilt
 from stepforge.cli import make_app
 from stepforge.cli.measure import OPTIMIZERS
+from stepforge.cli.variants import sources
 
-VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_CACHE", "CC")
+VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_PREBUILT", "STEPFORGE_CACHE", "CC")
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,8 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 def line(output: str, name: str) -> str:
-    (found,) = [line for line in output.splitlines() if line.startswith(f"{name:<16}")]
-    return found.removeprefix(f"{name:<16}")
+    (found,) = [line for line in output.splitlines() if line.startswith(f"{name:<18}")]
+    return found.removeprefix(f"{name:<18}")
 
 
 def needs_compiler() -> None:
@@ -77,13 +78,16 @@ def test_where_kernels_run():
 
 def test_no_compiler_and_an_empty_cache(tmp_path: Path):
     folder = tmp_path / "kernels"
-    code, output = run_afresh(CC="/nonexistent", STEPFORGE_CACHE=str(folder))
+    code, output = run_afresh(CC="/nonexistent", STEPFORGE_CACHE=str(folder), STEPFORGE_PREBUILT="")
     why = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
     assert code == 1
     assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
     assert line(output, "compiler") == f"none: {why}"
     assert line(output, "kernel cache") == f"{folder}: 0 kernels, 0.0 MB"
-    assert line(output, "environment") == f"STEPFORGE_CACHE={folder}, CC=/nonexistent"
+    assert line(output, "environment") == (
+        f"STEPFORGE_PREBUILT=, STEPFORGE_CACHE={folder}, CC=/nonexistent"
+    )
+    assert line(output, "prebuilt kernels") == "none: STEPFORGE_PREBUILT is empty"
     assert output.splitlines()[-1] == f"no native for any of them: {why}"
 
 
@@ -91,7 +95,7 @@ def test_no_compiler_and_an_empty_cache(tmp_path: Path):
 def test_a_cache_that_cannot_be_used(tmp_path: Path):
     needs_compiler()
     tmp_path.chmod(0o777)
-    code, output = run_afresh(STEPFORGE_CACHE=str(tmp_path))
+    code, output = run_afresh(STEPFORGE_CACHE=str(tmp_path), STEPFORGE_PREBUILT="")
     assert code == 1
     assert line(output, "kernel cache").startswith(f"none: the kernel cache {tmp_path} can be wri")
     assert f"chmod 700 {tmp_path}" in output.splitlines()[-1]
@@ -102,6 +106,27 @@ def test_a_cache_with_kernels(tmp_path: Path, monkeypatch):
     (tmp_path / "a-b.so").write_bytes(bytes(1_500_000))
     monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path))
     assert line(run()[1], "kernel cache") == f"{tmp_path}: 1 kernel, 1.5 MB"
+
+
+def test_prebuilt_kernels(tmp_path: Path, monkeypatch):
+    """Those that can be used, and how large all are."""
+    needs_compiler()
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path)
+    assert line(run()[1], "prebuilt kernels") == f"none in {tmp_path}"
+    wanted = sources()
+    best = build.instruction_set()
+    used, damaged = (
+        prebuilt.compile_ahead(tmp_path, source, best, build.compiler()) for source in wanted[:2]
+    )
+    damaged.write_bytes(b"no library")
+    (used.parent / f"{'0' * 32}-{'1' * 32}.so").write_bytes(bytes(1_000_000))  # another version's
+    size = (1_000_010 + used.stat().st_size) / 1e6
+    counted = f"1 of {len(wanted)} for {best or 'plain'}; {size:.1f} MB"
+    assert line(run()[1], "prebuilt kernels") == f"{tmp_path}: {counted}"
+    monkeypatch.setenv("STEPFORGE_PREBUILT", str(tmp_path / "missing"))
+    said = f"none: STEPFORGE_PREBUILT is '{tmp_path}/missing', which is no folder"
+    assert line(run()[1], "prebuilt kernels") == said
 
 
 def test_no_openmp_pool(monkeypatch):

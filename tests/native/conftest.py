@@ -1,8 +1,11 @@
 """All of this folder compiles."""
 
+from pathlib import Path
+
 import pytest
 
 from stepforge.backends.native import build
+from tests.native.faults import assert_right
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +14,20 @@ def _a_compiler() -> None:
         build.compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, which does not exist yet."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the kernel, which no process has loaded from there."""
+    folder = tmp_path / "filled"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
+    assert_right()
+    return folder

@@ -5,7 +5,6 @@ fault ends in that or in one sentence.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shlex
@@ -15,76 +14,31 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import stepforge
-from stepforge.backends.native import build, kernel_for
-from stepforge.expr import Graph
-from tests.native.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
+from stepforge.backends.native import build
+from tests.native.faults import (
+    altered,
+    assert_right,
+    bears_its_digest,
+    emptied,
+    executable,
+    kernels,
+    key_of,
+    leftovers,
+    never,
+    processor_of_level_3,
+    raises_os_error,
+    refusal,
+    shortened,
+    unloadable,
+)
+from tests.native.graphs import INSTRUCTION_SETS, in_new_process
 
 PROCESSES = 16
-
-
-def new_graph() -> Graph:
-    """A small rule, of which no process remembers a kernel."""
-    return traced(lambda p, g: p + 2.0 * g)
-
-
-def assert_right() -> None:
-    """Steps by a kernel that is loaded anew."""
-    p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
-    (result,) = by_kernel(new_graph(), [{"p": p, "g": g}], [[]], torch.float32)
-    assert torch.equal(result["p"], p + 2 * g)
-
-
-def refusal() -> str:
-    """Why a kernel cannot be had: one sentence."""
-    sentence = kernel_for(new_graph(), (torch.float32,) * 2, torch.float32)
-    assert isinstance(sentence, str)
-    assert "\n" not in sentence
-    assert len(sentence) > 20
-    return sentence
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the cache, which does not exist yet."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
-    return folder
-
-
-def kernels(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.so"))
-
-
-def leftovers(folder: Path) -> list[str]:
-    """The files of the cache that are no kernels."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".so")
-
-
-def bears_its_digest(kernel: Path) -> bool:
-    digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
-    return kernel.stem.split("-")[-1] == digest[:32]
-
-
-def key_of(kernel: Path) -> str:
-    """What a kernel's name says of what went into it."""
-    return kernel.stem.rsplit("-", 1)[0]
-
-
-def never(*args: Any, **kwargs: Any) -> NoReturn:
-    raise AssertionError("this must not be called")
-
-
-def raises_os_error(number: int) -> Callable[..., NoReturn]:
-    def fail(*args: Any, **kwargs: Any) -> NoReturn:
-        raise OSError(number, os.strerror(number))
-
-    return fail
 
 
 # The cache.
@@ -181,28 +135,6 @@ def test_a_cache_that_belongs_to_another_is_refused(
     assert list(cache.iterdir()) == []
 
 
-def shortened(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def altered(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-def emptied(content: bytes) -> bytes:
-    return b""
-
-
-@pytest.fixture
-def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the kernel, which no process has loaded from there."""
-    folder = tmp_path / "filled"
-    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
-    assert_right()
-    return folder
-
-
 @pytest.mark.parametrize("fault", [shortened, altered, emptied])
 def test_a_kernel_file_that_is_not_what_it_was_is_built_anew(
     cache: Path, filled: Path, fault: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
@@ -231,16 +163,48 @@ def test_a_kernel_under_another_s_name_is_not_loaded(
     assert (cache / original.name).exists()
 
 
-def test_what_cannot_be_loaded_is_said(
+def test_what_cannot_be_loaded_is_built_anew_once(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a disk that others share, of another system: its name tells nothing of that."""
+    (original,) = kernels(filled)
+    unloadable(cache, original)
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert_right()
+    assert (cache / original.name).exists()
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    assert_right()
+
+
+def test_without_a_compiler_what_cannot_be_loaded_is_passed_over(
     cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (original,) = kernels(filled)
-    cache.mkdir(mode=0o700)
-    content = b"no library"
-    digest = hashlib.sha256(content).hexdigest()[:32]
-    (cache / f"{key_of(original)}-{digest}.so").write_bytes(content)
+    unloadable(cache, original)
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
-    assert "cannot be loaded" in refusal()
+    monkeypatch.setenv("CC", "/nonexistent")
+    assert "CC names '/nonexistent'" in refusal()
+    (cache / original.name).write_bytes(original.read_bytes())
+    assert_right()
+
+
+def test_what_cannot_be_loaded_although_it_is_new_is_said(
+    cache: Path, named_compiler: Path
+) -> None:
+    """By a compiler for another machine, say."""
+    log = cache.with_name("log")
+    executable(
+        named_compiler,
+        f"""\
+if [ "$1" = --version ]; then echo 1; exit; fi
+echo called >> {log}
+while [ "$1" != -o ]; do shift; done
+echo "no library" > "$2"
+""",
+    )
+    for calls in (1, 2):  # once each time
+        assert "the compiled kernel cannot be loaded (" in refusal()
+        assert len(log.read_text().splitlines()) == calls
 
 
 def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
@@ -252,6 +216,26 @@ def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
     assert_right()
     assert len(kernels(cache)) == 1
     assert all(map(bears_its_digest, kernels(cache)))
+    assert cut_off.exists(), "its process may still be at work"
+
+
+def test_builds_that_were_cut_off_days_ago_are_removed(cache: Path) -> None:
+    """And nothing that is not ours, should someone name a folder of projects as the cache."""
+    abandoned, theirs = cache / "build-0a1b2c3d", cache / "build-projects"
+    for folder, name in ((abandoned, "kernel.c"), (theirs, "kernel.c"), (theirs, "main.c")):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / name).write_text("half a fil")
+    cache.chmod(0o700)
+    beyond = time.time() - build.ABANDONED_S
+    os.utime(abandoned, (beyond - 60, beyond - 60))
+    os.utime(theirs, (beyond - 60, beyond - 60))
+    young = cache / "build-4e5f6a7b"
+    young.mkdir()
+    os.utime(young, (beyond + 60, beyond + 60))
+    assert_right()
+    assert not abandoned.exists()
+    assert len(list(theirs.iterdir())) == 2
+    assert young.exists()
 
 
 def build_in_many_processes() -> None:
@@ -282,12 +266,6 @@ def test_processes_that_start_at_once_on_an_empty_cache(cache: Path) -> None:
 
 
 # The key.
-
-
-def executable(path: Path, script: str) -> Path:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o700)
-    return path
 
 
 @pytest.fixture
@@ -345,11 +323,6 @@ def test_an_instruction_set_that_does_not_exist(
     monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v9")
     sentence = refusal()
     assert "STEPFORGE_ISA is 'x86-64-v9'" in sentence
-
-
-def processor_of_level_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = build.LEVELS["x86-64-v3"] | build.LEVELS["x86-64-v2"]
-    monkeypatch.setattr(build, "_processor_features", lambda: features)
 
 
 def test_an_instruction_set_that_the_processor_has_not(
@@ -431,13 +404,37 @@ def test_a_compiler_that_cannot_be_run(cache: Path, named_compiler: Path) -> Non
 def test_a_compiler_that_does_not_end(
     cache: Path, named_compiler: Path, sleeps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler's driver runs the compiler proper as a child, which must not be waited for."""
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
     monkeypatch.setattr(build, "PATIENCE_S", 0.3)
     begin = time.monotonic()
     assert refusal() == f"{named_compiler} did not finish within 0.3 s"
     assert time.monotonic() - begin < 10
     assert list(cache.iterdir()) == []
+
+
+def is_running(process: int) -> bool:
+    """Whether a process runs that may no longer have a parent to wait for it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
+    cache: Path, named_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler's driver runs the compiler proper as a child, which would go on for hours."""
+    told = tmp_path / "child"
+    sleeps = f"sleep 60 & echo $! > {told}.new; mv {told}.new {told}; wait"
+    executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
+    monkeypatch.setattr(build, "PATIENCE_S", 2.0)
+    assert "did not finish" in refusal()
+    child = int(told.read_text())
+    deadline = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(child)
 
 
 # What an optimizer makes of it.

@@ -83,7 +83,10 @@ def prepare(batch: Batch) -> Table | None:
     """The table of a batch that one call can step, to be kept while its tensors stay; or None."""
     names = columns_of(batch.graph)
     rows = list(zip(*(batch.columns[name] for name in names)))
-    if len({tuple(x.dtype for x in row) for row in rows}) > 1 or not all(map(_is_dense, rows)):
+    dtypes, *others = {tuple(x.dtype for x in row) for row in rows}
+    if others or not all(map(_is_dense, rows)):
+        return None
+    if isinstance(kernel_for(batch.graph, dtypes, batch.dtype), str):
         return None
     table = Table(batch)
     return None if table.overlaps() else table
@@ -104,7 +107,12 @@ def run(batch: Batch) -> None:
         alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
         if _is_dense(row):
             dense.add(index)
-    for rows in alike.values():
+    for dtypes, rows in alike.items():
+        kernel = kernel_for(batch.graph, dtypes, batch.dtype)
+        if isinstance(kernel, str):  # states of another dtype: `refuses` knows of none
+            _warn_once(kernel)
+            reference.run(batch.rows(rows))
+            continue
         part = batch.rows([index for index in rows if index in dense])
         if len(part):
             Table(part).run(part)

@@ -2,11 +2,12 @@
 
 A kernel is compiled at its first use and kept in a private cache, under a name that is made of the
 hash of all that went into it and the hash of its content: a file that was cut short or altered does
-not bear its own name and is built anew.
+not bear its own name and is built anew, and so is one that cannot be loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,9 +15,12 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -40,31 +44,49 @@ LEVELS = {
 }
 #: How long a compiler may take for a kernel; it takes a fraction of a second.
 PATIENCE_S = 120.0
+#: The age from which a folder of a build belongs to a process that was killed: far more than any
+#: compiler is given, so that no process takes away what another one still works in.
+ABANDONED_S = 24 * 3600.0
+#: What a build works on.
+_WORK_FILES = ("kernel.c", "kernel.so")
 
 
 class BuildError(Exception):
     """Why a kernel cannot be had, in one sentence."""
 
 
-def instruction_set() -> str:
-    """The best level of this processor that kernels are compiled for; "" for the plain one.
+def on_x86() -> bool:
+    """Whether :data:`LEVELS` are of this machine's kind."""
+    return platform.machine() in ("x86_64", "AMD64")
 
-    The environment variable ``STEPFORGE_ISA`` overrides it.
+
+def instruction_sets() -> tuple[str, ...]:
+    """The levels that kernels may be of on this processor, the best first; "" is the plain one.
+
+    The environment variable ``STEPFORGE_ISA`` leaves one of them.
+
+    Raises:
+        BuildError: it names one that this processor has not.
     """
     features = _processor_features()
     usable = [level for level, needed in LEVELS.items() if needed <= features]
     forced = os.environ.get("STEPFORGE_ISA")
     if forced is None:
-        return usable[0] if usable else ""
+        return (*usable, "")
     if forced not in (*usable, ""):
         known = ", ".join(usable) or "empty"
         raise BuildError(f"STEPFORGE_ISA is {forced!r}; on this processor it must be {known}")
-    return forced
+    return (forced,)
+
+
+def instruction_set() -> str:
+    """The level that kernels are compiled for: the best of :func:`instruction_sets`."""
+    return instruction_sets()[0]
 
 
 @functools.cache
 def _processor_features() -> frozenset[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if not on_x86():
         return frozenset()
     try:
         text = Path("/proc/cpuinfo").read_text()
@@ -126,12 +148,17 @@ def cache_folder() -> Path:
     if hasattr(os, "getuid"):
         if status.st_uid != os.getuid():
             raise BuildError(f"the kernel cache {folder} belongs to another user")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if others_may_write(status):
             raise BuildError(
                 f"the kernel cache {folder} can be written to by others, who could put code "
                 f"there: chmod 700 {folder}"
             )
     return folder
+
+
+def others_may_write(status: os.stat_result) -> bool:
+    """Whether others than its owner may put something into a folder."""
+    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -144,74 +171,127 @@ def load(source: str) -> ctypes.CDLL:
     """
     isa = instruction_set()
     folder = cache_folder()
-    key = _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
+    key = key_of(source, isa)
     try:
         command = compiler()
     except BuildError:
-        library = _cached(folder, key, "*")
+        library = opened(intact(folder, f"{key}-*"))
         if library is None:
             raise
-    else:
-        version = _digest("\0".join([compiler_version(command), *command]).encode())[:8]
-        library = _cached(folder, key, version) or _compile(
-            source, isa, command, folder, f"{key}-{version}"
-        )
+        return library
+    version = _digest("\0".join([compiler_version(command), *command]).encode())[:8]
+    library = opened(intact(folder, f"{key}-{version}"))
+    if library is not None:
+        return library
     try:
-        return ctypes.CDLL(str(library))
+        built = compile_into(folder, f"{key}-{version}", source, isa, command)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cache {folder} cannot be written to ({error.strerror}): "
+            "set STEPFORGE_CACHE to a folder of yours"
+        ) from None
+    try:
+        return ctypes.CDLL(str(built))
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded ({error})") from None
+
+
+def key_of(source: str, isa: str) -> str:
+    """The hash of all that goes into a kernel but the compiler."""
+    return _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def _cached(folder: Path, key: str, version: str) -> Path | None:
-    for candidate in sorted(folder.glob(f"{key}-{version}-*.so")):
-        try:
-            content = candidate.read_bytes()
-        except OSError:
-            continue
-        if candidate.stem.split("-")[-1] == _digest(content):
-            return candidate
+def intact(folder: Path, name: str) -> Iterator[Path]:
+    """The files of kernels of that name (a pattern) that hold what the rest of their name says."""
+    for candidate in sorted(folder.glob(f"{name}-*.so")):
+        with contextlib.suppress(OSError):
+            if candidate.stem.split("-")[-1] == _digest(candidate.read_bytes()):
+                yield candidate
+
+
+def opened(libraries: Iterable[Path]) -> ctypes.CDLL | None:
+    """The first of them that can be loaded; None if none can."""
+    for library in libraries:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(library))
     return None
 
 
-def _compile(source: str, isa: str, command: tuple[str, ...], folder: Path, name: str) -> Path:
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
-            c_file, so_file = Path(work, "kernel.c"), Path(work, "kernel.so")
-            c_file.write_text(source)
-            march = [f"-march={isa}"] if isa else []
-            done = _run([*command, *FLAGS, *march, str(c_file), "-o", str(so_file), "-lm"])
-            if done.returncode != 0 or not so_file.exists():
-                said = _first_line(done.stderr.replace(str(c_file), c_file.name))
-                raise BuildError(f"{command[0]} failed: {said}")
-            built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
-            # Readers see the whole file or none, whoever else builds the same at the same time.
-            os.replace(so_file, built)
-            return built
-    except OSError as error:
-        raise BuildError(
-            f"the kernel cache {folder} cannot be written to ({error.strerror}): "
-            "set STEPFORGE_CACHE to a folder of yours"
-        ) from None
+def compile_into(
+    folder: Path, name: str, source: str, isa: str, command: tuple[str, ...], *extra: str
+) -> Path:
+    """Compiles a source into a file whose name begins with that name.
+
+    Args:
+        folder: where, an existing folder.
+        name: what its name begins with; the hash of its content follows.
+        source: in C.
+        isa: the level to compile for; "" for the plain one.
+        command: the compiler's.
+        extra: arguments for the compiler that leave the kernel's instructions as they are.
+
+    Raises:
+        BuildError: the compiler fails.
+        OSError: the folder cannot be written to.
+    """
+    _sweep(folder)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
+        c_file, so_file = (Path(work, name) for name in _WORK_FILES)
+        c_file.write_text(source)
+        march = [f"-march={isa}"] if isa else []
+        done = _run([*command, *FLAGS, *march, *extra, str(c_file), "-o", str(so_file), "-lm"])
+        if done.returncode != 0 or not so_file.exists():
+            said = _first_line(done.stderr.replace(str(c_file), c_file.name))
+            raise BuildError(f"{command[0]} failed: {said}")
+        built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
+        # Readers see the whole file or none, whoever else builds the same at the same time.
+        os.replace(so_file, built)
+        return built
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes left that were killed while they built."""
+    for left in folder.glob("build-????????"):
+        with contextlib.suppress(OSError):  # it is another's, or another process sweeps too
+            old = time.time() - left.stat().st_mtime > ABANDONED_S
+            if old and set(os.listdir(left)) <= set(_WORK_FILES):
+                shutil.rmtree(left)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(
+        with subprocess.Popen(
             command,
-            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            check=False,
-            timeout=PATIENCE_S,
-        )
+            start_new_session=True,  # so that its children can be ended with it
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=PATIENCE_S)
+            except BaseException:  # also Ctrl-C, which does not reach another session
+                _kill(process)
+                raise
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} did not finish within {PATIENCE_S:g} s") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """Ends a process and its children: a compiler's driver runs the compiler proper as one."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):  # they have just ended
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
 
 
 def _first_line(text: str) -> str:

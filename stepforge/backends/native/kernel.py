@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.native import build
+from stepforge.backends.native import build, prebuilt
 from stepforge.backends.native.source import c_source, columns_of
 from stepforge.expr import Graph
 
@@ -38,7 +38,7 @@ class Kernel:
         self.columns = columns_of(graph)
         self.number = np.float64 if arithmetic == torch.float64 else np.float32
         source = c_source(graph, dict(zip(self.columns, dtypes)), arithmetic)
-        self._run = build.load(source).stepforge_run
+        self._run = prebuilt.load(source).stepforge_run
         pointer = ctypes.c_void_p
         self._run.argtypes = [
             ctypes.c_int64, pointer, pointer, pointer, ctypes.c_double,

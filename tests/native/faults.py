@@ -1,0 +1,101 @@
+"""A small rule, and what can go wrong on the way to its kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from stepforge.backends.native import build, kernel_for
+from stepforge.expr import Graph
+from tests.native.graphs import by_kernel, traced
+
+
+def new_graph() -> Graph:
+    """A small rule, of which no process remembers a kernel."""
+    return traced(lambda p, g: p + 2.0 * g)
+
+
+def assert_right() -> None:
+    """Steps by a kernel that is loaded anew."""
+    p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
+    (result,) = by_kernel(new_graph(), [{"p": p, "g": g}], [[]], torch.float32)
+    assert torch.equal(result["p"], p + 2 * g)
+
+
+def refusal() -> str:
+    """Why a kernel cannot be had: one sentence."""
+    sentence = kernel_for(new_graph(), (torch.float32,) * 2, torch.float32)
+    assert isinstance(sentence, str)
+    assert "\n" not in sentence
+    assert len(sentence) > 20
+    return sentence
+
+
+def kernels(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.so"))
+
+
+def leftovers(folder: Path) -> list[str]:
+    """The files of the cache that are no kernels."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".so")
+
+
+def bears_its_digest(kernel: Path) -> bool:
+    digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
+    return kernel.stem.split("-")[-1] == digest[:32]
+
+
+def key_of(kernel: Path) -> str:
+    """What a kernel's name says of what went into it."""
+    return kernel.stem.rsplit("-", 1)[0]
+
+
+def never(*args: Any, **kwargs: Any) -> NoReturn:
+    raise AssertionError("this must not be called")
+
+
+def raises_os_error(number: int) -> Callable[..., NoReturn]:
+    def fail(*args: Any, **kwargs: Any) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def shortened(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def altered(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def emptied(content: bytes) -> bytes:
+    return b""
+
+
+def unloadable(cache: Path, like: Path) -> Path:
+    """A kernel's file that bears its digest and is no library."""
+    content = b"no library"
+    cache.mkdir(mode=0o700)
+    digest = hashlib.sha256(content).hexdigest()[:32]
+    path = cache / f"{key_of(like)}-{digest}.so"
+    path.write_bytes(content)
+    return path
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    return path
+
+
+def processor_of_level_3(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = build.LEVELS["x86-64-v3"] | build.LEVELS["x86-64-v2"]
+    monkeypatch.setattr(build, "_processor_features", lambda: features)

@@ -1,0 +1,164 @@
+"""Wheels, installed where there is no compiler. Oracle: the reference, asked over there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stepforge.backends.native import build
+from stepforge.cli.variants import sources
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ("stepforge", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+ISA = build.instruction_set()
+#: Forms of the rules (Adagrad's flag makes 2, Adam's three 8, those of the others 4 each), times
+#: weight decay on and off, times dtypes.
+FORMS = (2 + 8 + 4 + 4 + 4) * 2 * 5
+
+
+def needs_compiler() -> None:
+    try:
+        build.compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+
+
+def run(command: list[Any], **environment: str) -> str:
+    """Runs a command to its end; its output. Fails if it fails."""
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{command}: {done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def made_wheel(folder: Path, **environment: str) -> Path:
+    """The wheel of this checkout, made as ``make wheel`` makes it, but in a copy."""
+    checkout = folder / "checkout"
+    checkout.mkdir()
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            unwanted = shutil.ignore_patterns("__pycache__", "kernels")
+            shutil.copytree(ROOT / name, checkout / name, ignore=unwanted)
+        else:
+            shutil.copy(ROOT / name, checkout / name)
+    # As ``stepforge prebuild`` leaves it, which must not change what a plain install is.
+    stray = checkout / "stepforge" / "backends" / "native" / "kernels" / "plain" / "stray.so"
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    pip_wheel = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps"]
+    to = ["--no-build-isolation", "--no-index", "--wheel-dir", folder, checkout]
+    run([*pip_wheel, *to], **environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """The Python of a new environment that has a wheel, and torch and numpy from ours."""
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run([*pip, "install", "--no-deps", "--no-index", wheel])
+    (site,) = folder.glob("lib/python*/site-packages")
+    # Folders that a .pth file names are searched last, and their own .pth files, such as that of an
+    # editable stepforge, are not read.
+    parents = {Path(package.__file__).parents[1] for package in (torch, np)}
+    (site / "torch.pth").write_text("".join(f"{parent}\n" for parent in parents))
+    return python
+
+
+def run_without_compiler(python: Path, question: str, cache: Path) -> dict[str, Any]:
+    """What ``steps.py`` finds, with nothing on the PATH and no variable set but the cache's."""
+    empty = cache.with_name("empty")
+    empty.mkdir()
+    done = subprocess.run(
+        [python, "-I", "-W", "error", Path(__file__).with_name("steps.py"), question],
+        cwd=empty,
+        env={"PATH": str(empty), "HOME": str(empty), "STEPFORGE_CACHE": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert Path(found["file"]).is_relative_to(python.parents[1]), "not the installed one"
+    return found
+
+
+def libraries(wheel: Path) -> list[str]:
+    return [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+
+
+def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
+    """Of this processor's best instruction set alone; ``make wheel`` takes the others too."""
+    needs_compiler()
+    kernels = tmp_path / "kernels"
+    cli = [sys.executable, "-c", "from stepforge.cli import main; main()"]
+    run([*cli, "prebuild", "--output", kernels, "--isa", ISA or "plain"])
+    wheel = made_wheel(tmp_path, STEPFORGE_KERNELS=str(kernels))
+
+    assert re.fullmatch(r"stepforge-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
+    inside = f"stepforge/backends/native/kernels/{ISA or 'plain'}/"
+    assert len(libraries(wheel)) == len(sources())
+    assert all(name.startswith(inside) for name in libraries(wheel))
+
+    cache = tmp_path / "cache"
+    found = run_without_compiler(installed(wheel, tmp_path / "env"), "compare", cache)
+    assert found["differing"] == []
+    assert found["compared"] == FORMS
+    assert found["served"] == ["native"]
+    assert not cache.exists(), "nothing was left to compile"
+
+
+def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path) -> None:
+    wheel = made_wheel(tmp_path)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert libraries(wheel) == []
+
+    found = run_without_compiler(installed(wheel, tmp_path / "env"), "refused", tmp_path / "cache")
+    assert found["refused"].startswith("fused=True cannot serve a parameter of shape (1000,)")
+    why = "no C compiler is on the PATH: install gcc or clang"
+    assert found["refused"].endswith(why)
+    assert found["served"] == "foreach"
+    (warning,) = found["warnings"]
+    assert warning.endswith(why)
+
+
+def test_a_wheel_that_is_to_carry_kernels_and_has_none_is_not_made(tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(AssertionError, match="which holds no kernels: stepforge prebuild"):
+        made_wheel(tmp_path, STEPFORGE_KERNELS=str(tmp_path / "nothing"))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("objdump") is None, reason="needs objdump of Linux"
+)
+@pytest.mark.parametrize("isa", sorted({ISA, ""}), ids=lambda isa: isa or "plain")
+def test_a_kernel_needs_nothing_of_the_system(tmp_path: Path, isa: str) -> None:
+    """So that it runs on older systems than the one that made it. Oracle: objdump."""
+    needs_compiler()
+    for source in sources()[::19]:
+        kernel = build.compile_into(tmp_path, "kernel", source, isa, build.compiler())
+        table = run(["objdump", "--dynamic-syms", kernel]).splitlines()
+        undefined = [line for line in table if "*UND*" in line]
+        assert all(line.split()[1] == "w" for line in undefined), "more than weak symbols"
+        assert "GLIBC_" not in "".join(undefined).replace("GLIBC_2.2.5", "")
