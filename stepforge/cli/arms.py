@@ -1,7 +1,8 @@
-"""The arms of the demo, and the table that compares them."""
+"""The arms of the demo, and the tables that compare them."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +26,14 @@ def _of(module: ModuleType, **flags: Any) -> Callable[..., torch.optim.Optimizer
     return make
 
 
+def _fastest_of_torch(name: str, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
+    """One kernel for all parameters where torch.optim has it, else operations on lists of them."""
+    fused = "fused" in inspect.signature(getattr(torch.optim, name)).parameters
+    return _of(torch.optim, **{"fused" if fused else "foreach": True})(name, params, lr)
+
+
 OURS = Arm("ours", "stepforge, default flags", _of(stepforge))
-TWIN = Arm("twin", "torch.optim, default flags", _of(torch.optim))
+TWIN = Arm("twin", "torch.optim, default flags", _of(torch.optim), way="default flags")
 #: Everything is made from this tuple: an arm more is a line more.
 ARMS = (
     OURS,
@@ -36,6 +43,13 @@ ARMS = (
         "the twin, started from weights one float32 unit up",
         _of(torch.optim),
         nudged=True,
+    ),
+    Arm(
+        "fastest",
+        "torch.optim, fused=True, or foreach=True where there is no fused; only timed",
+        _fastest_of_torch,
+        way="fastest way",
+        follows=True,
     ),
 )
 
@@ -52,35 +66,46 @@ class Column:
 class Table:
     """A table of text, to be printed and to be put on the page."""
 
+    title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-def tabulate(comparisons: Iterable[Comparison], arms: Sequence[Arm] = ARMS) -> Table:
-    """The results as a table, with one row an optimizer."""
-    columns = list(_columns(arms))
-    return Table(
-        tuple(column for column, _ in columns),
-        tuple(
-            (comparison.optimizer, *(cell(comparison) for _, cell in columns[1:]))
-            for comparison in comparisons
-        ),
+def tabulate(comparisons: Sequence[Comparison], arms: Sequence[Arm] = ARMS) -> tuple[Table, Table]:
+    """What the arms computed and how long they took: two tables with one row an optimizer."""
+    return (
+        _table("What the arms computed", comparisons, _numbers(arms)),
+        _table("How long their steps took", comparisons, _times(arms)),
     )
 
 
-def _columns(arms: Sequence[Arm]) -> Iterator[tuple[Column, Callable[[Comparison], str]]]:
-    runs = [arm.name for arm in arms if not arm.nudged]
-    yield Column("", "optimizer"), attrgetter("optimizer")
+def _table(
+    title: str,
+    comparisons: Sequence[Comparison],
+    columns: Iterable[tuple[Column, Callable[[Comparison], str]]],
+) -> Table:
+    headings, cells = zip(*[(Column("", "optimizer"), attrgetter("optimizer")), *columns])
+    return Table(title, headings, tuple(tuple(cell(c) for cell in cells) for c in comparisons))
+
+
+def _numbers(arms: Sequence[Arm]) -> Iterator[tuple[Column, Callable[[Comparison], str]]]:
+    trained = [arm for arm in arms if not arm.follows]
+    runs = [arm.name for arm in trained if not arm.nudged]
     for name in runs:
         yield Column("test accuracy", name), partial(_accuracy, name)
-    for name in [arm.name for arm in arms if arm != TWIN]:
+    for name in [arm.name for arm in trained if arm != TWIN]:
         yield Column("final difference", name), partial(_difference, name)
     for name in [name for name in runs if name != TWIN.name]:
         yield Column("in 1 step", name), partial(_one_step, name)
-    for name in runs:
-        yield Column("step(), µs", name), partial(_microseconds, name)
-    for name in [name for name in runs if name != OURS.name]:
-        yield Column("ratio", f"{name}/{OURS.name}"), partial(_ratio, name)
+
+
+def _times(arms: Sequence[Arm]) -> Iterator[tuple[Column, Callable[[Comparison], str]]]:
+    yield Column("step(), µs", OURS.name), partial(_microseconds, OURS.name)
+    ways = [arm for arm in arms if arm.way]
+    for arm in ways:
+        yield Column("torch.optim, µs", arm.way), partial(_microseconds, arm.name)
+    for arm in ways:
+        yield Column("torch.optim / ours", arm.way), partial(_ratio, arm.name)
 
 
 def _accuracy(name: str, comparison: Comparison) -> str:

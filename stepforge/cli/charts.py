@@ -49,9 +49,11 @@ _PARAMETERS: dict[Any, Any] = {
 def training_charts(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[str]:
     """One SVG an optimizer, with the training loss above the test accuracy; all to one scale.
 
-    A nudged arm is left out.
+    Nudged arms and those that follow the twin are left out.
     """
-    shown = [(index, arm.name) for index, arm in enumerate(arms) if not arm.nudged]
+    shown = [
+        (index, arm.name) for index, arm in enumerate(arms) if not arm.nudged and not arm.follows
+    ]
     traces = [c.traces[name] for c in comparisons for _, name in shown]
     loss_range = _log_range(loss for trace in traces for loss in trace.losses)
     lowest = min(min(trace.accuracies) for trace in traces)
@@ -85,8 +87,11 @@ def training_charts(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> l
 def difference_charts(
     comparisons: Sequence[Comparison], arms: Sequence[Arm], twin: Arm
 ) -> list[str]:
-    """One SVG an optimizer: how far each arm's parameters are from the twin's; all to one scale."""
-    shown = [(index, arm.name) for index, arm in enumerate(arms) if arm != twin]
+    """One SVG an optimizer: how far each arm's parameters are from the twin's; all to one scale.
+
+    Arms that follow the twin are left out.
+    """
+    shown = [(index, arm.name) for index, arm in enumerate(arms) if arm != twin and not arm.follows]
     limits = _log_range(
         difference
         for c in comparisons

@@ -44,7 +44,7 @@ def demo(
 ) -> None:
     """Trains a small network on handwritten digits, each optimizer beside its torch.optim twin.
 
-    It prints a table and writes a page with the pictures; a minute or so in all.
+    It prints two tables and writes a page with the pictures; a minute or so in all.
     """
     require("matplotlib", "sklearn")
     try:
@@ -59,11 +59,12 @@ def demo(
 
     console = Console()
     comparisons = _train(console, load_digits(), names, epochs=epochs, seed=seed)
-    table = tabulate(comparisons)
-    console.print(_printable(table))
+    tables = tabulate(comparisons)
+    for table in tables:
+        console.print(_printable(table), "")
     for arm in ARMS:
         console.print(f"  [bold]{arm.name:<7}[/] {arm.what}", highlight=False)
-    page = render(table, comparisons, ARMS, ours=OURS, twin=TWIN, epochs=epochs, seed=seed)
+    page = render(tables, comparisons, ARMS, ours=OURS, twin=TWIN, epochs=epochs, seed=seed)
     output.write_text(page, encoding="utf-8")
     console.print(
         f"\n  How to read it, with pictures: [bold]{output}[/]", highlight=False, soft_wrap=True

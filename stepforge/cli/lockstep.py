@@ -35,6 +35,9 @@ class Arm:
         name: one word for column headings.
         what: what it is, for a legend.
         make: takes an optimizer's name, the parameters and the learning rate; makes the optimizer.
+        way: what it is called among the ways of torch.optim to step; empty if it is none of them.
+        follows: instead of training a network, step a copy of the twin's weights with the twin's
+            gradients, only to be timed.
         nudged: start with every weight moved up to the next float32, to measure how much a
             training amplifies the smallest of differences.
     """
@@ -42,6 +45,8 @@ class Arm:
     name: str
     what: str
     make: Callable[[str, Iterable[Tensor], float], torch.optim.Optimizer]
+    way: str = ""
+    follows: bool = False
     nudged: bool = False
 
 
@@ -64,7 +69,7 @@ class Task:
 
 @dataclass
 class Trace:
-    """What was measured of one arm.
+    """What was measured of one arm; of one that follows the twin, only the times.
 
     Attributes:
         optimizer: the optimizer, as the training left it.
@@ -72,7 +77,7 @@ class Trace:
         accuracies: the share of test images that are read correctly, after each epoch.
         differences: the largest difference of any parameter from the twin's, after each step.
         one_step: the largest difference that a single step from the twin's own state makes, over
-            all epochs; None of the twin and of a nudged arm.
+            all epochs; None of the twin and where it does not apply.
         step_seconds: how long each ``step()`` took, without the warm-up.
     """
 
@@ -121,7 +126,7 @@ def train(
     seed: int,
     on_epoch: Callable[[Comparison], None] = lambda _: None,
 ) -> Comparison:
-    """Trains one network for each arm, all in lockstep.
+    """Trains one network for each arm that follows no other, all in lockstep.
 
     Args:
         task: what to learn.
@@ -142,18 +147,22 @@ def train(
     shuffle = torch.Generator().manual_seed(seed)
     # Whoever steps first finds colder caches: all orders take turns. Nudged arms come last, for
     # they run the twin's code and would warm it up for the twin alone.
+    trained = [arm for arm in arms if not arm.follows]
+    followers = [arm for arm in arms if arm.follows]
     nudged = [arm for arm in arms if arm.nudged]
     timed = itertools.permutations(arm for arm in arms if not arm.nudged)
     orders = itertools.cycle([(*order, *nudged) for order in timed])
     steps = 0
     for _ in range(epochs):
-        losses: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        losses: dict[str, list[float]] = {arm.name: [] for arm in trained}
         for images, labels in _batches(task, shuffle):
-            for arm in arms:
+            for arm in trained:
                 result.traces[arm.name].optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(models[arm.name](images), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
                 losses[arm.name].append(loss.item() * len(labels))
+            for arm in followers:
+                _copy_gradients(models[twin.name], models[arm.name])
             steps += 1
             if steps % task.steps_per_epoch == 0:
                 _probe(result, arms, twin)
@@ -164,13 +173,13 @@ def train(
                 seconds = time.perf_counter() - begin
                 if steps > WARM_UP_STEPS:
                     trace.step_seconds.append(seconds)
-            for arm in arms:
+            for arm in trained:
                 result.traces[arm.name].differences.append(
                     largest_difference(
                         models[arm.name].parameters(), models[twin.name].parameters()
                     )
                 )
-        for arm in arms:
+        for arm in trained:
             trace = result.traces[arm.name]
             trace.losses.append(math.fsum(losses[arm.name]) / len(task.train_images))
             trace.accuracies.append(_accuracy(models[arm.name], task))
@@ -229,13 +238,18 @@ def one_step_difference(
 def _probe(result: Comparison, arms: Sequence[Arm], twin: Arm) -> None:
     """Updates ``one_step`` of every arm that it is defined for."""
     for arm in arms:
-        if arm is twin or arm.nudged:
+        if arm is twin or arm.follows or arm.nudged:
             continue
         difference = one_step_difference(
             arm, twin, result.optimizer, result.lr, result.traces[twin.name].optimizer
         )
         trace = result.traces[arm.name]
         trace.one_step = difference if trace.one_step is None else max(trace.one_step, difference)
+
+
+def _copy_gradients(source: nn.Module, target: nn.Module) -> None:
+    for p, original in zip(target.parameters(), source.parameters(), strict=True):
+        p.grad = None if original.grad is None else original.grad.clone()
 
 
 def _network(task: Task, seed: int, *, nudged: bool) -> nn.Module:

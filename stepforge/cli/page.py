@@ -18,7 +18,7 @@ __all__ = ["render"]
 
 
 def render(
-    table: Table,
+    tables: Sequence[Table],
     comparisons: Sequence[Comparison],
     arms: Sequence[Arm],
     *,
@@ -30,7 +30,7 @@ def render(
     """The page as text.
 
     Args:
-        table: the results as a table.
+        tables: the results as tables.
         comparisons: the results, at least one.
         arms: what was compared.
         ours: the arm of this library.
@@ -40,18 +40,14 @@ def render(
     """
     mine = [c.traces[ours.name] for c in comparisons]
     theirs = [c.traces[twin.name] for c in comparisons]
+    timed = [c.traces[arm.name] for c in comparisons for arm in arms if not arm.nudged]
     nudged = [c.traces[arm.name] for c in comparisons for arm in arms if arm.nudged]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = files("stepforge.cli").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        table=table,
-        groups=[
-            (group, len(list(columns)))
-            for group, columns in groupby(table.columns, key=lambda column: column.group)
-        ],
-        group_starts=_starts(table),
+        tables=[(table, _groups(table), _starts(table)) for table in tables],
         arms=[(arm, charts.DASHES[i % len(charts.DASHES)], i) for i, arm in enumerate(arms)],
         comparisons=comparisons,
         training=_named(comparisons, charts.training_charts(comparisons, arms)),
@@ -68,13 +64,19 @@ def render(
         one_step=max(trace.one_step or 0.0 for trace in mine),
         apart=max(trace.differences[-1] for trace in mine),
         nudged_apart=max((trace.differences[-1] for trace in nudged), default=0.0),
-        spread=max(trace.spread for trace in (*mine, *theirs)),
+        spread=max(trace.spread for trace in timed),
         twin=twin,
     )
 
 
 def _named(comparisons: Sequence[Comparison], pictures: Sequence[str]) -> list[tuple[str, Markup]]:
     return [(c.optimizer, Markup(svg)) for c, svg in zip(comparisons, pictures, strict=True)]
+
+
+def _groups(table: Table) -> list[tuple[str, int]]:
+    """The groups of columns, and how many each has."""
+    groups = groupby(table.columns, key=lambda column: column.group)
+    return [(group, len(list(columns))) for group, columns in groups]
 
 
 def _starts(table: Table) -> frozenset[int]:

@@ -80,16 +80,32 @@ def run(tmp_path_factory) -> tuple[str, str]:
 def test_prints_a_row_for_each_optimizer(run):
     lines = run[0].splitlines()
     for name in TWO:
-        cells = [line.split() for line in lines if line.startswith(name) and "e-" in line]
-        assert len(cells) == 1
-        assert len(cells[0]) == 9
+        rows = [line.split() for line in lines if line.startswith(name) and "epochs" not in line]
+        assert [len(cells) for cells in rows] == [6, 6]  # what was computed, how long it took
+        assert all("e-" in cell for cell in rows[0][3:])
+        assert all(float(cell.replace(",", "")) > 0 for cell in rows[1][1:])
     assert not any("…" in line for line in lines)  # nothing is cut off on 80 columns
+
+
+def test_times_say_what_they_are_of(run):
+    _, times = tabulate([], ARMS)
+    assert [(column.group, column.name) for column in times.columns[1:]] == [
+        ("step(), µs", "ours"),
+        ("torch.optim, µs", "default flags"),
+        ("torch.optim, µs", "fastest way"),
+        ("torch.optim / ours", "default flags"),
+        ("torch.optim / ours", "fastest way"),
+    ]
+    for text in {text for column in times.columns for text in (column.group, column.name)}:
+        assert text in run[0]
+        assert text in Page(run[1]).text
 
 
 def test_page_has_the_table_and_the_pictures(run):
     page = Page(run[1])
-    assert [row[0] for row in page.cells[2:]] == list(TWO)
-    assert {len(row) for row in page.cells[1:]} == {9}
+    headings = ["", "optimizer"]  # of a table's two first rows
+    assert [row[0] for row in page.cells] == [*headings, *TWO] * 2
+    assert {len(row) for row in page.cells if row[0]} == {6}
     labels = [value for name, value in page.attributes if name == "aria-label"]
     for name in TWO:
         assert sum(label.startswith(f"{name}:") for label in labels) == 2
@@ -151,7 +167,35 @@ def test_ours_stays_with_the_twin(optimizer):
     assert ours.accuracies == pytest.approx(twin.accuracies, abs=1.5 / 360)
     assert ours.losses == pytest.approx(twin.losses, rel=1e-4)
     assert twin.one_step is None
-    assert len(tabulate([result]).rows[0]) == 9
+    assert [len(table.rows[0]) for table in tabulate([result])] == [6, 6]
+
+
+@pytest.mark.parametrize("optimizer", LEARNING_RATES)
+def test_torch_s_fastest_way_is_its_fused_one_if_there_is_one(optimizer):
+    """The oracle is torch.optim itself: it refuses ``fused`` where it has no such path."""
+    try:
+        getattr(torch.optim, optimizer)([torch.zeros(1)], fused=True)
+        way = "fused"
+    except TypeError:
+        way = "foreach"
+    (arm,) = (arm for arm in ARMS if arm.follows)
+    (group,) = arm.make(optimizer, [torch.zeros(1)], 0.1).param_groups
+    assert {flag for flag in ("fused", "foreach") if group.get(flag)} == {way}
+
+
+def test_who_follows_the_twin_steps_as_it_does():
+    """It trains no network, and has nothing but times; the oracle is the twin's weights."""
+    shadow = Arm("shadow", "", TWIN.make, follows=True)
+    result = train(load_digits(), "Adam", 1e-2, [TWIN, shadow], TWIN, epochs=1, seed=0)
+    theirs, own = (
+        [*result.traces[name].optimizer.param_groups[0]["params"]] for name in ("twin", "shadow")
+    )
+    assert all(map(torch.equal, own, theirs))
+    assert not {p.data_ptr() for p in own} & {p.data_ptr() for p in theirs}
+    trace = result.traces["shadow"]
+    assert len(trace.step_seconds) == len(result.traces["twin"].step_seconds) > 0
+    assert trace.losses == trace.accuracies == trace.differences == []
+    assert trace.one_step is None
 
 
 def test_one_step_leaves_the_original_alone():
