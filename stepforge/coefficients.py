@@ -92,12 +92,11 @@ def _wide(value: Any) -> Any:
 
 def rounded(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
     """A result for each row, rounded to the dtype of the arithmetic."""
-    if isinstance(values, torch.Tensor) or (
-        isinstance(values, list) and any(isinstance(value, torch.Tensor) for value in values)
-    ):
-        rows = for_each_row(values, count)
-        return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in rows]
+    if isinstance(values, torch.Tensor):
+        return values.to(torch.float64).expand(count).to(dtype)
     if isinstance(values, list):  # a row each
+        if any(isinstance(value, torch.Tensor) for value in values):
+            return [torch.as_tensor(value, dtype=torch.float64).to(dtype) for value in values]
         values = np.array(values)
     if isinstance(values, np.ndarray):
         if values.dtype == np.bool_ or dtype == torch.float64:

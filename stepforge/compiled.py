@@ -160,8 +160,7 @@ def _step(
     rows = checked_rows(stepped._rule, members, refuses_sparse=stepped._refuses_sparse())
     with torch.no_grad():
         for launch in plan.launches(stepped._rule, rows):
-            launch.backend.run(launch.batch)
-            plan.count(launch)
+            launch.run()
 
 
 @_step.register_fake

@@ -325,8 +325,7 @@ class Optimizer(_Declared):
             for launch in self._launches():
                 if scale is not None:
                     launch = launch.scaled(scale)
-                launch.backend.run(launch.batch)
-                plan.count(launch)
+                launch.run()
         except BaseException:
             # What was said is about this step only; a gradient scaler would multiply what it says
             # at the next one with what it finds.

@@ -49,24 +49,53 @@ class Launch:
     scalars: list[tuple[torch.Tensor, Any]]
 
     def scaled(self, loss_scale: LossScale) -> Launch:
-        """The same, on gradients of which a gradient scaler says that."""
+        """The same, on gradients of which a gradient scaler says that.
+
+        A backend that waits for its device is told numbers.
+        """
+        if not self.backend.asynchronous:
+            loss_scale = loss_scale.read()
         return replace(self, batch=replace(self.batch, loss_scale=loss_scale))
 
-
-def count(launch: Launch) -> None:
-    """Keeps what a launch that has run changes beside its tensors: scalar states and steps."""
-    with torch.no_grad():
-        for state, value in launch.scalars:
-            if isinstance(value, np.ndarray):
-                state.copy_(torch.from_numpy(value))
+    def run(self) -> None:
+        """Steps the rows, and keeps what changes beside their tensors: scalar states and steps."""
+        scale = self.batch.loss_scale
+        if scale is not None and scale.on_host and scale.found_inf:
+            return
+        self.backend.run(self.batch)
+        skipped = self._skipped()
+        with torch.no_grad():
+            for state, value in self.scalars:
+                _keep(state, value, skipped)
+            if skipped is None:
+                torch._foreach_add_(self.steps, 1)
             else:
-                state.fill_(value)
-        torch._foreach_add_(launch.steps, 1)
+                torch._foreach_add_(self.steps, torch.where(skipped, 0.0, 1.0))
+
+    def _skipped(self) -> torch.Tensor | None:
+        """Whether the step is skipped, if only the device knows."""
+        scale = self.batch.loss_scale
+        if scale is None or scale.on_host:
+            return None
+        device = self.batch.columns["p"][0].device
+        return scale.on_device(device, self.batch.dtype)[1].reshape(()) != 0
+
+
+def _keep(state: torch.Tensor, value: Any, skipped: torch.Tensor | None) -> None:
+    """Gives a scalar state its new value, unless the step is skipped."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if skipped is not None:
+        value = torch.where(skipped, state, value)
+    if isinstance(value, torch.Tensor):
+        state.copy_(value)
+    else:
+        state.fill_(value)
 
 
 def launches(rule: Rule, rows: Sequence[Row]) -> list[Launch]:
     """What steps those rows, of which nothing is to be kept."""
-    return [_launch(rule, batch) for batch in _batches(rows)]
+    return [_prepared(_launch(rule, batch)) for batch in _batches(rows)]
 
 
 def lay_out(
@@ -154,16 +183,21 @@ def _environment() -> tuple[str | None, ...]:
     return os.environ.get("STEPFORGE_BACKEND"), os.environ.get("STEPFORGE_ISA")
 
 
+def _on_device(row: Row) -> bool:
+    """Whether a row's numbers are not to be waited for: steps, scalar states, coefficients."""
+    return bool(row.group["capturable"]) or row.state["step"].device.type != "cpu"
+
+
 def _is_plain(row: Row) -> bool:
-    """Whether a row's tensors are nothing but memory and its options nothing but numbers."""
+    """Whether a row's tensors are nothing but memory, of the dtypes and devices they began with."""
     tensors = [row.p, row.g, *(x for x in row.state.values() if isinstance(x, torch.Tensor))]
     step = row.state["step"]
     return not (
         row.group["differentiable"]
-        or row.group["capturable"]
         or row.p.is_complex()
         or row.g.is_sparse
-        or (step.dtype, step.device.type) != (scalar_dtype(), "cpu")
+        or step.dtype != (torch.float32 if _on_device(row) else scalar_dtype())
+        or (_on_device(row) and step.device != row.p.device)
         or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )
 
@@ -214,6 +248,7 @@ class Lane:
         numbers: the step numbers, then the scalar states: one vector each, of which the rows'
             own tensors are elements.
         groups: the distinct param groups, and for each row the number of its own.
+        on_device: whether its numbers are not to be waited for.
     """
 
     launch: Launch
@@ -225,6 +260,7 @@ class Lane:
     layout: Any
     numbers: Mapping[str, torch.Tensor]
     groups: _GroupsOfRows
+    on_device: bool
 
     @classmethod
     def of(cls, rule: Rule, rows: Sequence[Row], launch: Launch) -> tuple[Launch, Lane]:
@@ -254,6 +290,7 @@ class Lane:
             _layout_check([*tensors, *(row.g for row in rows)]),
             numbers,
             _GroupsOfRows.of(rows),
+            _on_device(rows[0]),
         )
         return launch, lane
 
@@ -276,9 +313,7 @@ class Lane:
         batch, graph = self.launch.batch, self.launch.batch.graph
         if batch.prepared is not None:
             batch.prepared.aim(gradients)
-        numbers = {key: vector.numpy() for key, vector in self.numbers.items()}
-        values = host_values(graph, _host_inputs(self.rule, graph, self.groups, numbers))
-        coefficients, scalars = _split(graph, values)
+        coefficients, scalars = _split(graph, self._uniform_values(graph))
         return replace(
             self.launch,
             batch=replace(
@@ -288,10 +323,20 @@ class Lane:
             ),
             steps=[self.numbers["step"]],
             scalars=[
-                (self.numbers[self.rule.states[letter].key], np.asarray(value))
+                (
+                    self.numbers[self.rule.states[letter].key],
+                    value if isinstance(value, torch.Tensor) else np.asarray(value),
+                )
                 for letter, value in zip(graph.scalars, scalars)
             ],
         )
+
+    def _uniform_values(self, graph: Graph) -> list[Any]:
+        if self.on_device:
+            (group,) = self.groups.distinct
+            return device_values(graph, _device_inputs(self.rule, group, self.numbers))
+        numbers = {key: vector.numpy() for key, vector in self.numbers.items()}
+        return host_values(graph, _host_inputs(self.rule, graph, self.groups, numbers))
 
 
 @dataclass(frozen=True)
@@ -367,7 +412,7 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
     """
     batches: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        alone = row.group["capturable"] or row.group["differentiable"]
+        alone = _on_device(row) or row.group["differentiable"]
         key = (
             row.choice.backend.name,
             id(row.graph),
@@ -410,12 +455,9 @@ def _split(graph: Graph, values: list[Any]) -> tuple[list[Any], list[Any]]:
 def _uniform_values(rule: Rule, rows: Sequence[Row]) -> list[Any]:
     group, graph = rows[0].group, rows[0].graph
     keys = {"t": "step"} | {letter: s.key for letter, s in rule.states.items() if s.scalar}
-    if group["capturable"]:
-        columns = dict(rule.uniform_values(group))
-        for letter, key in keys.items():
-            columns[letter] = torch.stack([row.state[key] for row in rows])
-        columns["t"] = columns["t"].to(torch.float64) + 1
-        return device_values(graph, columns)
+    if _on_device(rows[0]):
+        vectors = {key: torch.stack([row.state[key] for row in rows]) for key in keys.values()}
+        return device_values(graph, _device_inputs(rule, group, vectors))
     numbers = {key: np.array([float(row.state[key]) for row in rows]) for key in keys.values()}
     if group["differentiable"]:
         options = dict(rule.uniform_values(group))
@@ -425,6 +467,18 @@ def _uniform_values(rule: Rule, rows: Sequence[Row]) -> list[Any]:
         ]
         return differentiable_values(graph, [row | {"t": row["t"] + 1} for row in by_row])
     return host_values(graph, _host_inputs(rule, graph, _GroupsOfRows.of(rows), numbers))
+
+
+def _device_inputs(
+    rule: Rule, group: Mapping[str, Any], numbers: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The inputs of the uniform program: the options of a group, and a vector of each number."""
+    scalars = {letter: numbers[s.key] for letter, s in rule.states.items() if s.key in numbers}
+    return {
+        **dict(rule.uniform_values(group)),
+        **scalars,
+        "t": numbers["step"].to(torch.float64) + 1,
+    }
 
 
 def _host_inputs(

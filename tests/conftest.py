@@ -13,3 +13,6 @@ pytest.register_assert_rewrite("tests.conformance.table")
 torch.set_num_threads(1)
 # What is tested is what the compiler makes of the source, not what lies prebuilt in the checkout.
 os.environ["STEPFORGE_PREBUILT"] = ""
+# Without a GPU the kernels of Triton run in Python. Triton asks once, when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,7 +1,8 @@
 """The ways to run a step, and the choice between them.
 
 A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph)``,
-which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``.
+which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``, and
+``asynchronous``, whether it takes all numbers on the device and waits for none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from stepforge.backends import foreach, native, reference
+from stepforge.backends import foreach, native, reference, triton
 from stepforge.backends.batch import Batch, Prepared
 from stepforge.expr import Graph
 
@@ -24,6 +25,7 @@ class Backend(Protocol):
     """What the rest of the library knows of a backend."""
 
     name: str
+    asynchronous: bool
     OPERATIONS: Mapping[str, Any]
 
     def refuses(
@@ -43,9 +45,11 @@ class Backend(Protocol):
 
 
 #: Every backend, the fastest first.
-BACKENDS: dict[str, Backend] = {module.name: module for module in (native, foreach, reference)}
+BACKENDS: dict[str, Backend] = {
+    module.name: module for module in (native, triton, foreach, reference)
+}
 #: Those that ``fused=True`` asks for: kernels generated from the whole graph.
-FUSED = ("native",)
+FUSED = ("native", "triton")
 
 
 @dataclass(frozen=True)

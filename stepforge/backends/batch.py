@@ -22,7 +22,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 #: The values of a uniform node.
-Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | list[torch.Tensor]"
+Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor]"
 
 
 class Prepared(Protocol):
@@ -61,6 +61,20 @@ class LossScale:
             for x in (self.scale, self.found_inf)
         )
 
+    def read(self) -> LossScale:
+        """The same in numbers of the host, which waits for those on a device."""
+        return LossScale(None if self.scale is None else float(self.scale), float(self.found_inf))
+
+    def on_device(
+        self, device: torch.device, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What gradients are multiplied by and ``found_inf``, an element each, without waiting."""
+        found_inf = torch.as_tensor(self.found_inf).to(device, non_blocking=True)
+        if self.scale is None:
+            return torch.ones(1, dtype=dtype, device=device), found_inf
+        scale = torch.as_tensor(self.scale).to(device, non_blocking=True)
+        return scale.double().reciprocal().to(dtype), found_inf
+
     def unscale(self, dtype: torch.dtype) -> float:
         """What gradients are multiplied by, rounded to the dtype of the arithmetic."""
         if self.scale is None:
@@ -78,8 +92,8 @@ class Batch:
             and states, all real, a row's all of one shape. Results are stored into the column
             of the same name. Storage may be of any floating dtype and any strides.
         coefficients: for each of ``graph.coefficients``, in order, its value, rounded to ``dtype``
-            or true or false: a number for all rows, an array with one a row, or a list of tensors
-            without dimensions.
+            or true or false: a number for all rows, an array or a vector on the device with one a
+            row, or, where autograd has to see them, a list of tensors without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         differentiable: whether autograd must see the step.
         loss_scale: what a gradient scaler says of the gradients; None if nothing.
@@ -136,6 +150,8 @@ class Batch:
         return [
             c.tolist()
             if isinstance(c, np.ndarray)
+            else list(c.unbind())
+            if isinstance(c, torch.Tensor)
             else c
             if isinstance(c, list)
             else [c] * len(self)
@@ -164,6 +180,8 @@ class Batch:
 def _of_rows(coefficient: Coefficient, rows: list[int]) -> Coefficient:
     if isinstance(coefficient, np.ndarray):
         return coefficient[rows]
+    if isinstance(coefficient, torch.Tensor):
+        return coefficient[torch.tensor(rows, device=coefficient.device)]
     return [coefficient[row] for row in rows] if isinstance(coefficient, list) else coefficient
 
 

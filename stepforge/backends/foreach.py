@@ -18,6 +18,7 @@ from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.expr import Graph
 
 name = "foreach"
+asynchronous = False
 
 Tensors: TypeAlias = list[torch.Tensor]
 #: What stands for a uniform value: one number for all rows, or a list with one for each row.

@@ -18,6 +18,7 @@ from stepforge.expr import Graph, evaluate
 from stepforge.ops import VOCABULARY
 
 name = "reference"
+asynchronous = False
 
 
 def refuses(

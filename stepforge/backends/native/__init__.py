@@ -26,6 +26,7 @@ __all__ = [
     "SERIAL",
     "Kernel",
     "Table",
+    "asynchronous",
     "kernel_for",
     "name",
     "prepare",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 name = "native"
+asynchronous = False
 
 
 def refuses(

@@ -1,0 +1,194 @@
+"""A kernel in Triton: the module that a graph becomes, and how it is launched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import linecache
+import os
+import tempfile
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepforge.backends.native import build
+from stepforge.backends.native.source import columns_of
+from stepforge.backends.triton.source import Record, triton_source, writer_source
+from stepforge.expr import Graph
+
+#: How many elements a program of a launch steps. A launch can have 2**31 programs, which is more
+#: elements than any memory holds. Four warps of 32 then have two words of 16 bytes of float32 in
+#: each column to move.
+BLOCK = 1024
+WARPS = 4
+#: An address that is a multiple of this many bytes allows the widest loads and stores.
+WIDEST = 16
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in Python, on a CPU: ``TRITON_INTERPRET=1``."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+class Kernel:
+    """A kernel, which Triton compiles when it is launched.
+
+    Args:
+        graph: what it computes.
+        dtypes: the dtype of each of the graph's columns, in order.
+        arithmetic: float32 or float64.
+        dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
+
+    Raises:
+        BuildError: its source cannot be kept.
+        ImportError: Triton cannot be imported.
+    """
+
+    def __init__(
+        self, graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, dims: int
+    ) -> None:
+        self.columns = columns_of(graph)
+        self.record = Record.of(graph, dims)
+        self.dtype = arithmetic
+        stored = dict(zip(self.columns, dtypes))
+        self._step = load(triton_source(graph, stored, arithmetic, dims)).step
+
+    def launch(
+        self,
+        blocks: int,
+        owners: torch.Tensor,
+        rows: torch.Tensor,
+        gradients: torch.Tensor,
+        numbers: torch.Tensor,
+        aligned: Mapping[str, int],
+        scaling: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Steps rows.
+
+        Args:
+            blocks: how many blocks of elements the rows have together.
+            owners: int32 of blocks: the row of each.
+            rows: int64 of rows x numbers: the records of the rows.
+            gradients: int64 of rows: where their gradients begin.
+            numbers: of rows x coefficients, or of 1 x coefficients if they are those of all rows.
+            aligned: for each column the bytes that its addresses are multiples of.
+            scaling: what gradients are multiplied by, in the dtype of the arithmetic, and a number
+                that is not zero if nothing is to be changed; an element each.
+        """
+        stride = numbers.shape[1] if len(numbers) > 1 else 0
+        widths = {} if self.record.dims else {f"{k}_aligned": v for k, v in aligned.items()}
+        with _device(rows.device):
+            self._step[(blocks,)](
+                owners,
+                rows,
+                gradients,
+                numbers,
+                stride,
+                *(scaling or (None, None)),
+                **widths,
+                SCALED=scaling is not None,
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+
+
+def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What a launch on a device needs around it."""
+    if device.type == "cpu":
+        return np.errstate(all="ignore")  # the interpreter computes with numpy
+    guard: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return guard
+
+
+def load(source: str) -> types.ModuleType:
+    """The module of a source, which is kept under the name of its content for Triton and readers.
+
+    What runs is the source given, whatever the file holds.
+
+    Raises:
+        BuildError: it cannot be kept.
+        ImportError: Triton cannot be imported.
+    """
+    name = f"stepforge-{hashlib.sha256(source.encode()).hexdigest()[:32]}"
+    path = build.cache_folder() / f"{name}.py"
+    _keep(source, path)
+    # Triton reads the source of a function by way of this cache; no time: it is never outdated.
+    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def _keep(source: str, path: Path) -> None:
+    try:
+        if path.exists() and path.read_bytes() == source.encode():
+            return
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
+            written = Path(work, path.name)
+            written.write_text(source)
+            os.replace(written, path)  # readers see the whole file or none
+    except OSError as error:
+        raise build.BuildError(
+            f"the kernel cache {path.parent} cannot be written to ({error.strerror}): "
+            "set STEPFORGE_CACHE to a folder of yours"
+        ) from None
+
+
+#: How many numbers a launch of :func:`write` carries.
+_WORDS = 32
+
+
+def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
+    """Writes numbers into a table by launches that carry them.
+
+    Args:
+        table: int32 on a device.
+        words: int32, as many.
+    """
+    kernel = _writer().write[(1,)]
+    with _device(table.device):
+        for begin in range(0, len(words), _WORDS):
+            given = words[begin : begin + _WORDS].tolist()
+            kernel(table, begin, len(given), *given, *[0] * (_WORDS - len(given)))
+
+
+@functools.cache
+def _writer() -> types.ModuleType:
+    return load(writer_source(_WORDS))
+
+
+def kernel_for(
+    graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, dims: int = 0
+) -> Kernel | str:
+    """The kernel; or why it cannot be had.
+
+    Args:
+        graph: what it computes.
+        dtypes: the dtype of each of the graph's columns, in order.
+        arithmetic: float32 or float64.
+        dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
+    """
+    return _kernel_for(graph, dtypes, arithmetic, dims, is_interpreted())
+
+
+@functools.cache
+def _kernel_for(
+    graph: Graph,
+    dtypes: tuple[torch.dtype, ...],
+    arithmetic: torch.dtype,
+    dims: int,
+    _interpreted: bool,
+) -> Kernel | str:
+    try:
+        return Kernel(graph, dtypes, arithmetic, dims)
+    except build.BuildError as error:
+        return str(error)
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"

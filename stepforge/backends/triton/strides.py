@@ -1,0 +1,50 @@
+"""How tensors of one shape lie in memory, as seen by what goes through all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+
+#: Dimensions, the outermost first: the length of each, and for each tensor the distance of
+#: neighbours along it, in elements.
+Dimensions: TypeAlias = list[tuple[int, tuple[int, ...]]]
+
+
+def dimensions(tensors: Sequence[torch.Tensor]) -> Dimensions:
+    """The fewest dimensions that describe tensors of one shape, in any order of their elements.
+
+    Returns:
+        None at all if every tensor has its elements in the same order without gaps.
+
+    Example:
+        >>> x = torch.zeros(2, 3, 4)
+        >>> dimensions([x, x])
+        []
+        >>> dimensions([x, torch.zeros(3, 2, 4).transpose(0, 1)])
+        [(2, (12, 4)), (3, (4, 8)), (4, (1, 1))]
+    """
+    if all(x.is_contiguous() for x in tensors) or not tensors[0].numel():
+        return []
+    lengths, strides = tensors[0].shape, zip(*(x.stride() for x in tensors))
+    found: Dimensions = []
+    for length, steps in sorted(zip(lengths, strides), key=lambda dim: dim[1], reverse=True):
+        if length == 1:
+            continue
+        if found and all(outer == length * inner for outer, inner in zip(found[-1][1], steps)):
+            found[-1] = (found[-1][0] * length, steps)
+        else:
+            found.append((length, steps))
+    is_dense = len(found) < 2 and all(step == 1 for _, steps in found for step in steps)
+    return [] if is_dense else found
+
+
+def may_overlap(tensor: torch.Tensor) -> bool:
+    """Whether two elements of a tensor may share memory."""
+    reach = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape)):
+        if length > 1 and stride < reach:
+            return tensor.numel() > 0
+        reach += stride * (length - 1)
+    return False

@@ -1,0 +1,199 @@
+"""The table of rows that one launch of a kernel steps, on the device of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepforge.backends.batch import Batch
+from stepforge.backends.native.source import columns_of
+from stepforge.backends.triton import kernel as kernels
+from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
+from stepforge.backends.triton.strides import dimensions
+
+
+class Table:
+    """Rows of the same dtypes: where they are, what they are stepped with.
+
+    Args:
+        batch: the rows; it may be aimed at other gradients, and run with other coefficients.
+        dense: whether all tensors of each row have their elements in one order without gaps.
+
+    Raises:
+        RuntimeError: there is no kernel for them, or a tensor has no memory.
+    """
+
+    def __init__(self, batch: Batch, *, dense: bool) -> None:
+        graph = batch.graph
+        names = columns_of(graph)
+        columns = {name: batch.columns[name] for name in names}
+        rows = list(zip(*columns.values()))
+        shapes = [[] if dense else dimensions(row) for row in rows]
+        dims = max(map(len, shapes))
+        dtypes = tuple(x.dtype for x in rows[0])
+        kernel = kernel_for(graph, dtypes, batch.dtype, dims)
+        if isinstance(kernel, str):
+            raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
+        self.kernel = kernel
+        self.device = rows[0][0].device
+        self.written = [x for name in graph.results for x in batch.columns[name]]
+        sizes = np.array([row[0].numel() for row in rows], np.int64)
+        self.occupied = sizes > 0
+        blocks = -(-sizes // BLOCK)
+        self.blocks = int(blocks.sum())
+        record = kernel.record
+        self._records = np.zeros((len(rows), record.width), np.int64)
+        self._records[:, record.first] = np.cumsum(blocks) - blocks
+        self._records[:, record.size] = sizes
+        for name in record.kept:
+            self._records[:, record.address(name)] = self._addresses(columns[name])
+        for position, shape in enumerate(shapes):
+            padded = [(1, (0,) * len(names))] * (dims - len(shape)) + shape
+            for dim, (length, steps) in enumerate(padded):
+                self._records[position, record.extent(dim)] = length
+                for name, step in zip(names, steps):
+                    self._records[position, record.stride(name, dim)] = step
+        self._gradients = self._addresses(batch.columns["g"])
+        self._aligned = {
+            name: _alignment(self._records[:, record.address(name)]) for name in record.kept
+        }
+        self.rows, self.gradients, self.numbers = (Mirror(self.device) for _ in range(3))
+        self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
+        if not is_capturing(self.device):  # memory that is lacking should be so before any step
+            self._owners_of(self.rows.show(self._records))
+            self.gradients.show(self._gradients)
+
+    def aim(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Takes other gradients of the same layouts.
+
+        Raises:
+            RuntimeError: one has no memory.
+        """
+        self._gradients = self._addresses(gradients)
+
+    def run(self, batch: Batch) -> None:
+        """Steps the rows with the coefficients of a batch of just these rows.
+
+        Its gradients are those that the table was made with, or has been aimed at since.
+        """
+        if not self.blocks:
+            return
+        rows = self.rows.show(self._records)
+        scale = batch.loss_scale
+        self.kernel.launch(
+            self.blocks,
+            self._owners_of(rows),
+            rows,
+            self.gradients.show(self._gradients),
+            self._numbers_of(batch),
+            {**self._aligned, "g": _alignment(self._gradients)},
+            None if scale is None else scale.on_device(self.device, batch.dtype),
+        )
+        # A write through a pointer is unknown to autograd, which must refuse a stale backward.
+        torch.autograd.graph.increment_version(self.written)
+
+    def _numbers_of(self, batch: Batch) -> torch.Tensor:
+        """The coefficients: of each row, or in one row those of all."""
+        if any(isinstance(c, (torch.Tensor, list)) for c in batch.coefficients):
+            columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
+            return torch.stack([c.to(batch.dtype) for c in columns], dim=1)
+        count = len(batch) if any(isinstance(c, np.ndarray) for c in batch.coefficients) else 1
+        dtype = np.float64 if batch.dtype == torch.float64 else np.float32
+        numbers = np.empty((count, len(batch.coefficients)), dtype)
+        for position, value in enumerate(batch.coefficients):
+            numbers[:, position] = value
+        return self.numbers.show(numbers)
+
+    def _owners_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """The row of each block; computed where the rows are, when they are new."""
+        if self._owners is None or self._owners[0] is not rows:
+            first = rows[:, self.kernel.record.first].contiguous()
+            blocks = torch.arange(self.blocks, device=self.device)
+            # Of rows that begin with the same block all but the last are empty.
+            owners = torch.searchsorted(first, blocks, right=True, out_int32=True) - 1
+            if is_capturing(self.device):
+                return owners
+            self._owners = rows, owners
+        return self._owners[1]
+
+    def _addresses(self, tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
+        addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+        if (addresses[self.occupied] == 0).any():
+            raise RuntimeError("a tensor has no memory: its data pointer is null")
+        return addresses
+
+
+class Mirror:
+    """A host array as it was last shown to a device: uploaded when it has changed, and only then.
+
+    Attributes:
+        uploads: how often it was.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.uploads = 0
+        self._shown: tuple[np.ndarray[Any, Any], torch.Tensor] | None = None
+
+    def show(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        """The array on the device."""
+        if is_capturing(self.device):
+            return written(array, self.device)
+        if self._shown is None or not _are_equal(self._shown[0], array):
+            self._shown = array.copy(), _uploaded(array, self.device)
+            self.uploads += 1
+        return self._shown[1]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on a device is only recorded, for a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """The array in memory of its own, written by launches that carry the numbers themselves.
+
+    A captured graph would copy from memory of the host again at every replay, long after that has
+    come to hold something else.
+    """
+    words = np.ascontiguousarray(array).reshape(-1).view(np.int32)
+    table = torch.empty(len(words), dtype=torch.int32, device=device)
+    kernels.write(table, words)
+    like = torch.from_numpy(array[:0].copy())
+    return table.view(like.dtype).view(array.shape)
+
+
+def _uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(array.copy())
+    if device.type == "cpu":
+        return host
+    # torch frees pinned memory only after the copy that reads it.
+    return host.pin_memory(device).to(device, non_blocking=True)
+
+
+def _are_equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+
+
+def _on_device(
+    value: float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor],
+    count: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """A coefficient as a vector with an element for each row."""
+    if isinstance(value, list):
+        value = torch.stack(value)
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True).expand(count)
+    if isinstance(value, np.ndarray):
+        return _uploaded(value, device)
+    return torch.full((count,), float(value), dtype=torch.float64, device=device)
+
+
+def _alignment(addresses: np.ndarray[Any, Any]) -> int:
+    """How many bytes, at most :data:`WIDEST`, all addresses are multiples of."""
+    together = int(np.bitwise_or.reduce(addresses, initial=WIDEST))
+    return together & -together
