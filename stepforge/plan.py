@@ -67,10 +67,11 @@ class Launch:
         with torch.no_grad():
             for state, value in self.scalars:
                 _keep(state, value, skipped)
-            if skipped is None:
-                torch._foreach_add_(self.steps, 1)
+            more = 1 if skipped is None else torch.where(skipped, 0.0, 1.0)
+            if len(self.steps) == 1:
+                self.steps[0].add_(more)
             else:
-                torch._foreach_add_(self.steps, torch.where(skipped, 0.0, 1.0))
+                torch._foreach_add_(self.steps, more)
 
     def _skipped(self) -> torch.Tensor | None:
         """Whether the step is skipped, if only the device knows."""

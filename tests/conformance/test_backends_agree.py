@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.declare import NonNegative
+from stepforge.declare import NonNegative, zeros
 from stepforge.ops import where
 from tests.conformance.table import (
     BACKENDS,
@@ -157,3 +157,32 @@ def test_a_choice_between_two_numbers(dtype: torch.dtype) -> None:
         values = torch.linspace(-3, 3, 999, dtype=torch.float64).to(dtype).to(wide)
         factors = torch.tensor([0.1, 1.2], dtype=wide)[(p.grad > 0).long()]
         assert torch.equal(p.detach(), (values * factors).to(dtype)), backend
+
+
+AWKWARD = ("c", "i", "at", "count", "row", "block", "left", "tl", "lane", "int", "number", "x0")
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_a_state_may_have_any_name(backend: str) -> None:
+    """Those that generated code has for things of its own, too."""
+    letters, new = ", ".join(AWKWARD), ", ".join(f"{letter} + g" for letter in AWKWARD)
+    scope: dict[str, Any] = {}
+    exec(
+        f"def rule(h, t, p, g, {letters}):\n"
+        f"    return p - h.lr * g * ({' + '.join(AWKWARD)}), {new}",
+        scope,
+    )
+    states = {letter: zeros(f"kept_{letter}") for letter in AWKWARD}
+    body = {"__annotations__": {"lr": NonNegative}, "lr": 0.1, **states}
+    kind = type("Awkward", (stepforge.Optimizer,), body, rule=scope["rule"])
+    results = []
+    for name in ("reference", backend):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = kind([p])
+        with forced(name):
+            for _ in range(3):
+                p.grad = torch.full((5,), 0.5)
+                optimizer.step()
+        results.append(p.detach())
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.ones(5))

@@ -314,9 +314,9 @@ def test_c_is_readable(name: str) -> None:
     text = c_of(graph, torch.float32)
     for column in graph.varying.inputs:
         factor = " * unscale" if column == "g" else ""
-        assert f"const number {column}_in = (number){column}[i]{factor};" in text
+        assert f"const number {column}_in = (number){column}_at[i]{factor};" in text
     for column in graph.results:
-        assert f"{column}[i] = (float)x" in text
+        assert f"{column}_at[i] = (float)x" in text
     for position, node in enumerate(graph.coefficients):
         comment = text.split(f" c{position} = ")[1].split("\n")[0]
         assert f"/* {str(node)[:50]}" in comment

@@ -137,14 +137,14 @@ def _step_elements(graph: Graph, dtypes: Mapping[str, torch.dtype], double: bool
     parameters = ["int64_t count", "const number *c", "number unscale"]
     for column in columns_of(graph):
         element = STORAGE[dtypes[column]].element
-        parameters.append(f"{_const(graph, column)}{element} *restrict {column}")
+        parameters.append(f"{_const(graph, column)}{element} *restrict {column}_at")
     lines: list[str] = []
     for position, node in enumerate(program.given):
         kind, test = ("int", " != 0") if node.boolean else ("number", "")
         lines.append(f"const {kind} c{position} = c[{position}]{test};  /* {_shown(node)} */")
     lines.append("for (int64_t i = 0; i < count; i++) {")
     for column, name in zip(program.inputs, names):
-        read = STORAGE[dtypes[column]].read.format(f"{column}[i]")
+        read = STORAGE[dtypes[column]].read.format(f"{column}_at[i]")
         if column == "g":
             read += " * unscale"
         lines.append(f"    const number {name} = {read};")
@@ -154,7 +154,7 @@ def _step_elements(graph: Graph, dtypes: Mapping[str, torch.dtype], double: bool
         lines.append(f"    const {kind} {names[instruction.out]} = {expression};")
     for column, register in zip(graph.results, program.outputs):
         write = STORAGE[dtypes[column]].write.format(names[register])
-        lines.append(f"    {column}[i] = {write};")
+        lines.append(f"    {column}_at[i] = {write};")
     lines.append("}")
     return f"""\
 static APART void step_elements(
@@ -170,7 +170,7 @@ def _step_row(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> str:
     columns = {column: STORAGE[dtypes[column]] for column in columns_of(graph)}
     blocks = {column: storage for column, storage in columns.items() if storage.widen}
     lines = [
-        f"{_const(graph, column)}{storage.memory} *{column} = at[{position}];"
+        f"{_const(graph, column)}{storage.memory} *{column}_at = at[{position}];"
         for position, (column, storage) in enumerate(columns.items())
     ]
     if blocks:
@@ -179,15 +179,17 @@ def _step_row(graph: Graph, dtypes: Mapping[str, torch.dtype]) -> str:
         lines.append("    const int64_t count = high - i < BLOCK ? high - i : BLOCK;")
         for column, storage in blocks.items():
             if column in graph.varying.inputs:
-                lines.append(f"    {storage.widen}(count, {column} + i, {column}_block);")
-        given = [f"{column}_block" if column in blocks else f"{column} + i" for column in columns]
+                lines.append(f"    {storage.widen}(count, {column}_at + i, {column}_block);")
+        given = [
+            f"{column}_block" if column in blocks else f"{column}_at + i" for column in columns
+        ]
         lines.append(f"    step_elements(count, c, unscale, {', '.join(given)});")
         for column, storage in blocks.items():
             if column in graph.results:
-                lines.append(f"    {storage.narrow}(count, {column}_block, {column} + i);")
+                lines.append(f"    {storage.narrow}(count, {column}_block, {column}_at + i);")
         lines.append("}")
     else:
-        given = [f"{column} + low" for column in columns]
+        given = [f"{column}_at + low" for column in columns]
         lines.append(f"step_elements(high - low, c, unscale, {', '.join(given)});")
     return f"""\
 static void step_row(void *const *at, const number *c, number unscale,

@@ -57,8 +57,10 @@ class Table:
             RuntimeError: one has no memory.
         """
         if self.gradient is not None:
-            self.pointers[:, self.gradient] = _addresses(gradients)
-            self._check_memory()
+            addresses = _addresses(gradients)
+            self.pointers[:, self.gradient] = addresses
+            if not addresses.all():
+                self._check_memory()
 
     def overlaps(self) -> bool:
         """Whether memory that is kept is also another tensor's of these rows."""

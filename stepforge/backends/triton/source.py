@@ -228,14 +228,14 @@ def _kernel(
     for column in columns:
         at = "gradients + row" if column == "g" else f"this + {record.address(column)}"
         pointer = f"tl.load({at}).to(tl.pointer_type({STORAGE[dtypes[column]].memory}))"
-        body.append(f"{column} = {pointer}{'' if dims else ' + begin'}")
+        body.append(f"{column}_base = {pointer}{'' if dims else ' + begin'}")
     if graph.coefficients:
         body.append("given = numbers + row * stride")
     for position, node in enumerate(graph.coefficients):
         test = " != 0" if node.boolean else ""
         body.append(f"c{position} = tl.load(given + {position}){test}  # {_shown(node)}")
     body.append("lane = tl.arange(0, BLOCK)")
-    masked = _at(record) if dims else [f"{column}_at = {column} + lane" for column in columns]
+    masked = _at(record) if dims else [f"{column}_at = {column}_base + lane" for column in columns]
     masked = ["inside = lane < left", *masked, *_work(graph, dtypes, arithmetic, ", inside")]
     if dims:
         body += masked
@@ -243,7 +243,7 @@ def _kernel(
         # Without a mask, whole words are moved.
         body.append("if left >= BLOCK:")
         body += [
-            f"    {column}_at = tl.multiple_of({column} + lane, {column}_aligned)"
+            f"    {column}_at = tl.multiple_of({column}_base + lane, {column}_aligned)"
             for column in columns
         ]
         body += [f"    {line}" for line in _work(graph, dtypes, arithmetic, "")]
@@ -254,7 +254,7 @@ def _kernel(
 def _at(record: Record) -> list[str]:
     """Where the elements of a block are if their distances in memory are those of the record."""
     lines = ["rest = begin + lane"]
-    lines += [f"{column}_at = {column}" for column in record.columns]
+    lines += [f"{column}_at = {column}_base" for column in record.columns]
     for dim in reversed(range(record.dims)):
         lines += [
             f"length = tl.load(this + {record.extent(dim)})",
