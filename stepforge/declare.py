@@ -12,9 +12,10 @@ import inspect
 import itertools
 import math
 import numbers
+import operator
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import InitVar, dataclass, field
 from typing import Annotated, Any, NoReturn, TypeAlias
 
@@ -343,10 +344,11 @@ class Rule:
             self._graphs[key] = self._traced(statics)
         return self._graphs[key]
 
-    def number(self, group: Mapping[str, Any], symbol: str) -> Any:
-        """The number that a param group gives for a symbol of the graph."""
+    def numbers(self, groups: Iterable[Mapping[str, Any]], symbol: str) -> list[Any]:
+        """The number that each param group gives for a symbol of the graph."""
         name, component = self._components[symbol]
-        return group[name] if component is None else group[name][component]
+        values = map(operator.itemgetter(name), groups)
+        return list(values if component is None else map(operator.itemgetter(component), values))
 
     @functools.cached_property
     def _components(self) -> dict[str, tuple[str, int | None]]:
@@ -362,7 +364,7 @@ class Rule:
 
     def uniform_values(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         """Every number that a param group gives the rule, with the name of its symbol."""
-        return ((symbol, self.number(group, symbol)) for symbol in self._components)
+        return ((symbol, *self.numbers([group], symbol)) for symbol in self._components)
 
     def _traced(self, statics: Mapping[str, Any]) -> Graph:
         trace = Trace()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def lay_out(
     lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, prepared)]
     plan = Plan(
         lanes=tuple(lane for _, lane in lanes),
-        groups=tuple(_Group.of(rule, group) for group in groups),
+        groups=_Groups.of(rule, groups),
         idle=tuple(p for group in groups for p in group["params"] if id(p) not in stepped),
         entries=tuple(state.values()),
         environment=_environment(),
@@ -146,14 +146,14 @@ class Plan:
 
     Attributes:
         lanes: what each launch was made from.
-        groups: the options and parameters of each group, as they were.
+        groups: the param groups as they were.
         idle: the parameters that had no gradient.
         entries: the entries of ``optimizer.state``.
         environment: the variables that choose backends.
     """
 
     lanes: tuple[Lane, ...]
-    groups: tuple[_Group, ...]
+    groups: _Groups
     idle: tuple[torch.Tensor, ...]
     entries: tuple[Any, ...]
     environment: tuple[str | None, ...]
@@ -164,8 +164,7 @@ class Plan:
         """The launches of another step, with its gradients and coefficients; None if stale."""
         if (
             self.environment != _environment()
-            or len(groups) != len(self.groups)
-            or not all(known.holds(group) for known, group in zip(self.groups, groups))
+            or not self.groups.hold(groups)
             or any(p.grad is not None for p in self.idle)
             or len(state) != len(self.entries)
             or not all(map(operator.is_, state.values(), self.entries))
@@ -204,33 +203,60 @@ def _is_plain(row: Row) -> bool:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """A param group as it was: its options by identity or equality, its parameters by identity."""
+class _Groups:
+    """Param groups as they were, compared by loops that run in C.
 
-    group: Mapping[str, Any]
-    read: Any
-    options: tuple[Any, ...]
-    params: tuple[torch.Tensor, ...]
+    Numbers are read anew by the lanes; only what graphs and backends depend on counts here.
+
+    Attributes:
+        groups: the groups themselves.
+        members: the parameters of all of them, in order.
+        counts: how many each has.
+        flags: reads the options of a group that change what runs, whatever their value.
+        options: what it read.
+        amounts: for each option that changes what runs if it is zero, its value in each group.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    members: tuple[torch.Tensor, ...]
+    counts: list[int]
+    flags: Callable[[Mapping[str, Any]], Any]
+    options: list[Any]
+    amounts: dict[str, list[Any]]
 
     @classmethod
-    def of(cls, rule: Rule, group: Mapping[str, Any]) -> _Group:
-        # Numbers are read anew by the lanes; only what the graph or the backend depends on counts.
+    def of(cls, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> _Groups:
         flags = operator.itemgetter(*(n for n, h in rule.hyperparameters.items() if h.static))
-        off = tuple(n for n, h in rule.hyperparameters.items() if h.zero_is_off)
-
-        def read(group: Mapping[str, Any]) -> tuple[Any, ...]:
-            return flags(group), [is_off(group[name]) for name in off]
-
-        return cls(group, read, read(group), tuple(group["params"]))
-
-    def holds(self, group: Mapping[str, Any]) -> bool:
-        params = group["params"]
-        return (
-            group is self.group
-            and len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and self.read(group) == self.options
+        params = [group["params"] for group in groups]
+        return cls(
+            tuple(groups),
+            tuple(itertools.chain.from_iterable(params)),
+            list(map(len, params)),
+            flags,
+            list(map(flags, groups)),
+            {n: _each(groups, n) for n, h in rule.hyperparameters.items() if h.zero_is_off},
         )
+
+    def hold(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these are the same groups with the same members, and nothing else would run."""
+        if len(groups) != len(self.groups) or not all(map(operator.is_, groups, self.groups)):
+            return False
+        params = _each(groups, "params")
+        return (
+            list(map(len, params)) == self.counts
+            and all(map(operator.is_, itertools.chain.from_iterable(params), self.members))
+            and list(map(self.flags, groups)) == self.options
+            and all(
+                list(map(is_off, _each(groups, name))) == list(map(is_off, known))
+                for name, known in self.amounts.items()
+                if not all(map(operator.is_, _each(groups, name), known))
+            )
+        )
+
+
+def _each(groups: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
+    """An option of each group."""
+    return list(map(operator.itemgetter(name), groups))
 
 
 @dataclass(frozen=True)
@@ -499,7 +525,7 @@ def _host_inputs(
         elif name in rule.states:
             inputs[name] = _agreed(numbers[rule.states[name].key])
         else:
-            known = [float(rule.number(group, name)) for group in groups.distinct]
+            known = list(map(float, rule.numbers(groups.distinct, name)))
             same = known.count(known[0]) == len(known)
             inputs[name] = known[0] if same else np.array(known)[groups.own]
     return inputs
