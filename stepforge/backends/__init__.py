@@ -44,12 +44,13 @@ class Backend(Protocol):
         """Computes a batch and stores its results."""
 
 
-#: Every backend, the fastest first.
+#: Every backend.
 BACKENDS: dict[str, Backend] = {
     module.name: module for module in (native, triton, foreach, reference)
 }
-#: Those that ``fused=True`` asks for: kernels generated from the whole graph.
-FUSED = ("native", "triton")
+#: By the type of a device the backend that ``fused=True`` asks for: it runs a kernel that is
+#: generated from the whole graph. Triton's "cuda" is also what torch calls AMD's GPUs.
+FUSED = {"cpu": "native", "cuda": "triton", "xpu": "triton"}
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,10 @@ def choose(
         RuntimeError: what was asked for cannot serve this parameter.
     """
     reasons: list[tuple[str, str]] = []
-    for candidate, asked_for in _candidates(group):
+    for candidate, asked_for in _candidates(group, p.device):
         backend = BACKENDS.get(candidate)
         if backend is None:
-            why_not: str | None = "; ".join(why for _, why in reasons)
+            why_not: str | None = f"there are no kernels for {p.device.type} devices"
         else:
             why_not = backend.refuses(p, g, group, graph)
             if why_not is None:
@@ -105,10 +106,11 @@ def choose(
     raise AssertionError("the reference refuses nothing")
 
 
-def _candidates(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _candidates(group: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, str]]:
     """Backends to try in turn, each with the words that ask for it and no other, if any do."""
     forced = os.environ.get("STEPFORGE_BACKEND")
     fused, wants_foreach = group["fused"], group["foreach"]
+    generated = FUSED.get(device.type, "")
     if forced:
         if forced not in BACKENDS:
             raise ValueError(
@@ -116,14 +118,12 @@ def _candidates(group: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             )
         yield forced, f"STEPFORGE_BACKEND={forced}"
     elif fused:
-        for backend in FUSED:
-            yield backend, ""
-        yield "a generated kernel", "fused=True"
+        yield generated, "fused=True"
     elif wants_foreach:
         yield "foreach", ""
         yield "reference", ""
     elif fused is None and wants_foreach is None:
-        for backend in BACKENDS:
+        for backend in filter(None, (generated, "foreach", "reference")):
             yield backend, ""
     else:
         yield "reference", ""
