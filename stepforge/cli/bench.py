@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,22 +24,24 @@ from rich.table import Table
 from rich.text import Text
 
 import stepforge
+from stepforge.cli import device as devices
+from stepforge.cli.bounds import bytes_per_element
+from stepforge.cli.clock import Lap
 from stepforge.cli.machine import describe
 from stepforge.cli.measure import (
-    ARMS,
     LIMIT,
     OPTIMIZERS,
     OURS,
     TORCH,
     WARM_UPS,
-    bytes_per_element,
     make_gradients,
     measure_arms,
     measure_groups,
     memory_needed,
 )
+from stepforge.cli.place import Place, place_of
 from stepforge.cli.probe import PROCESSES, ProbeError, extra_memory, time_first_step
-from stepforge.cli.scores import FIRST_STEP_TARGET, GROUPS_TARGET, Ratios, Result
+from stepforge.cli.scores import Ratios, Result
 from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
 
 __all__ = ["bench"]
@@ -69,6 +70,9 @@ def bench(
         list[OptimizerName] | None,
         typer.Option(case_sensitive=False, help="Repeat it for several; all if not given."),
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where the parameters are: cpu, cuda, cuda:1, xpu.")
+    ] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="How many steps of each arm to time.")] = 7,
     threads: Annotated[
         int | None, typer.Option(min=1, help="How many threads; torch's choice if not given.")
@@ -109,9 +113,11 @@ def bench(
 ) -> None:
     """Times step() beside torch.optim and the limit that memory sets.
 
-    All arms take turns, every step gets fresh gradients, and only step() is timed. Absolute times
-    change from machine to machine and from minute to minute; the ratios of one run tell more.
+    All arms take turns, every step gets fresh gradients, and only step() is timed; on a GPU it
+    counts as what the host or the GPU needs for it, whichever is longer. Absolute times change
+    from machine to machine and from minute to minute; the ratios of one run tell more.
     """
+    place = _place(device)
     chosen = _workloads(workload, shapes, scale)
     names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
     if json_ is not None:
@@ -126,14 +132,15 @@ def bench(
         )
     steps = everything or not (groups or first_step or memory)
     if steps or split:
-        _check_memory(chosen if steps else split, names)
+        _check_memory(chosen if steps else split, names, place)
 
     console = Console(highlight=False)
-    machine = describe() | {"numpy": np.__version__}
+    machine = describe() | {"numpy": np.__version__} | devices.describe(place.device)
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
     load = [_load()]
     report: dict[str, Any] = {
         "machine": machine,
+        "device": str(place.device),
         "settings": {
             "rounds": rounds,
             "warm_ups": WARM_UPS,
@@ -146,14 +153,14 @@ def bench(
     }
     screen, failed = _Screen(console, names), ""
     if steps:
-        report["steps"] = list(_steps(screen, chosen, names, rounds))
+        report["steps"] = list(_steps(screen, place, chosen, names, rounds))
     if split and groups is not None:
-        report["groups"] = list(_groups(screen, split, names, rounds, groups))
+        report["groups"] = list(_groups(screen, place, split, names, rounds, groups))
     try:
         if first_step or everything:
-            report["first_step"] = list(_first_steps(screen, chosen, names))
+            report["first_step"] = list(_first_steps(screen, place, chosen, names))
         if memory or everything:
-            report["memory"] = list(_memory(screen, chosen, names))
+            report["memory"] = list(_memory(screen, place, chosen, names))
     except ProbeError as error:
         failed = f"stepforge: {error}"
     load.append(_load())
@@ -171,6 +178,15 @@ def bench(
 
 
 # What is asked for. -------------------------------------------------------------------------------
+
+
+def _place(text: str) -> Place:
+    try:
+        device = devices.find(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    devices.use(device)
+    return place_of(device)
 
 
 def _workloads(names: Iterable[str] | None, shapes: Path | None, scale: float) -> list[Workload]:
@@ -202,18 +218,16 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _check_memory(workloads: Sequence[Workload], names: Sequence[str]) -> None:
-    try:
-        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:  # not Linux
-        return
-    available = 1024 * int(told[1]) if told else 0
+def _check_memory(workloads: Sequence[Workload], names: Sequence[str], place: Place) -> None:
+    available = devices.free_memory(place.device)
     largest = max(workloads, key=lambda workload: workload.elements)
-    needed = max(memory_needed(name, largest.elements) for name in names)
-    if told and needed > available:
+    needed = max(
+        memory_needed(name, largest.elements, place.arms, place.temporaries) for name in names
+    )
+    if available is not None and needed > available:
         raise typer.BadParameter(
             f"{largest.name} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
-            "free; a smaller one will do.",
+            f"free{'' if place.on_cpu else f' on {place.device}'}; a smaller one will do.",
             param_hint="--scale",
         )
 
@@ -257,16 +271,27 @@ class _Screen:
 
 
 def _steps(
-    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str], rounds: int
+    screen: _Screen,
+    place: Place,
+    workloads: Sequence[Workload],
+    names: Sequence[str],
+    rounds: int,
 ) -> Iterator[dict[str, Any]]:
     for workload in workloads:
         results = []
-        gradients = make_gradients(workload.shapes)
+        gradients = make_gradients(workload.shapes, place.device)
         with screen.over(workload.name, names, WARM_UPS + rounds) as start:
             for name in names:
-                times = measure_arms(name, gradients, rounds=rounds, tick=start(name))
-                results.append(Result(workload.name, name, times))
-        screen.show(f"{workload}: step()", _steps_table(results))
+                laps = measure_arms(
+                    name,
+                    gradients,
+                    rounds=rounds,
+                    arms=place.arms,
+                    clock=place.clock,
+                    tick=start(name),
+                )
+                results.append(Result.of(workload.name, name, laps, place.targets))
+        screen.show(f"{workload}: step()", _steps_table(results, place))
         if any(LIMIT.name not in result.seconds for result in results):
             screen.console.print(
                 "Without the limit, for want of a kernel: `stepforge doctor` says why."
@@ -279,17 +304,21 @@ def _steps(
                 soft_wrap=True,
             )
         for result in results:
-            yield _kept(result)
-    for arm in ARMS:
+            yield _kept(result, place)
+    for arm in place.arms:
         screen.console.print(f"  [bold]{arm.name:<20}[/]{arm.what}")
+    if not place.on_cpu:
+        screen.console.print(
+            "ms is what the host or the GPU needs, whichever is longer: they overlap in training."
+        )
 
 
 def _is_shaken(result: Result) -> bool:
     return any((result.spread(arm) or 0) > _WIDE_SPREAD for arm in result.seconds)
 
 
-def _kept(result: Result) -> dict[str, Any]:
-    made = getattr(stepforge, result.optimizer)([torch.zeros(1)])
+def _kept(result: Result, place: Place) -> dict[str, Any]:
+    made = getattr(stepforge, result.optimizer)([torch.zeros(1, device=place.device)])
     return {
         "workload": result.workload,
         "optimizer": result.optimizer,
@@ -300,6 +329,7 @@ def _kept(result: Result) -> dict[str, Any]:
                 "seconds": list(seconds),
                 "median": result.median(arm),
                 "spread": result.spread(arm),
+                **({} if place.on_cpu else _parts(result, arm)),
                 **dataclasses.asdict(result.ratios(arm)),
             }
             for arm, seconds in result.seconds.items()
@@ -309,14 +339,22 @@ def _kept(result: Result) -> dict[str, Any]:
     }
 
 
-def _steps_table(results: Iterable[Result]) -> Table:
+def _parts(result: Result, arm: str) -> dict[str, Any]:
+    return {
+        "host_seconds": [lap.host for lap in result.laps[arm]],
+        "device_seconds": [lap.device for lap in result.laps[arm]],
+    }
+
+
+def _steps_table(results: Iterable[Result], place: Place) -> Table:
+    parts = [] if place.on_cpu else ["host\nms", "GPU\nms"]
     table = _table(
         ["optimizer", "arm"],
-        ["ms", "spread", "of the\nlimit", "x torch's\nbest", "x torch's\ndefault"],
+        ["ms", *parts, "spread", "of the\nlimit", "x torch's\nbest", "x torch's\ndefault"],
     )
     for result in results:
         optimizer = result.optimizer
-        for arm in ARMS:
+        for arm in place.arms:
             if arm.name not in result.seconds:
                 continue
             ratios = result.ratios(arm.name)
@@ -325,14 +363,22 @@ def _steps_table(results: Iterable[Result]) -> Table:
                 optimizer,
                 Text(arm.name, style="bold" if arm == OURS else ""),
                 _number(result.median(arm.name), 1e3),
+                *([] if place.on_cpu else _milliseconds(result.laps[arm.name])),
                 _percent(result.spread(arm.name)),
                 *(_marked(value, marks.get(name)) for name, value in vars(ratios).items()),
             )
             optimizer = ""
             if arm == OURS and result.target:
-                table.add_row("", Text("  to reach", style="dim"), "", "", *_wanted(result.target))
+                to_reach = Text("  to reach", style="dim")
+                table.add_row("", to_reach, "", *("" for _ in parts), "", *_wanted(result.target))
         table.add_section()
     return table
+
+
+def _milliseconds(laps: Sequence[Lap]) -> list[str]:
+    """What the host needed, and what the device did."""
+    host = statistics.median(lap.host for lap in laps)
+    return [_number(host, 1e3), _number(statistics.median(lap.device or 0.0 for lap in laps), 1e3)]
 
 
 def _wanted(target: Ratios) -> list[Text]:
@@ -340,28 +386,36 @@ def _wanted(target: Ratios) -> list[Text]:
 
 
 def _groups(
-    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str], rounds: int, groups: int
+    screen: _Screen,
+    place: Place,
+    workloads: Sequence[Workload],
+    names: Sequence[str],
+    rounds: int,
+    groups: int,
 ) -> Iterator[dict[str, Any]]:
+    target = place.groups_target
     for workload in workloads:
         table = _table(
             ["optimizer", "arm"],
             ["ms, one", f"ms, {groups}", "ratio", "at most"],
         )
-        gradients = make_gradients(workload.shapes)
+        gradients = make_gradients(workload.shapes, place.device)
         with screen.over(f"{workload.name}, groups", names, WARM_UPS + rounds) as start:
             for name in names:
-                times = measure_groups(name, gradients, groups, rounds=rounds, tick=start(name))
+                times = measure_groups(
+                    name, gradients, groups, rounds=rounds, clock=place.clock, tick=start(name)
+                )
                 kept: dict[str, Any] = {"workload": workload.name, "optimizer": name, "arms": {}}
                 for arm in (TORCH, OURS):
                     one, many = (statistics.median(times[arm.name][n]) for n in (1, groups))
-                    ours = arm == OURS
+                    limit = target if arm == OURS else None
                     table.add_row(
-                        "" if ours else name,
+                        "" if arm == OURS else name,
                         arm.name,
                         _number(one, 1e3),
                         _number(many, 1e3),
-                        _marked(many / one, many / one <= GROUPS_TARGET if ours else None),
-                        str(GROUPS_TARGET) if ours else "",
+                        _marked(many / one, _at_most(many / one, limit)),
+                        _number(limit),
                     )
                     kept["arms"][arm.name] = {"seconds": times[arm.name], "ratio": many / one}
                 yield kept
@@ -369,24 +423,24 @@ def _groups(
 
 
 def _first_steps(
-    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str]
+    screen: _Screen, place: Place, workloads: Sequence[Workload], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     table = _table(["workload", "optimizer"], ["ms", "at most"])
     for workload in workloads:
         with screen.over(f"{workload.name}, first step", names, 1 + PROCESSES) as start:
             for name in names:
-                seconds = time_first_step(name, workload, start(name))
-                reached = seconds <= FIRST_STEP_TARGET
-                limit = _number(FIRST_STEP_TARGET, 1e3)
+                seconds = time_first_step(name, workload, start(name), place.device)
+                reached = _at_most(seconds, place.first_step_target)
+                limit = _number(place.first_step_target, 1e3)
                 table.add_row(workload.name, name, _marked(1e3 * seconds, reached), limit)
                 yield {"workload": workload.name, "optimizer": name, "seconds": seconds}
     screen.show("the first step of a fresh process minus the second", table)
 
 
 def _memory(
-    screen: _Screen, workloads: Sequence[Workload], names: Sequence[str]
+    screen: _Screen, place: Place, workloads: Sequence[Workload], names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    arms = [arm for arm in ARMS if arm.bound is None]
+    arms = [arm for arm in place.arms if arm.bound is None]
     for workload in workloads:
         largest = 4 * max(map(math.prod, workload.shapes))
         table = _table(
@@ -396,7 +450,7 @@ def _memory(
         with screen.over(f"{workload.name}, memory", names, 1) as start:
             for name in names:
                 tick = start(name)
-                peaks = extra_memory(name, workload)
+                peaks = extra_memory(name, workload, place.device)
                 table.add_row(name, *(_peak(peaks.get(arm.name), largest) for arm in arms))
                 yield {
                     "workload": workload.name,
@@ -410,6 +464,10 @@ def _memory(
             f"(the largest parameter has {largest / 1e6:,.1f})",
             table,
         )
+
+
+def _at_most(value: float, limit: float | None) -> bool | None:
+    return None if limit is None else value <= limit
 
 
 def _load() -> float:

@@ -4,42 +4,38 @@ from __future__ import annotations
 
 import gc
 import inspect
-import itertools
-import operator
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Protocol, cast
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import stepforge
-from stepforge.backends.native import Kernel
 from stepforge.backends.native.build import BuildError
+from stepforge.cli.bounds import Access, Copy, Limit, Stepper, traffic
+from stepforge.cli.clock import Clock, HostClock, Lap
 from stepforge.cli.workloads import Shape
-from stepforge.expr import Graph, Trace
 
 __all__ = [
     "ACCESS",
     "ARMS",
+    "GPU_ARMS",
     "LIMIT",
     "OPTIMIZERS",
     "OURS",
     "TORCH",
     "WARM_UPS",
     "Arm",
-    "Stepper",
-    "bytes_per_element",
     "make_gradients",
     "measure",
     "measure_arms",
     "measure_groups",
     "memory_needed",
+    "started",
 ]
 
 #: The first rounds allocate state, compile kernels and fill caches; they are no part of a result.
@@ -47,15 +43,7 @@ WARM_UPS = 2
 #: The optimizers that torch.optim and stepforge both have.
 OPTIMIZERS = ("Adagrad", "Adam", "AdamW", "NAdam", "RAdam")
 
-
-class Stepper(Protocol):
-    """Parameters, and something that steps them."""
-
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        """Gives every parameter a fresh copy of its gradient; not timed."""
-
-    def step(self) -> object:
-        """Steps; timed."""
+_HOST = HostClock()
 
 
 class _Stepped:
@@ -75,55 +63,6 @@ class _Stepped:
         return self.optimizer.step()
 
 
-class _Limit:
-    """The memory traffic of an optimizer, through the driver and the threads of its kernel.
-
-    Only the C call counts as the step: the tables that it is given are laid out before.
-    """
-
-    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        graph = _traffic(optimizer)
-        float32 = (torch.float32,) * len({*graph.varying.inputs, *graph.results})
-        self.kernel = Kernel(graph, float32, torch.float32)
-        self.tensors = {
-            column: params if column == "p" else [torch.zeros_like(p) for p in params]
-            for column in self.kernel.columns
-        }
-        sizes = [p.numel() for p in params]
-        self.starts = np.cumsum([0, *sizes], dtype=np.int64)
-        self.numbers = np.empty((len(params), 0), dtype=np.float32)
-
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        self.tensors["g"] = [gradient.clone() for gradient in gradients]
-        columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.columns]
-        self.pointers = np.array(columns, dtype=np.uint64).T.copy()
-
-    def step(self) -> None:
-        self.kernel(self.starts, self.pointers, self.numbers)
-
-
-class _Access:
-    """What no step written in Python can leave out, however fast its kernel.
-
-    Each gradient has to be asked for and each tensor for its address, as both may have changed; and
-    autograd has to be told which tensors were written.
-    """
-
-    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        states = len(set(_traffic(optimizer).varying.inputs) - {"p", "g"})
-        self.params = params
-        self.kept = [*params, *(torch.zeros_like(p) for _ in range(states) for p in params)]
-
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.clone()
-
-    def step(self) -> None:
-        gradients = map(operator.attrgetter("grad"), self.params)
-        list(map(Tensor.data_ptr, itertools.chain(self.kept, gradients)))
-        torch.autograd.graph.increment_version(self.kept)
-
-
 @dataclass(frozen=True)
 class Arm:
     """One way to run an optimizer.
@@ -134,6 +73,7 @@ class Arm:
         library: where its optimizer comes from; None if it is a bound on all of them.
         flags: arguments of its constructor.
         bound: what does a part of every step, given the optimizer's name and the parameters.
+        missing: what is raised, by the first step at the latest, where a machine lacks it.
     """
 
     name: str
@@ -141,6 +81,7 @@ class Arm:
     library: ModuleType | None = None
     flags: Mapping[str, bool] = field(default_factory=dict)
     bound: Callable[[str, list[Tensor]], Stepper] | None = None
+    missing: tuple[type[Exception], ...] = ()
 
     def exists(self, optimizer: str) -> bool:
         """Whether the library has that optimizer with these flags; RAdam has no ``fused``."""
@@ -158,7 +99,7 @@ class Arm:
             groups: into how many param groups to split them, each with another learning rate.
 
         Raises:
-            BuildError: it is the limit, and its kernel cannot be had.
+            Exception: one that ``missing`` names, if this machine lacks what the arm needs.
         """
         params = [gradient.clone() for gradient in gradients]
         if self.bound is not None:
@@ -173,27 +114,69 @@ class Arm:
         return _Stepped(params, make(split, **self.flags))
 
 
-LIMIT = Arm("limit", "a C loop that reads and writes what a step does, and adds", bound=_Limit)
-ACCESS = Arm("access", "reads gradients and addresses in Python, counts versions", bound=_Access)
+LIMIT = Arm(
+    "limit",
+    "a C loop that reads and writes what a step does, and adds",
+    bound=Limit,
+    missing=(BuildError,),
+)
+ACCESS = Arm("access", "reads gradients and addresses in Python, counts versions", bound=Access)
 TORCH = Arm("torch", "torch.optim, default flags", torch.optim)
+_FOREACH = Arm("torch foreach", "torch.optim, foreach=True", torch.optim, {"foreach": True})
+_FUSED = Arm("torch fused", "torch.optim, fused=True", torch.optim, {"fused": True})
 OURS = Arm("stepforge", "stepforge, default flags", stepforge)
+_OUR_FOREACH = Arm("stepforge foreach", "stepforge, foreach=True", stepforge, {"foreach": True})
 #: Everything is made from this tuple: an arm more is a line more.
 ARMS = (
     LIMIT,
     ACCESS,
     TORCH,
-    Arm("torch foreach", "torch.optim, foreach=True", torch.optim, {"foreach": True}),
-    Arm("torch fused", "torch.optim, fused=True", torch.optim, {"fused": True}),
+    _FOREACH,
+    _FUSED,
     OURS,
-    Arm("stepforge foreach", "stepforge, foreach=True", stepforge, {"foreach": True}),
+    _OUR_FOREACH,
     Arm("stepforge reference", "stepforge, foreach=False", stepforge, {"foreach": False}),
+)
+#: And on a GPU from this one. It has the same names, so that the same ratios are taken. Some of
+#: torch's constructors take ``fused`` where there is no kernel for the device. The reference is
+#: left out: a launch for each operation of each tensor measures launches, and they would fill the
+#: queue of the device, which then makes the host wait.
+GPU_ARMS = (
+    Arm("limit", "one copy on the device, of as many bytes as a step moves", bound=Copy),
+    ACCESS,
+    TORCH,
+    _FOREACH,
+    replace(_FUSED, missing=(NotImplementedError,)),
+    OURS,
+    _OUR_FOREACH,
 )
 
 
-def make_gradients(shapes: Sequence[Shape]) -> list[Tensor]:
-    """Random float32 gradients of those shapes, the same at each call."""
+def make_gradients(shapes: Sequence[Shape], device: torch.device | str = "cpu") -> list[Tensor]:
+    """Random float32 gradients of those shapes, the same at each call and on each device."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).mul_(0.01) for shape in shapes]
+    random_ones = (torch.randn(shape, generator=generator).mul_(0.01) for shape in shapes)
+    return [gradient.to(device) for gradient in random_ones]
+
+
+def started(arm: Arm, optimizer: str, gradients: Sequence[Tensor]) -> Stepper | None:
+    """What steps with an arm; None if the library or this machine lacks it.
+
+    Args:
+        arm: the arm.
+        optimizer: the optimizer's name.
+        gradients: a gradient for each parameter.
+    """
+    if not arm.exists(optimizer):
+        return None
+    try:
+        stepper = arm.start(optimizer, gradients)
+        if arm.missing:
+            stepper.feed(gradients)
+            stepper.step()
+    except arm.missing:
+        return None
+    return stepper
 
 
 def measure(
@@ -202,8 +185,9 @@ def measure(
     *,
     rounds: int,
     warm_ups: int = WARM_UPS,
+    clock: Clock = _HOST,
     tick: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Lap]]:
     """Times the steps of several arms that take turns.
 
     Args:
@@ -211,12 +195,13 @@ def measure(
         gradients: what each step gets fresh copies of.
         rounds: how many steps of each arm count.
         warm_ups: how many steps of each arm come before.
+        clock: what times a step where the gradients are.
         tick: called after each round, also those of the warm-up.
 
     Returns:
-        The seconds of each step that counts, by the arm's name.
+        What each step that counts took, by the arm's name.
     """
-    times: dict[str, list[float]] = {name: [] for name in steppers}
+    laps: dict[str, list[Lap]] = {name: [] for name in steppers}
     # Who steps after whom decides what is in the caches; the order changes from round to round.
     shuffle = random.Random(0)
     with _no_garbage_collection():
@@ -224,13 +209,11 @@ def measure(
             for name in shuffle.sample(list(steppers), len(steppers)):
                 stepper = steppers[name]
                 stepper.feed(gradients)
-                begin = time.perf_counter()
-                stepper.step()
-                seconds = time.perf_counter() - begin
+                lap = clock.time(stepper.step)
                 if number >= warm_ups:
-                    times[name].append(seconds)
+                    laps[name].append(lap)
             tick()
-    return times
+    return laps
 
 
 @contextmanager
@@ -250,25 +233,23 @@ def measure_arms(
     gradients: Sequence[Tensor],
     *,
     rounds: int,
+    arms: Sequence[Arm] = ARMS,
+    clock: Clock = _HOST,
     tick: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:
-    """Times every arm that exists; the limit is left out if its kernel cannot be built.
+) -> dict[str, list[Lap]]:
+    """Times every arm that exists; one that this machine lacks is left out.
 
     Args:
         optimizer: the optimizer's name.
         gradients: what each step gets fresh copies of.
         rounds: how many steps of each arm count.
+        arms: the arms for where the gradients are.
+        clock: what times a step there.
         tick: called after each round, also those of the warm-up.
     """
-    steppers = {}
-    for arm in ARMS:
-        if arm.exists(optimizer):
-            try:
-                steppers[arm.name] = arm.start(optimizer, gradients)
-            except BuildError:
-                if arm != LIMIT:
-                    raise
-    return measure(steppers, gradients, rounds=rounds, tick=tick)
+    steppers = {arm.name: started(arm, optimizer, gradients) for arm in arms}
+    there = {name: stepper for name, stepper in steppers.items() if stepper is not None}
+    return measure(there, gradients, rounds=rounds, clock=clock, tick=tick)
 
 
 def measure_groups(
@@ -277,6 +258,7 @@ def measure_groups(
     groups: int,
     *,
     rounds: int,
+    clock: Clock = _HOST,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[int, list[float]]]:
     """Times one param group against many, with default flags.
@@ -286,6 +268,7 @@ def measure_groups(
         gradients: what each step gets fresh copies of.
         groups: how many are many.
         rounds: how many steps of each arm count.
+        clock: what times a step where the gradients are.
         tick: called after each round, also those of the warm-up.
 
     Returns:
@@ -296,40 +279,24 @@ def measure_groups(
         f"{name}/{number}": arm.start(optimizer, gradients, number)
         for (name, number), arm in arms.items()
     }
-    times = measure(steppers, gradients, rounds=rounds, tick=tick)
+    laps = measure(steppers, gradients, rounds=rounds, clock=clock, tick=tick)
     return {
-        arm.name: {number: times[f"{arm.name}/{number}"] for number in (1, groups)}
+        arm.name: {n: [lap.seconds for lap in laps[f"{arm.name}/{n}"]] for n in (1, groups)}
         for arm in (TORCH, OURS)
     }
 
 
-def memory_needed(optimizer: str, elements: int) -> int:
+def memory_needed(
+    optimizer: str, elements: int, arms: Sequence[Arm] = ARMS, temporaries: int = 3
+) -> int:
     """About how many bytes :func:`measure_arms` needs for float32 parameters.
 
     Args:
         optimizer: the optimizer's name.
         elements: how many elements the parameters have together.
+        arms: the arms that are measured.
+        temporaries: how often the parameters' size comes on top: the original gradients, and what
+            the slowest arm holds at once.
     """
-    arms = sum(arm.exists(optimizer) for arm in ARMS)
-    temporaries = 3  # what torch.optim's slowest arm holds at once, and the original gradients
-    return 4 * elements * (arms * len(_traffic(optimizer).varying.inputs) + temporaries)
-
-
-def bytes_per_element(optimizer: str) -> int:
-    """What a step of a float32 parameter reads and writes for each of its elements, in bytes.
-
-    Example:
-        >>> bytes_per_element("Adam"), bytes_per_element("Adagrad")
-        (28, 20)
-    """
-    graph = _traffic(optimizer)
-    return 4 * (len(graph.varying.inputs) + len(graph.results))
-
-
-def _traffic(optimizer: str) -> Graph:
-    """A rule that reads and writes what the optimizer's does: everything written gets g added."""
-    made = getattr(stepforge, optimizer)([torch.zeros(1)])
-    rule = made._rule.graph(made.param_groups[0])
-    trace = Trace()
-    read = {name: trace.input(name, varying=True) for name in rule.varying.inputs}
-    return Graph.of({name: read[name] + read["g"] for name in rule.results})
+    count = sum(arm.exists(optimizer) for arm in arms)
+    return 4 * elements * (count * len(traffic(optimizer).varying.inputs) + temporaries)

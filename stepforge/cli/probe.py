@@ -12,14 +12,16 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stepforge.cli.measure import ARMS, OURS, Stepper, make_gradients
+from stepforge.cli import device as devices
+from stepforge.cli.bounds import Stepper
+from stepforge.cli.measure import OURS, make_gradients, started
+from stepforge.cli.place import Place, place_of
 from stepforge.cli.workloads import Shape, Workload
 
 __all__ = ["PROCESSES", "ProbeError", "extra_memory", "time_first_step"]
@@ -35,7 +37,10 @@ class ProbeError(Exception):
 
 
 def time_first_step(
-    optimizer: str, workload: Workload, tick: Callable[[], object] = lambda: None
+    optimizer: str,
+    workload: Workload,
+    tick: Callable[[], object] = lambda: None,
+    device: torch.device = devices.CPU,
 ) -> float:
     """How much longer the first step of a fresh process takes than its second, in seconds.
 
@@ -45,36 +50,46 @@ def time_first_step(
         optimizer: the name of an optimizer of stepforge.
         workload: what it steps.
         tick: called after each process.
+        device: where the parameters are.
     """
     differences: list[float] = []
     for _ in range(1 + PROCESSES):
-        first, second = _ask("first step", optimizer, workload.shapes)
+        first, second = _ask("first step", optimizer, workload.shapes, device)
         differences.append(first - second)
         tick()
     return statistics.median(differences[1:])
 
 
-def extra_memory(optimizer: str, workload: Workload) -> dict[str, int]:
+def extra_memory(
+    optimizer: str, workload: Workload, device: torch.device = devices.CPU
+) -> dict[str, int]:
     """How much memory the third step needs at its peak beyond what was there, in bytes.
 
     Args:
         optimizer: the optimizer's name.
         workload: what it steps.
+        device: where the parameters are, whose memory it is.
 
     Returns:
-        The bytes by the name of each arm that exists, without the streaming limit. The system
+        The bytes by the name of each arm that exists, without the bounds. On a CPU the system
         counts whole pages and counts some of them late: less than about a megabyte means nothing.
+        On a GPU it is what torch has handed out.
 
     Raises:
         ProbeError: the system does not tell.
     """
-    if not _STATUS.exists() or not os.access(_CLEAR, os.W_OK):
+    if device.type != "cpu":
+        if not hasattr(torch.get_device_module(device), "max_memory_allocated"):
+            raise ProbeError(f"torch does not tell the peak of memory on {device}")
+    elif not _STATUS.exists() or not os.access(_CLEAR, os.W_OK):
         raise ProbeError("the peak of memory can be measured on Linux only")
-    return dict(_ask("memory", optimizer, workload.shapes))
+    return dict(_ask("memory", optimizer, workload.shapes, device))
 
 
-def _ask(question: str, optimizer: str, shapes: Sequence[Shape]) -> Any:
-    asked = [question, optimizer, shapes, torch.get_num_threads()]
+def _ask(
+    question: str, optimizer: str, shapes: Sequence[Shape], device: torch.device = devices.CPU
+) -> Any:
+    asked = [question, optimizer, shapes, torch.get_num_threads(), str(device)]
     done = subprocess.run(
         [sys.executable, "-m", __name__],
         input=json.dumps(asked),
@@ -91,35 +106,43 @@ def _ask(question: str, optimizer: str, shapes: Sequence[Shape]) -> Any:
     return json.loads(done.stdout)
 
 
-def _answer(question: str, optimizer: str, shapes: Sequence[Shape]) -> object:
-    gradients = make_gradients(shapes)
+def _answer(question: str, optimizer: str, shapes: Sequence[Shape], place: Place) -> object:
+    gradients = make_gradients(shapes, place.device)
     if question == "first step":
         stepper = OURS.start(optimizer, gradients)
-        return [_timed(stepper, gradients) for _ in range(2)]
-    return {
-        arm.name: _peak(arm.start(optimizer, gradients), gradients)
-        for arm in ARMS
-        if arm.bound is None and arm.exists(optimizer)
-    }
+        return [_timed(stepper, gradients, place) for _ in range(2)]
+    arms = (arm for arm in place.arms if arm.bound is None)
+    steppers = ((arm.name, started(arm, optimizer, gradients)) for arm in arms)  # one at a time
+    return {name: _peak(s, gradients, place.device) for name, s in steppers if s is not None}
 
 
-def _timed(stepper: Stepper, gradients: Sequence[torch.Tensor]) -> float:
+def _timed(stepper: Stepper, gradients: Sequence[torch.Tensor], place: Place) -> float:
     stepper.feed(gradients)
-    begin = time.perf_counter()
-    stepper.step()
-    return time.perf_counter() - begin
+    return place.clock.time(stepper.step).seconds
 
 
-def _peak(stepper: Stepper, gradients: Sequence[torch.Tensor]) -> int:
+def _peak(stepper: Stepper, gradients: Sequence[torch.Tensor], device: torch.device) -> int:
     for _ in range(2):
         stepper.feed(gradients)
         stepper.step()
     stepper.feed(gradients)
     gc.collect()
+    return _host_peak(stepper.step) if device.type == "cpu" else _device_peak(stepper.step, device)
+
+
+def _host_peak(step: Callable[[], object]) -> int:
     _CLEAR.write_text("5")  # sets the peak to what is there now
     before = _status("VmRSS")
-    stepper.step()
+    step()
     return max(0, _status("VmHWM") - before)
+
+
+def _device_peak(step: Callable[[], object], device: torch.device) -> int:
+    memory: Any = torch.get_device_module(device)
+    memory.reset_peak_memory_stats(device)
+    before = memory.memory_allocated(device)
+    step()
+    return int(memory.max_memory_allocated(device) - before)
 
 
 def _status(key: str) -> int:
@@ -130,9 +153,11 @@ def _status(key: str) -> int:
 
 
 def _main() -> None:
-    question, optimizer, shapes, threads = json.load(sys.stdin)
+    question, optimizer, shapes, threads, name = json.load(sys.stdin)
     torch.set_num_threads(threads)
-    print(json.dumps(_answer(question, optimizer, shapes)))
+    device = torch.device(name)
+    devices.use(device)
+    print(json.dumps(_answer(question, optimizer, shapes, place_of(device))))
 
 
 if __name__ == "__main__":

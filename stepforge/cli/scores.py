@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
+from stepforge.cli.clock import Lap
 from stepforge.cli.measure import ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
 
-__all__ = ["FIRST_STEP_TARGET", "GROUPS_TARGET", "TARGETS", "Ratios", "Result"]
+__all__ = [
+    "FIRST_STEP_TARGET",
+    "GPU_TARGETS",
+    "GROUPS_TARGET",
+    "TARGETS",
+    "Ratios",
+    "Result",
+    "Targets",
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class Ratios:
     """How fast an arm is, as ratios of median times; higher is better, None is unknown.
 
     Attributes:
-        of_limit: the share of the streaming limit's speed that it reaches.
+        of_limit: the share of the limit's speed that it reaches.
         against_best: how many times as fast as the fastest arm of torch.optim.
         against_default: how many times as fast as torch.optim with default flags.
     """
@@ -35,6 +45,10 @@ class Ratios:
         }
 
 
+#: What is to be reached, by workload and optimizer; of whole workloads only.
+Targets: TypeAlias = Mapping[tuple[str, str], Ratios]
+
+
 @dataclass(frozen=True)
 class Result:
     """The times of all arms of one optimizer on one workload.
@@ -43,6 +57,8 @@ class Result:
         workload: its name.
         optimizer: its name.
         seconds: the time of each step, by the arm's name.
+        targets: what is to be reached where it was measured.
+        laps: what the seconds are of, by the arm's name, if it was kept.
 
     Example:
         >>> times = {"limit": [3.0], "torch": [8.0], "torch foreach": [6.0], "stepforge": [4.0]}
@@ -53,6 +69,16 @@ class Result:
     workload: str
     optimizer: str
     seconds: Mapping[str, Sequence[float]]
+    targets: Targets = field(default_factory=lambda: TARGETS)
+    laps: Mapping[str, Sequence[Lap]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, workload: str, optimizer: str, laps: Mapping[str, Sequence[Lap]], targets: Targets
+    ) -> Result:
+        """The result of what the steps of each arm took."""
+        seconds = {arm: [lap.seconds for lap in run] for arm, run in laps.items()}
+        return cls(workload, optimizer, seconds, targets, laps)
 
     def median(self, arm: str) -> float | None:
         """The median time of a step of an arm in seconds; None if it was not measured."""
@@ -81,8 +107,8 @@ class Result:
 
     @property
     def target(self) -> Ratios | None:
-        """What :data:`~stepforge.cli.measure.OURS` is to reach; None for a user's own shapes."""
-        return TARGETS.get((self.workload, self.optimizer))
+        """What :data:`~stepforge.cli.measure.OURS` is to reach; None where nothing is stated."""
+        return self.targets.get((self.workload, self.optimizer))
 
     @property
     def reached(self) -> dict[str, bool | None]:
@@ -98,7 +124,7 @@ def _ratio(other: float | None, time: float | None) -> float | None:
 _WITH_FUSED = ("Adagrad", "Adam", "AdamW")
 
 #: What is to be reached on a CPU, by workload and optimizer; of whole workloads only.
-TARGETS = {
+TARGETS: Targets = {
     (workload, optimizer): Ratios(
         of_limit,
         fused if optimizer in _WITH_FUSED else foreach,
@@ -111,7 +137,19 @@ TARGETS = {
     )
     for optimizer in OPTIMIZERS
 }
-#: How many times the time of one param group many groups may take.
+#: How many times the time of one param group many groups may take on a CPU.
 GROUPS_TARGET = 1.3
-#: How much longer than the second step the first may take, in seconds.
+#: How much longer than the second step the first may take on a CPU, in seconds.
 FIRST_STEP_TARGET = 0.2
+
+_GPU_LARGE = {
+    # Memory bounds both, as on a CPU.
+    "AdamW": Ratios(0.85, 1.0, None),
+    # torch.optim's best makes a pass over memory for each operation.
+    **dict.fromkeys(("Adagrad", "NAdam", "RAdam"), Ratios(None, 3.0, None)),
+}
+#: What is to be reached on a GPU, by workload and optimizer.
+GPU_TARGETS: Targets = {
+    **{("large", optimizer): ratios for optimizer, ratios in _GPU_LARGE.items()},
+    **{("small", optimizer): Ratios(None, 2.0, None) for optimizer in OPTIMIZERS},
+}

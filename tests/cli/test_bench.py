@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import stepforge
 from stepforge.backends.native.build import BuildError
-from stepforge.cli import make_app, measure, probe
+from stepforge.cli import bounds, make_app, measure, probe
 from stepforge.cli.measure import ACCESS, ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
 from stepforge.cli.scores import TARGETS, Ratios, Result
 from stepforge.cli.workloads import WORKLOADS, read_shapes
@@ -103,7 +103,7 @@ def test_an_arm_steps_its_own_copies_on_fresh_gradients(arm):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_limit_moves_what_a_step_moves(name):
     """Oracle: the bytes that the targets are stated for, and arrays of ones."""
-    assert measure.bytes_per_element(name) == (20 if name == "Adagrad" else 28)
+    assert bounds.bytes_per_element(name) == (20 if name == "Adagrad" else 28)
     ones = [torch.ones(5), torch.ones(70_000), torch.ones(2, 3)]
     try:
         limit = LIMIT.start(name, ones)
@@ -167,7 +167,7 @@ def test_the_limit_is_left_out_without_a_compiler(monkeypatch):
     def no_kernel(*_):
         raise BuildError("no C compiler is on the PATH")
 
-    monkeypatch.setattr(measure, "Kernel", no_kernel)
+    monkeypatch.setattr(bounds, "Kernel", no_kernel)
     times = measure.measure_arms("NAdam", measure.make_gradients([(2,)]), rounds=1)
     assert list(times) == [name for name in WITHOUT_FUSED if name != LIMIT.name]
 
