@@ -41,7 +41,7 @@ from stepforge.cli.measure import (
 )
 from stepforge.cli.place import Place, place_of
 from stepforge.cli.probe import PROCESSES, ProbeError, extra_memory, time_first_step
-from stepforge.cli.scores import Ratios, Result
+from stepforge.cli.scores import Result
 from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
 
 __all__ = ["bench"]
@@ -227,7 +227,7 @@ def _check_memory(workloads: Sequence[Workload], names: Sequence[str], place: Pl
     if available is not None and needed > available:
         raise typer.BadParameter(
             f"{largest.name} needs about {needed / 1e9:.1f} GB and {available / 1e9:.1f} GB are "
-            f"free{'' if place.on_cpu else f' on {place.device}'}; a smaller one will do.",
+            f"free{' on the GPU' if place.queues else ''}; a smaller one will do.",
             param_hint="--scale",
         )
 
@@ -307,9 +307,11 @@ def _steps(
             yield _kept(result, place)
     for arm in place.arms:
         screen.console.print(f"  [bold]{arm.name:<20}[/]{arm.what}")
-    if not place.on_cpu:
+    if place.queues:
         screen.console.print(
-            "ms is what the host or the GPU needs, whichever is longer: they overlap in training."
+            "ms is what the host or the GPU needs, whichever is longer; in training they overlap. "
+            "Where it is more than GPU ms, the host needs longer.",
+            soft_wrap=True,
         )
 
 
@@ -329,7 +331,7 @@ def _kept(result: Result, place: Place) -> dict[str, Any]:
                 "seconds": list(seconds),
                 "median": result.median(arm),
                 "spread": result.spread(arm),
-                **({} if place.on_cpu else _parts(result, arm)),
+                **(_parts(result.laps[arm]) if place.queues else {}),
                 **dataclasses.asdict(result.ratios(arm)),
             }
             for arm, seconds in result.seconds.items()
@@ -339,50 +341,52 @@ def _kept(result: Result, place: Place) -> dict[str, Any]:
     }
 
 
-def _parts(result: Result, arm: str) -> dict[str, Any]:
+def _parts(laps: Sequence[Lap]) -> dict[str, list[float | None]]:
     return {
-        "host_seconds": [lap.host for lap in result.laps[arm]],
-        "device_seconds": [lap.device for lap in result.laps[arm]],
+        "host_seconds": [lap.host for lap in laps],
+        "device_seconds": [lap.device for lap in laps],
     }
 
 
+#: The columns of ratios, and what they show.
+_RATIOS = {
+    "of the\nlimit": "of_limit",
+    "x torch's\nbest": "against_best",
+    "x torch's\ndefault": "against_default",
+}
+
+
 def _steps_table(results: Iterable[Result], place: Place) -> Table:
-    parts = [] if place.on_cpu else ["host\nms", "GPU\nms"]
-    table = _table(
-        ["optimizer", "arm"],
-        ["ms", *parts, "spread", "of the\nlimit", "x torch's\nbest", "x torch's\ndefault"],
-    )
+    # On a GPU torch.optim's default is its foreach, so the time of the GPU can have that room.
+    shown = {k: v for k, v in _RATIOS.items() if not (place.queues and v == "against_default")}
+    on_device = ["GPU ms"] if place.queues else []
+    table = _table(["optimizer", "arm"], ["ms", *on_device, "spread", *shown])
     for result in results:
         optimizer = result.optimizer
         for arm in place.arms:
             if arm.name not in result.seconds:
                 continue
-            ratios = result.ratios(arm.name)
+            ratios = vars(result.ratios(arm.name))
             marks = result.reached if arm == OURS else {}
             table.add_row(
                 optimizer,
                 Text(arm.name, style="bold" if arm == OURS else ""),
                 _number(result.median(arm.name), 1e3),
-                *([] if place.on_cpu else _milliseconds(result.laps[arm.name])),
+                *(_number(result.median_on_device(arm.name), 1e3) for _ in on_device),
                 _percent(result.spread(arm.name)),
-                *(_marked(value, marks.get(name)) for name, value in vars(ratios).items()),
+                *(_marked(ratios[name], marks.get(name)) for name in shown.values()),
             )
             optimizer = ""
             if arm == OURS and result.target:
-                to_reach = Text("  to reach", style="dim")
-                table.add_row("", to_reach, "", *("" for _ in parts), "", *_wanted(result.target))
+                wanted = vars(result.target)
+                table.add_row(
+                    "",
+                    Text("  to reach", style="dim"),
+                    *("" for _ in ("ms", *on_device, "spread")),
+                    *(_marked(wanted[name], None) for name in shown.values()),
+                )
         table.add_section()
     return table
-
-
-def _milliseconds(laps: Sequence[Lap]) -> list[str]:
-    """What the host needed, and what the device did."""
-    host = statistics.median(lap.host for lap in laps)
-    return [_number(host, 1e3), _number(statistics.median(lap.device or 0.0 for lap in laps), 1e3)]
-
-
-def _wanted(target: Ratios) -> list[Text]:
-    return [_marked(value, None) for value in vars(target).values()]
 
 
 def _groups(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepforge.cli.clock import Clock, HostClock, clock_of
+from stepforge.cli.clock import Clock, EventClock, HostClock, clock_of
 from stepforge.cli.measure import ARMS, GPU_ARMS, Arm
 from stepforge.cli.scores import (
     FIRST_STEP_TARGET,
@@ -44,9 +44,9 @@ class Place:
     first_step_target: float | None = None
 
     @property
-    def on_cpu(self) -> bool:
-        """Whether a step is computed when it returns."""
-        return self.device.type == "cpu"
+    def queues(self) -> bool:
+        """Whether a step only queues work, so that host and device each take a time for it."""
+        return isinstance(self.clock, EventClock)
 
 
 def place_of(device: torch.device) -> Place:

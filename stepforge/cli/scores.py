@@ -84,6 +84,11 @@ class Result:
         """The median time of a step of an arm in seconds; None if it was not measured."""
         return statistics.median(self.seconds[arm]) if self.seconds.get(arm) else None
 
+    def median_on_device(self, arm: str) -> float | None:
+        """The median time that a device needed for a step of an arm; None if none was timed."""
+        times = [lap.device for lap in self.laps.get(arm, ()) if lap.device is not None]
+        return statistics.median(times) if times else None
+
     def spread(self, arm: str) -> float | None:
         """The distance between the quartiles of an arm's times over their median."""
         times = self.seconds.get(arm, ())

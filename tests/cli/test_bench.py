@@ -405,6 +405,9 @@ def test_bad_shapes_files_get_one_sentence(tmp_path, content, sentence):
         ("--scale", "nan"),
         ("--groups", "1"),
         ("--groups", "1001"),
+        ("--device", "gpu"),
+        ("--device", "meta"),
+        ("--device", "cuda:99"),
     ],
 )
 def test_bad_values_get_one_sentence(option, value):
