@@ -303,8 +303,12 @@ def _steps(
                 "measure again.",
                 soft_wrap=True,
             )
+        if place.queues:
+            speeds = [x for r in results for x in _copied(r, workload.elements).values()]
+            fastest = _number(max(speeds, default=0.0), 1e-9)
+            screen.console.print(f"The limit's fastest copy moved {fastest} GB/s.")
         for result in results:
-            yield _kept(result, place)
+            yield _kept(result, place) | _copied(result, workload.elements)
     for arm in place.arms:
         screen.console.print(f"  [bold]{arm.name:<20}[/]{arm.what}")
     if place.queues:
@@ -339,6 +343,13 @@ def _kept(result: Result, place: Place) -> dict[str, Any]:
         "target": dataclasses.asdict(result.target) if result.target else None,
         "reached": result.reached,
     }
+
+
+def _copied(result: Result, elements: int) -> dict[str, float]:
+    """How many bytes the limit reads and writes in a second of a GPU; nothing on a CPU."""
+    seconds = result.median_on_device(LIMIT.name)
+    moved = bytes_per_element(result.optimizer) * elements
+    return {"limit_bytes_per_second": moved / seconds} if seconds else {}
 
 
 def _parts(laps: Sequence[Lap]) -> dict[str, list[float | None]]:

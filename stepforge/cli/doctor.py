@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import stepforge
-from stepforge.backends import native
+from stepforge.backends import native, triton
 from stepforge.backends.native import build, prebuilt
+from stepforge.cli import device as devices
 from stepforge.cli import variants
 from stepforge.cli.machine import describe
 from stepforge.cli.measure import OPTIMIZERS
@@ -34,7 +36,12 @@ _VARIABLES = (
     "STEPFORGE_PREBUILT",
     "STEPFORGE_CACHE",
     "CC",
+    "TRITON_INTERPRET",
 )
+#: The backend with a compiled kernel for each type of device; on others foreach is the fastest.
+_KERNELS = {"cpu": native.name, "cuda": triton.name, "xpu": triton.name}
+
+_Kind: TypeAlias = "tuple[str, torch.dtype]"
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,9 @@ class Served:
     """What one kind of parameter gets.
 
     Attributes:
-        backend: the name of the backend; "" if none is allowed to serve it.
-        why: why it is not the compiled kernel; "" if it is.
+        backend: the name of the backend; "" if none is allowed to serve it, "-" if the device has
+            no such numbers.
+        why: why it is not the compiled kernel of the device; "" if it is, or if there is none.
     """
 
     backend: str
@@ -51,20 +59,29 @@ class Served:
 
 
 def doctor() -> None:
-    """Says what step() would run on this machine's CPU, and why nothing faster.
+    """Says what step() would run on this machine's CPU and GPU, and why nothing faster.
 
-    The exit code is 0 if compiled kernels serve all optimizers, otherwise 1.
+    The exit code is 0 if compiled kernels serve all optimizers wherever there are such kernels,
+    otherwise 1.
     """
     console = Console(highlight=False)
     for name, value in _facts().items():
         console.print(f"[bold]{name:<18}[/]{escape(value)}", soft_wrap=True)
-    served = {(name, dtype): _served(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES}
-    console.print()
-    console.print(_table(served))
-    for why, kinds in _reasons(served).items():
-        console.print(f"[bold]{kinds}[/]: {escape(why)}", soft_wrap=True)
-    if any(answer.backend != native.name for answer in served.values()):
+    # Devices of one type are served alike.
+    reports = [_report(console, device) for device in (devices.CPU, *devices.accelerators()[:1])]
+    if not all(reports):
         raise typer.Exit(1)
+
+
+def _report(console: Console, device: torch.device) -> bool:
+    """Prints what runs on a device; gives whether nothing faster could be had there."""
+    kinds = [(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES]
+    served = {kind: _served(*kind, device) for kind in kinds}
+    console.print()
+    console.print(_table(served, device))
+    for why, which in _reasons(served, device).items():
+        console.print(f"[bold]{which}[/]: {escape(why)}", soft_wrap=True)
+    return not any(answer.why for answer in served.values())
 
 
 def _facts() -> dict[str, str]:
@@ -80,6 +97,8 @@ def _facts() -> dict[str, str]:
         "prebuilt kernels": _or_why_not(_prebuilt),
         "kernel cache": _or_why_not(_cache),
         "threads": _threads(),
+        "accelerators": _accelerators(),
+        "triton": devices.triton_version(),
         "environment": _environment(),
     }
 
@@ -128,30 +147,40 @@ def _threads() -> str:
     return f"{torch.get_num_threads()}; {pool}"
 
 
+def _accelerators() -> str:
+    told = (devices.describe(device) for device in devices.accelerators())
+    return "; ".join(f"{facts['GPU']}, {facts['platform']}" for facts in told) or "none"
+
+
 def _environment() -> str:
     known = {name: os.environ.get(name) for name in _VARIABLES}
     settings = [f"{name}={value}" for name, value in known.items() if value is not None]
     return ", ".join(settings) or f"none of {', '.join(_VARIABLES)} is set"
 
 
-def _served(name: str, dtype: torch.dtype) -> Served:
+def _served(name: str, dtype: torch.dtype, device: torch.device) -> Served:
     try:
-        optimizer = getattr(stepforge, name)([torch.zeros(1, dtype=dtype)])
+        p = torch.zeros(1, dtype=dtype, device=device)
+    except (RuntimeError, TypeError):
+        return Served("-")
+    try:
+        optimizer = getattr(stepforge, name)([p])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the one that there is no kernel: we say so ourselves
             served = stepforge.explain(optimizer).served[0]
     except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND asks for what cannot be had
         return Served("", str(error))
-    if served.backend == native.name:
+    kernel = _KERNELS.get(device.type)
+    if served.backend == (kernel or "foreach"):
         return Served(served.backend)
     # Nothing was passed over if nothing faster was asked.
     asked = f"STEPFORGE_BACKEND asks for {served.backend}"
-    return Served(served.backend, dict(served.reasons).get(native.name, asked))
+    return Served(served.backend, dict(served.reasons).get(kernel or "foreach", asked))
 
 
-def _table(served: Mapping[tuple[str, torch.dtype], Served]) -> Table:
+def _table(served: Mapping[_Kind, Served], device: torch.device) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("would run")
+    table.add_column(f"would run on {device.type}")
     for dtype in _DTYPES:
         table.add_column(_bare(dtype))
     for name in OPTIMIZERS:
@@ -159,16 +188,17 @@ def _table(served: Mapping[tuple[str, torch.dtype], Served]) -> Table:
     return table
 
 
-def _reasons(served: Mapping[tuple[str, torch.dtype], Served]) -> dict[str, str]:
+def _reasons(served: Mapping[_Kind, Served], device: torch.device) -> dict[str, str]:
     """For each reason, what is not served for it."""
-    kinds: dict[str, list[tuple[str, torch.dtype]]] = {}
+    kinds: dict[str, list[_Kind]] = {}
     for kind, answer in served.items():
         if answer.why:
             kinds.setdefault(answer.why, []).append(kind)
-    return {why: f"no {native.name} for {_summary(which)}" for why, which in kinds.items()}
+    fastest = _KERNELS.get(device.type, "foreach")
+    return {why: f"no {fastest} for {_summary(which)}" for why, which in kinds.items()}
 
 
-def _summary(kinds: list[tuple[str, torch.dtype]]) -> str:
+def _summary(kinds: list[_Kind]) -> str:
     names = list(dict.fromkeys(name for name, _ in kinds))
     dtypes = list(dict.fromkeys(_bare(dtype) for _, dtype in kinds))
     if len(kinds) == len(OPTIMIZERS) * len(_DTYPES):

@@ -273,6 +273,9 @@ def test_report_and_table(pretended, few, tmp_path):
         assert arm["host_seconds"] == pytest.approx([1e-3, 1e-3])
         assert arm["device_seconds"] == pytest.approx([2e-3, 2e-3])
         assert arm["seconds"] == pytest.approx([2e-3, 2e-3])
+    speed = 28 * 83 / 2e-3  # bytes in a second
+    assert step["limit_bytes_per_second"] == pytest.approx(speed)
+    assert f"copy moved {speed / 1e9:.3g} GB/s" in printed
     assert "GPU ms" in printed
     assert GPU_ARMS[0].what in printed
     assert "…" not in printed  # nothing is cut off on 80 columns

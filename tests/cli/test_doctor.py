@@ -12,18 +12,27 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from stepforge.backends import triton
 from stepforge.backends.native import build, prebuilt
-from stepforge.cli import make_app
+from stepforge.cli import device, doctor, make_app
 from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.variants import sources
 
-VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_PREBUILT", "STEPFORGE_CACHE", "CC")
+VARIABLES = (
+    "STEPFORGE_BACKEND",
+    "STEPFORGE_ISA",
+    "STEPFORGE_PREBUILT",
+    "STEPFORGE_CACHE",
+    "CC",
+    "TRITON_INTERPRET",
+)
 
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(device, "accelerators", lambda: ())  # what a CPU gets is asked here
 
 
 def run() -> tuple[int, str]:
@@ -154,6 +163,76 @@ def test_a_backend_that_does_not_exist(monkeypatch):
     assert output.splitlines()[-1].startswith(
         "no native for any of them: STEPFORGE_BACKEND is 'warp'; it must be one of "
     )
+
+
+def test_no_accelerator_and_a_triton():
+    output = run()[1]
+    assert line(output, "accelerators") == "none"
+    assert line(output, "triton") == device.triton_version()
+    assert "would run on cpu" in output
+    assert output.count("would run on") == 1
+
+
+@pytest.fixture
+def elsewhere(monkeypatch) -> None:
+    """A device without memory stands for an accelerator."""
+    facts = {"GPU": "meta:0 Nothing, 0.0 GB", "platform": "meta, driver 1", "triton": "3"}
+    monkeypatch.setattr(device, "accelerators", lambda: 2 * (torch.device("meta"),))
+    monkeypatch.setattr(device, "describe", lambda _: facts)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_accelerator_that_no_kernel_is_made_for():
+    """There foreach is as fast as it gets, so nothing is amiss."""
+    needs_compiler()
+    code, output = run()
+    assert code == 0
+    told = "meta:0 Nothing, 0.0 GB, meta, driver 1"
+    assert line(output, "accelerators") == f"{told}; {told}"
+    on_cpu, on_device = output.split("would run on")[1:]
+    assert rows(on_cpu) == dict.fromkeys(OPTIMIZERS, 4 * ["native"])
+    assert on_device.split()[0] == "meta"
+    assert rows(on_device) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_gpu_that_its_kernels_do_not_serve(monkeypatch):
+    monkeypatch.setitem(doctor._KERNELS, "meta", "triton")
+    monkeypatch.setattr(triton, "refuses", lambda *_: "Triton is not installed")
+    code, output = run()
+    assert code == 1
+    assert rows(output.split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+    assert output.splitlines()[-1] == "no triton for any of them: Triton is not installed"
+    monkeypatch.setattr(triton, "refuses", lambda *_: None)
+    assert rows(run()[1].split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, 4 * ["triton"])
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_numbers_that_an_accelerator_does_not_have(monkeypatch):
+    """As Apple's GPUs have no float64."""
+    zeros = torch.zeros
+
+    def refuse(*args, dtype=None, device=None, **kwargs):
+        if dtype == torch.float64 and torch.device(device).type == "meta":
+            raise TypeError("there is no float64 on it")
+        return zeros(*args, dtype=dtype, device=device, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", refuse)
+    needs_compiler()
+    code, output = run()
+    assert code == 0
+    expected = ["foreach", "foreach", "-", "foreach"]
+    assert rows(output.split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, expected)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_its_kernels(monkeypatch):
+    monkeypatch.undo()
+    if not device.accelerators():
+        pytest.skip("needs a GPU")
+    kind = device.accelerators()[0].type
+    backend = doctor._KERNELS.get(kind, "foreach")
+    assert rows(run()[1].split("would run on")[2])["AdamW"][:2] == 2 * [backend]
 
 
 def test_an_instruction_set_that_does_not_exist(monkeypatch):
