@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import stepforge
-from stepforge.backends import native, triton
+from stepforge.backends import FUSED
 from stepforge.backends.native import build, prebuilt
 from stepforge.cli import device as devices
 from stepforge.cli import variants
@@ -38,8 +38,6 @@ _VARIABLES = (
     "CC",
     "TRITON_INTERPRET",
 )
-#: The backend with a compiled kernel for each type of device; on others foreach is the fastest.
-_KERNELS = {"cpu": native.name, "cuda": triton.name, "xpu": triton.name}
 
 _Kind: TypeAlias = "tuple[str, torch.dtype]"
 
@@ -170,12 +168,17 @@ def _served(name: str, dtype: torch.dtype, device: torch.device) -> Served:
             served = stepforge.explain(optimizer).served[0]
     except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND asks for what cannot be had
         return Served("", str(error))
-    kernel = _KERNELS.get(device.type)
-    if served.backend == (kernel or "foreach"):
+    fastest = _fastest(device)
+    if served.backend == fastest:
         return Served(served.backend)
     # Nothing was passed over if nothing faster was asked.
     asked = f"STEPFORGE_BACKEND asks for {served.backend}"
-    return Served(served.backend, dict(served.reasons).get(kernel or "foreach", asked))
+    return Served(served.backend, dict(served.reasons).get(fastest, asked))
+
+
+def _fastest(device: torch.device) -> str:
+    """The backend with a compiled kernel for a device, or the best where there is none."""
+    return FUSED.get(device.type, "foreach")
 
 
 def _table(served: Mapping[_Kind, Served], device: torch.device) -> Table:
@@ -194,7 +197,7 @@ def _reasons(served: Mapping[_Kind, Served], device: torch.device) -> dict[str, 
     for kind, answer in served.items():
         if answer.why:
             kinds.setdefault(answer.why, []).append(kind)
-    fastest = _KERNELS.get(device.type, "foreach")
+    fastest = _fastest(device)
     return {why: f"no {fastest} for {_summary(which)}" for why, which in kinds.items()}
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepforge.backends import triton
+from stepforge.backends import FUSED, triton
 from stepforge.backends.native import build, prebuilt
-from stepforge.cli import device, doctor, make_app
+from stepforge.cli import device, make_app
 from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.variants import sources
 
@@ -197,7 +197,7 @@ def test_an_accelerator_that_no_kernel_is_made_for():
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_gpu_that_its_kernels_do_not_serve(monkeypatch):
-    monkeypatch.setitem(doctor._KERNELS, "meta", "triton")
+    monkeypatch.setitem(FUSED, "meta", "triton")
     monkeypatch.setattr(triton, "refuses", lambda *_: "Triton is not installed")
     code, output = run()
     assert code == 1
@@ -231,7 +231,7 @@ def test_a_gpu_gets_its_kernels(monkeypatch):
     if not device.accelerators():
         pytest.skip("needs a GPU")
     kind = device.accelerators()[0].type
-    backend = doctor._KERNELS.get(kind, "foreach")
+    backend = FUSED.get(kind, "foreach")
     assert rows(run()[1].split("would run on")[2])["AdamW"][:2] == 2 * [backend]
 
 
