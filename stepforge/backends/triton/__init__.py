@@ -19,7 +19,7 @@ import torch
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
 from stepforge.backends.native.source import columns_of
-from stepforge.backends.native.table import overlaps
+from stepforge.backends.native.table import Spans, overlaps
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.source import OPERATIONS, STORAGE
 from stepforge.backends.triton.strides import dimensions, may_overlap
@@ -101,6 +101,7 @@ class Tables:
         for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
             kind = (tuple(x.dtype for x in row), _is_dense(row))
             alike.setdefault(kind, []).append(index)
+        self._kept = Spans([x for key, c in batch.columns.items() if key != "g" for x in c])
         self.tables = [Table(batch, members, dense=dense) for (_, dense), members in alike.items()]
 
     def aim(self, gradients: list[torch.Tensor]) -> None:
@@ -117,6 +118,12 @@ class Tables:
         for table in self.tables:
             table.run(batch)
 
+    def overlap(self) -> bool:
+        """Whether memory that is kept is also another tensor's of these rows."""
+        return self._kept.overlap or any(
+            self._kept.touch(*table.gradient_spans()) for table in self.tables
+        )
+
 
 def prepare(batch: Batch) -> Tables | None:
     """The tables of a batch, to be kept while its tensors stay; None if it needs another way."""
@@ -125,7 +132,7 @@ def prepare(batch: Batch) -> Tables | None:
 
 def run(batch: Batch) -> None:
     """Steps all rows in place, one launch for those that share their dtypes."""
-    if isinstance(batch.prepared, Tables) and not overlaps(batch):
+    if isinstance(batch.prepared, Tables) and not batch.prepared.overlap():
         batch.prepared.run(batch)
     elif _needs_order(batch):
         _run_in_order(batch)

@@ -10,6 +10,7 @@ import torch
 
 from stepforge.backends.batch import Batch, is_capturing
 from stepforge.backends.native.source import columns_of
+from stepforge.backends.native.table import extent
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
 from stepforge.backends.triton.strides import dimensions
@@ -59,7 +60,9 @@ class Table:
                 for name, step in zip(names, steps):
                     self._records[position, record.stride(name, dim)] = step
         self._members = list(members)
-        self._gradients = self._addresses([batch.columns["g"][index] for index in members])
+        gradients = [batch.columns["g"][index] for index in members]
+        self._gradients = self._addresses(gradients)
+        self._extents = np.fromiter(map(extent, gradients), np.uint64, len(gradients))
         self._aligned = {
             name: _alignment(self._records[:, record.address(name)]) for name in record.kept
         }
@@ -80,6 +83,11 @@ class Table:
             RuntimeError: one has no memory.
         """
         self._gradients = self._addresses([gradients[index] for index in self._members])
+
+    def gradient_spans(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Where the memory of each gradient begins and ends."""
+        begins = self._gradients[self.occupied].astype(np.uint64)
+        return begins, begins + self._extents[self.occupied]
 
     def run(self, batch: Batch) -> None:
         """Steps the rows with the coefficients of a batch that has them where the first one had.
