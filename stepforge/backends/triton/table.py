@@ -62,7 +62,7 @@ class Table:
         self._members = list(members)
         gradients = [batch.columns["g"][index] for index in members]
         self._gradients = self._addresses(gradients)
-        self._extents = np.fromiter(map(extent, gradients), np.uint64, len(gradients))
+        self._extents = np.fromiter(map(extent, gradients), np.int64, len(gradients))
         self._aligned = {
             name: _alignment(self._records[:, record.address(name)]) for name in record.kept
         }
@@ -86,8 +86,9 @@ class Table:
 
     def gradient_spans(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Where the memory of each gradient begins and ends."""
-        begins = self._gradients[self.occupied].astype(np.uint64)
-        return begins, begins + self._extents[self.occupied]
+        begins = self._gradients[self.occupied]
+        ends = begins + self._extents[self.occupied]
+        return begins.astype(np.uint64), ends.astype(np.uint64)
 
     def run(self, batch: Batch) -> None:
         """Steps the rows with the coefficients of a batch that has them where the first one had.
