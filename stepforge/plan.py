@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend, Batch
-from stepforge.backends.batch import LossScale, arithmetic, is_capturing
+from stepforge.backends.batch import LossScale, arithmetic
 from stepforge.coefficients import (
     device_values,
     differentiable_values,
@@ -107,6 +107,7 @@ def lay_out(
     state: MutableMapping[Any, dict[str, Any]],
     *,
     refuses_sparse: str | None,
+    captured: bool = False,
 ) -> tuple[list[Launch], Plan | None]:
     """What the next step runs. Raises before anything has changed.
 
@@ -115,6 +116,8 @@ def lay_out(
         groups: its param groups.
         state: its state, to which what is missing is added.
         refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
+        captured: whether a graph knows where numbers of a capturable group are, which then stay
+            there.
 
     Returns:
         The launches, and the plan to keep for the steps that follow, if one can be kept.
@@ -126,8 +129,11 @@ def lay_out(
     batches = _batches(rows)
     prepared = [_prepared(_launch(rule, batch)) for batch in batches]
     keep_new_states(rows, state)
-    gathered = [_may_be_gathered(rule, batch) for batch in batches]
-    if not rows or not all(gathered) or not all(map(_is_plain, rows)):
+    if not rows or not all(map(_is_plain, rows)):
+        return prepared, None
+    if captured and not all(
+        _are_vectors(rule, batch) for batch in batches if batch[0].group["capturable"]
+    ):
         return prepared, None
     stepped = set(map(id, (row.p for row in rows)))
     lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, prepared)]
@@ -395,20 +401,10 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
-def _may_be_gathered(rule: Rule, rows: Sequence[Row]) -> bool:
-    """Whether step numbers and scalar states of rows are vectors, or may move into vectors now.
-
-    A captured graph knows where those of a capturable group are: they move once at most, and not if
-    their first step is captured. One that is a view has moved, or must not.
-    """
-    if not rows[0].group["capturable"]:
-        return True
+def _are_vectors(rule: Rule, rows: Sequence[Row]) -> bool:
+    """Whether the step numbers and scalar states of rows are vectors already."""
     keys = ["step", *(s.key for s in rule.states.values() if s.scalar and s.on(rows[0].group))]
-    scattered = [key for key in keys if _shared_vector([row.state[key] for row in rows]) is None]
-    if is_capturing(rows[0].p.device):
-        for row, key in itertools.product(rows, scattered):
-            row.state[key] = row.state[key].view_as(row.state[key])
-    return all(row.state[key]._base is None for row in rows for key in scattered)
+    return all(_shared_vector([row.state[key] for row in rows]) is not None for key in keys)
 
 
 def _as_one_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:

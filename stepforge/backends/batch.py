@@ -87,9 +87,10 @@ def _placed(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is done on a device is only recorded, for a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def is_capturing() -> bool:
+    """Whether what is done on the GPU is only recorded, for a CUDA graph."""
+    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return ready and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class Table:
             Mirror(self.device) for _ in range(4)
         )
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
-        if not is_capturing(self.device):  # memory that is lacking should be so before any step
+        if not is_capturing():  # memory that is lacking should be so before any step
             self._owners_of(self.rows.show(self._records))
             self.gradients.show(self._gradients)
             if self.device.type == "cuda" and _has_device_values(batch):
@@ -132,7 +132,7 @@ class Table:
             blocks = torch.arange(self.blocks, device=self.device)
             # Of rows that begin with the same block all but the last are empty.
             owners = torch.searchsorted(first, blocks, right=True, out_int32=True) - 1
-            if is_capturing(self.device):
+            if is_capturing():
                 return owners
             self._owners = rows, owners
         return self._owners[1]
@@ -158,7 +158,7 @@ class Mirror:
 
     def show(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """The array on the device."""
-        if is_capturing(self.device):
+        if is_capturing():
             return written(array, self.device)
         if self._shown is None or not _are_equal(self._shown[0], array):
             self._shown = array.copy(), _uploaded(array, self.device)
@@ -203,7 +203,7 @@ def _on_device(
         return value.expand(count)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         array = np.asarray(value, np.float64)
-        sent = written(array, device) if is_capturing(device) else _uploaded(array, device)
+        sent = written(array, device) if is_capturing() else _uploaded(array, device)
         return sent.expand(count)
     return torch.full((count,), float(value), dtype=torch.float64, device=device)
 
