@@ -94,7 +94,7 @@ VARIANTS = {
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
     """Has that backend serve every step inside."""
-    with mock.patch.dict(os.environ, BACKENDS[backend]):
+    with mock.patch.dict(os.environ, STEPFORGE_BACKEND=backend):
         yield
 
 

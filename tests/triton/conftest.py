@@ -9,7 +9,10 @@ import torch
 from stepforge.backends.triton.kernel import is_interpreted
 from tests.triton.kernels import DEVICES
 
-pytest.importorskip("triton")
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    pytest.importorskip("triton")
 
 
 @pytest.fixture(params=DEVICES)

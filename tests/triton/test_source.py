@@ -64,8 +64,8 @@ def test_a_kernel_is_made_once(device: torch.device, monkeypatch: pytest.MonkeyP
     inner = Kernel.launch
 
     def launch(self: Kernel, *args: Any) -> None:
-        blocks, owners, rows, gradients, numbers, aligned, scaling = args
-        kinds = [(x.dtype, x.data_ptr() % 16) for x in (owners, rows, gradients, numbers)]
+        _, *tensors, aligned, _ = args
+        kinds = [(x.dtype, x.data_ptr() % 16) for x in tensors]
         launches.append({"kernel": id(self), "kinds": kinds, "aligned": aligned})
         inner(self, *args)
 
@@ -73,15 +73,18 @@ def test_a_kernel_is_made_once(device: torch.device, monkeypatch: pytest.MonkeyP
     params = [parameter(normal((size,), torch.float32, size)) for size in (5, 0, BLOCK + 1)]
     params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
     optimizer = OPTIMIZERS["NAdam"].ours(params)
+    compiled = []
     for step in range(4):
         for p in params:
             p.grad = torch.full_like(p, 1.0 + step)
         optimizer.step()
-    assert all(launch["kernel"] == launches[0]["kernel"] for launch in launches)
-    if device.type == "cuda":
-        assert all(launch == launches[0] for launch in launches)
         (table,) = tables(optimizer)
-        assert sum(len(made[0]) for made in table.kernel._step.device_caches.values()) == 1
+        assert launches[-1]["kernel"] == launches[0]["kernel"]
+        if device.type == "cuda":
+            assert launches[-1] == launches[0]
+            compiled.append(sum(len(x[0]) for x in table.kernel._step.device_caches.values()))
+    assert len(launches) == 4
+    assert len(set(compiled)) <= 1
 
 
 def test_a_source_that_cannot_be_kept_is_a_reason(
