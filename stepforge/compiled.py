@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from stepforge import plan
+from stepforge.backends.batch import is_capturing
 from stepforge.rows import Member, Row, checked_rows, keep_new_states, kept_keys, stepping
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def _step(
             "the parameters of a param group have changed since the step was compiled: "
             "call torch.compiler.reset()"
         )
+    stepped._captured |= is_capturing()
     keys = [kept_keys(stepped._rule, group) for group in stepped.param_groups]
     rest = iter(states)
     members = [

@@ -66,9 +66,9 @@ def _apply(op: str, implementations: _Implementations, *operands: Value) -> Valu
 def _as_tensor(x: Value, like: torch.Tensor) -> torch.Tensor:
     if isinstance(x, torch.Tensor):
         return x
-    if isinstance(x, bool):
-        return torch.tensor(x, device=like.device)
-    return torch.tensor(x, dtype=like.dtype, device=like.device)
+    # torch.full writes it by a launch; torch.tensor would copy it to a device and wait for that.
+    dtype = torch.bool if isinstance(x, bool) else like.dtype
+    return torch.full((), x, dtype=dtype, device=like.device)
 
 
 def sqrt(x: Value) -> Value:

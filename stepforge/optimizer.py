@@ -18,7 +18,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from stepforge import checkpoint, plan
-from stepforge.backends.batch import LossScale
+from stepforge.backends.batch import LossScale, is_capturing
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
 from stepforge.rows import initial_state
@@ -133,6 +133,7 @@ class Optimizer(_Declared):
         # A gradient scaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = bool(defaults["fused"])
         self._plan: plan.Plan | None = None
+        self._captured = False  # whether a step is part of a CUDA graph
         self._traced: Traced | None = None
         super().__init__(params, defaults)
         if self._eager_state:
@@ -152,6 +153,7 @@ class Optimizer(_Declared):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = None
+        self._captured = False
         self._traced = None
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
@@ -335,6 +337,7 @@ class Optimizer(_Declared):
 
     def _launches(self) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""
+        self._captured |= is_capturing()
         launches = self._plan and self._plan.renewed(self.param_groups, self.state)
         if launches:
             return launches
@@ -344,6 +347,7 @@ class Optimizer(_Declared):
             self.param_groups,
             self.state,
             refuses_sparse=self._refuses_sparse(),
+            captured=self._captured,
         )
         return launches
 

@@ -51,9 +51,11 @@ class Launch:
     def scaled(self, loss_scale: LossScale) -> Launch:
         """The same, on gradients of which a gradient scaler says that.
 
-        A backend that waits for its device is told numbers.
+        A backend that waits for its device is told numbers, and so is who keeps step counts on the
+        host.
         """
-        if not self.backend.asynchronous:
+        device = self.batch.columns["p"][0].device
+        if not self.backend.asynchronous or any(step.device != device for step in self.steps):
             loss_scale = loss_scale.read()
         return replace(self, batch=replace(self.batch, loss_scale=loss_scale))
 
@@ -105,6 +107,7 @@ def lay_out(
     state: MutableMapping[Any, dict[str, Any]],
     *,
     refuses_sparse: str | None,
+    captured: bool = False,
 ) -> tuple[list[Launch], Plan | None]:
     """What the next step runs. Raises before anything has changed.
 
@@ -113,6 +116,8 @@ def lay_out(
         groups: its param groups.
         state: its state, to which what is missing is added.
         refuses_sparse: what to say of a sparse gradient; None if the rule takes them.
+        captured: whether a graph knows where numbers of a capturable group are, which then stay
+            there.
 
     Returns:
         The launches, and the plan to keep for the steps that follow, if one can be kept.
@@ -121,13 +126,15 @@ def lay_out(
         RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
     """
     rows = checked_rows(rule, stepping(groups, state), refuses_sparse=refuses_sparse)
-    if not rows or not all(map(_is_plain, rows)):
-        unplanned = launches(rule, rows)
-        keep_new_states(rows, state)
-        return unplanned, None
     batches = _batches(rows)
     prepared = [_prepared(_launch(rule, batch)) for batch in batches]
     keep_new_states(rows, state)
+    if not rows or not all(map(_is_plain, rows)):
+        return prepared, None
+    if captured and not all(
+        _are_vectors(rule, batch) for batch in batches if batch[0].group["capturable"]
+    ):
+        return prepared, None
     stepped = set(map(id, (row.p for row in rows)))
     lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, prepared)]
     plan = Plan(
@@ -394,9 +401,26 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
     return list(map(torch.Tensor.data_ptr, tensors))
 
 
+def _are_vectors(rule: Rule, rows: Sequence[Row]) -> bool:
+    """Whether the step numbers and scalar states of rows are vectors already."""
+    keys = ["step", *(s.key for s in rule.states.values() if s.scalar and s.on(rows[0].group))]
+    return all(_shared_vector([row.state[key] for row in rows]) is not None for key in keys)
+
+
 def _as_one_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
     """One vector of a scalar state of all rows, of which the rows' states become elements."""
     tensors = [state[key] for state in states]
+    shared = _shared_vector(tensors)
+    if shared is not None:
+        return shared
+    vector = torch.stack([x.detach().reshape(()) for x in tensors])
+    for state, element in zip(states, vector.unbind()):
+        state[key] = element
+    return vector
+
+
+def _shared_vector(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The vector whose elements these tensors are, all of them in its order; None if none is."""
     base: torch.Tensor | None = tensors[0]._base
     if (
         base is not None
@@ -405,10 +429,7 @@ def _as_one_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
         and _addresses(tensors) == _addresses(base.unbind())
     ):
         return base
-    vector = torch.stack([x.detach().reshape(()) for x in tensors])
-    for state, element in zip(states, vector.unbind()):
-        state[key] = element
-    return vector
+    return None
 
 
 def _layout_check(tensors: Sequence[torch.Tensor]) -> Any:
@@ -501,8 +522,10 @@ def _device_inputs(
 ) -> dict[str, Any]:
     """The inputs of the uniform program: the options of a group, and a vector of each number."""
     scalars = {letter: numbers[s.key] for letter, s in rule.states.items() if s.key in numbers}
+    options = dict(rule.uniform_values(group))
     return {
-        **dict(rule.uniform_values(group)),
+        # One on the host meets vectors on a device only without dimensions.
+        **{k: x.reshape(()) if isinstance(x, torch.Tensor) else x for k, x in options.items()},
         **scalars,
         "t": numbers["step"].to(torch.float64) + 1,
     }

@@ -66,7 +66,7 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
 
     Raises:
         RuntimeError: a gradient is sparse and may not be, a gradient or a state has another shape
-            than its parameter, or no backend can do what was asked for.
+            or device than its parameter, or no backend can do what was asked for.
         TypeError: a parameter is neither real nor complex floating point.
     """
     rows: list[Row] = []
@@ -166,6 +166,8 @@ def _complete(row: Row, states: list[State]) -> None:
 
 
 def _check_shapes(row: Row, states: list[State]) -> None:
+    if row.g.device != row.p.device:
+        raise RuntimeError(f"a parameter on {row.p.device} has a gradient on {row.g.device}")
     if row.g.shape != row.p.shape:
         raise RuntimeError(
             f"a parameter of shape {tuple(row.p.shape)} has a gradient of {tuple(row.g.shape)}"
@@ -177,6 +179,11 @@ def _check_shapes(row: Row, states: list[State]) -> None:
                 f"a parameter of shape {tuple(row.p.shape)} and {row.p.dtype} has a state "
                 f"{s.key} of shape {tuple(kept.shape)} and {kept.dtype}: delete "
                 "optimizer.state[p] to begin anew"
+            )
+        if not s.scalar and kept.device != row.p.device:
+            raise RuntimeError(
+                f"a parameter on {row.p.device} has a state {s.key} on {kept.device}: move it "
+                "there, or delete optimizer.state[p] to begin anew"
             )
     if row.group["differentiable"] and row.state["step"].requires_grad:
         raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")

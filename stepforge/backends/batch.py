@@ -69,17 +69,28 @@ class LossScale:
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What gradients are multiplied by and ``found_inf``, an element each, without waiting."""
-        found_inf = torch.as_tensor(self.found_inf).to(device, non_blocking=True)
+        found_inf = _placed(self.found_inf, device)
         if self.scale is None:
-            return torch.ones(1, dtype=dtype, device=device), found_inf
-        scale = torch.as_tensor(self.scale).to(device, non_blocking=True)
-        return scale.double().reciprocal().to(dtype), found_inf
+            return torch.ones((), dtype=dtype, device=device), found_inf
+        return _placed(self.scale, device).double().reciprocal().to(dtype), found_inf
 
     def unscale(self, dtype: torch.dtype) -> float:
         """What gradients are multiplied by, rounded to the dtype of the arithmetic."""
         if self.scale is None:
             return 1.0
         return float(torch.tensor(1.0 / float(self.scale), dtype=torch.float64).to(dtype))
+
+
+def _placed(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def is_capturing() -> bool:
+    """Whether what is done on the GPU is only recorded, for a CUDA graph."""
+    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return ready and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def divide(x: Any, y: torch.Tensor) -> torch.Tensor:
     ``number / tensor`` is computed by torch as a reciprocal and a product.
     """
     if not isinstance(x, torch.Tensor):
-        x = torch.tensor(x, dtype=y.dtype, device=y.device)
+        x = torch.full((), x, dtype=y.dtype, device=y.device)  # waits for no device
     return torch.div(x, y)
 
 
@@ -52,5 +52,5 @@ def choose(condition: Any, x: Any, y: Any, like: torch.Tensor, dtype: torch.dtyp
         chosen = x if condition else y
         return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(like, chosen)
     if not isinstance(x, torch.Tensor):
-        x = torch.tensor(x, dtype=dtype, device=like.device)
+        x = torch.full((), x, dtype=dtype, device=like.device)
     return torch.where(condition.to(torch.bool), x, y)

@@ -101,7 +101,7 @@ class Spans:
         begins = _addresses(tensors)
         order = np.argsort(begins)
         self.begins = begins[order]
-        self.ends = (begins + np.array([_extent(x) for x in tensors], np.uint64))[order]
+        self.ends = (begins + np.array([extent(x) for x in tensors], np.uint64))[order]
         #: Whether any two of them do.
         self.overlap = bool((np.maximum.accumulate(self.ends[:-1]) > self.begins[1:]).any())
 
@@ -117,11 +117,11 @@ def overlaps(batch: Batch) -> bool:
     kept = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
     gradients = [g for g in batch.columns["g"] if g.numel()]
     begins = _addresses(gradients)
-    extents = np.array([_extent(g) for g in gradients], np.uint64)
+    extents = np.array([extent(g) for g in gradients], np.uint64)
     return kept.overlap or kept.touch(begins, begins + extents)
 
 
-def _extent(x: torch.Tensor) -> int:
+def extent(x: torch.Tensor) -> int:
     """The bytes from the first element of a tensor to the end of its last."""
     last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
     return (last + 1) * x.element_size()

@@ -7,9 +7,11 @@ Serves CUDA and ROCm devices, and Intel's where Triton does. With ``TRITON_INTER
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
 from stepforge.backends.native.source import columns_of
-from stepforge.backends.native.table import overlaps
+from stepforge.backends.native.table import Spans, overlaps
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.source import OPERATIONS, STORAGE
 from stepforge.backends.triton.strides import dimensions, may_overlap
@@ -37,11 +39,9 @@ def refuses(
     p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
 ) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
-    interpreted = is_interpreted() and os.environ.get("STEPFORGE_BACKEND") == name
-    if p.device.type not in _DEVICES and not (interpreted and p.device.type == "cpu"):
-        return f"it runs on a GPU, not on {p.device.type}"
-    if not _is_installed():
-        return "Triton is not installed: pip install triton"
+    why_not = _device_refused(p.device) or (None if is_interpreted() else _out_of_order())
+    if why_not:
+        return why_not
     if group["differentiable"]:
         return "autograd does not go through a compiled kernel"
     given = p if g is None else g
@@ -59,9 +59,30 @@ def refuses(
     return kernel if isinstance(kernel, str) else None
 
 
+def _device_refused(device: torch.device) -> str | None:
+    if device.type in _DEVICES:
+        if is_interpreted():
+            return "TRITON_INTERPRET has kernels run in Python, which cannot read a GPU's memory"
+    elif not (is_interpreted() and os.environ.get("STEPFORGE_BACKEND") == name):
+        return f"it runs on a GPU, not on {device.type}"
+    elif device.type != "cpu":
+        return f"TRITON_INTERPRET has kernels run on a CPU, not on {device.type}"
+    return None if _is_installed() else "Triton is not installed: pip install triton"
+
+
 @functools.cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _out_of_order() -> str | None:
+    """Why Triton, which is installed, can launch nothing here; None if it can."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:  # of whatever kind: it calls compilers and loads libraries
+        return f"Triton does not work here: {(str(error).splitlines() or [''])[0]}"
+    return None
 
 
 class Tables:
@@ -80,10 +101,8 @@ class Tables:
         for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
             kind = (tuple(x.dtype for x in row), _is_dense(row))
             alike.setdefault(kind, []).append(index)
-        self.tables = [
-            (indices, Table(batch.rows(indices), dense=dense))
-            for (_, dense), indices in alike.items()
-        ]
+        self._kept = Spans([x for key, c in batch.columns.items() if key != "g" for x in c])
+        self.tables = [Table(batch, members, dense=dense) for (_, dense), members in alike.items()]
 
     def aim(self, gradients: list[torch.Tensor]) -> None:
         """Takes other gradients of the same layouts.
@@ -91,13 +110,19 @@ class Tables:
         Raises:
             RuntimeError: one has no memory.
         """
-        for indices, table in self.tables:
-            table.aim([gradients[index] for index in indices])
+        for table in self.tables:
+            table.aim(gradients)
 
     def run(self, batch: Batch) -> None:
         """Steps the rows with the coefficients of a batch of just these rows."""
-        for indices, table in self.tables:
-            table.run(batch.rows(indices) if len(self.tables) > 1 else batch)
+        for table in self.tables:
+            table.run(batch)
+
+    def overlap(self) -> bool:
+        """Whether memory that is kept is also another tensor's of these rows."""
+        return self._kept.overlap or any(
+            self._kept.touch(*table.gradient_spans()) for table in self.tables
+        )
 
 
 def prepare(batch: Batch) -> Tables | None:
@@ -107,12 +132,22 @@ def prepare(batch: Batch) -> Tables | None:
 
 def run(batch: Batch) -> None:
     """Steps all rows in place, one launch for those that share their dtypes."""
-    if isinstance(batch.prepared, Tables) and not overlaps(batch):
+    if isinstance(batch.prepared, Tables) and not batch.prepared.overlap():
         batch.prepared.run(batch)
     elif _needs_order(batch):
-        reference.run(batch)  # which has an order of reads and writes
+        _run_in_order(batch)
     else:
         Tables(batch).run(batch)
+
+
+def _run_in_order(batch: Batch) -> None:
+    """Steps all rows by the reference, which has an order of reads and writes.
+
+    It computes with numbers of the host, so it waits for what a gradient scaler says.
+    """
+    scale = batch.loss_scale and batch.loss_scale.read()
+    if not (scale and scale.found_inf):
+        reference.run(replace(batch, loss_scale=scale))
 
 
 def _needs_order(batch: Batch) -> bool:

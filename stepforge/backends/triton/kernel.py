@@ -160,6 +160,12 @@ def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
 
 
 @functools.cache
+def load_writer(device: torch.device) -> None:
+    """Makes :func:`write` ready: a device that captures a graph cannot load its kernel."""
+    write(torch.empty(1, dtype=torch.int32, device=device), np.zeros(1, np.int32))
+
+
+@functools.cache
 def _writer() -> types.ModuleType:
     return load(writer_source(_WORDS))
 

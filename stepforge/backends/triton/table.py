@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import Batch, is_capturing
 from stepforge.backends.native.source import columns_of
+from stepforge.backends.native.table import extent
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
 from stepforge.backends.triton.strides import dimensions
@@ -19,17 +20,19 @@ class Table:
     """Rows of the same dtypes: where they are, what they are stepped with.
 
     Args:
-        batch: the rows; it may be aimed at other gradients, and run with other coefficients.
+        batch: holds the rows; they may be aimed at other gradients, and run with other
+            coefficients.
+        members: which of its rows they are.
         dense: whether all tensors of each row have their elements in one order without gaps.
 
     Raises:
         RuntimeError: there is no kernel for them, or a tensor has no memory.
     """
 
-    def __init__(self, batch: Batch, *, dense: bool) -> None:
+    def __init__(self, batch: Batch, members: Sequence[int], *, dense: bool) -> None:
         graph = batch.graph
         names = columns_of(graph)
-        columns = {name: batch.columns[name] for name in names}
+        columns = {name: [batch.columns[name][index] for index in members] for name in names}
         rows = list(zip(*columns.values()))
         shapes = [[] if dense else dimensions(row) for row in rows]
         dims = max(map(len, shapes))
@@ -39,7 +42,7 @@ class Table:
             raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
         self.kernel = kernel
         self.device = rows[0][0].device
-        self.written = [x for name in graph.results for x in batch.columns[name]]
+        self.written = [x for name in graph.results for x in columns[name]]
         sizes = np.array([row[0].numel() for row in rows], np.int64)
         self.occupied = sizes > 0
         blocks = -(-sizes // BLOCK)
@@ -56,26 +59,39 @@ class Table:
                 self._records[position, record.extent(dim)] = length
                 for name, step in zip(names, steps):
                     self._records[position, record.stride(name, dim)] = step
-        self._gradients = self._addresses(batch.columns["g"])
+        self._members = list(members)
+        gradients = [batch.columns["g"][index] for index in members]
+        self._gradients = self._addresses(gradients)
+        self._extents = np.fromiter(map(extent, gradients), np.int64, len(gradients))
         self._aligned = {
             name: _alignment(self._records[:, record.address(name)]) for name in record.kept
         }
-        self.rows, self.gradients, self.numbers = (Mirror(self.device) for _ in range(3))
+        self.rows, self.gradients, self.numbers, self.members = (
+            Mirror(self.device) for _ in range(4)
+        )
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
-        if not is_capturing(self.device):  # memory that is lacking should be so before any step
+        if not is_capturing():  # memory that is lacking should be so before any step
             self._owners_of(self.rows.show(self._records))
             self.gradients.show(self._gradients)
+            if self.device.type == "cuda" and _has_device_values(batch):
+                kernels.load_writer(self.device)  # the next step may be captured
 
     def aim(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Takes other gradients of the same layouts.
+        """Takes other gradients of the same layouts, one for each row of the batch.
 
         Raises:
             RuntimeError: one has no memory.
         """
-        self._gradients = self._addresses(gradients)
+        self._gradients = self._addresses([gradients[index] for index in self._members])
+
+    def gradient_spans(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Where the memory of each gradient begins and ends."""
+        begins = self._gradients[self.occupied]
+        ends = begins + self._extents[self.occupied]
+        return begins.astype(np.uint64), ends.astype(np.uint64)
 
     def run(self, batch: Batch) -> None:
-        """Steps the rows with the coefficients of a batch of just these rows.
+        """Steps the rows with the coefficients of a batch that has them where the first one had.
 
         Its gradients are those that the table was made with, or has been aimed at since.
         """
@@ -97,15 +113,17 @@ class Table:
 
     def _numbers_of(self, batch: Batch) -> torch.Tensor:
         """The coefficients: of each row, or in one row those of all."""
-        if any(isinstance(c, (torch.Tensor, list)) for c in batch.coefficients):
+        is_whole = len(self._members) == len(batch)
+        if _has_device_values(batch):
             columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
-            return torch.stack([c.to(batch.dtype) for c in columns], dim=1)
+            given = torch.stack([c.to(batch.dtype) for c in columns], dim=1)
+            return given if is_whole else given[self.members.show(np.array(self._members))]
         count = len(batch) if any(isinstance(c, np.ndarray) for c in batch.coefficients) else 1
         dtype = np.float64 if batch.dtype == torch.float64 else np.float32
         numbers = np.empty((count, len(batch.coefficients)), dtype)
         for position, value in enumerate(batch.coefficients):
             numbers[:, position] = value
-        return self.numbers.show(numbers)
+        return self.numbers.show(numbers if is_whole or count == 1 else numbers[self._members])
 
     def _owners_of(self, rows: torch.Tensor) -> torch.Tensor:
         """The row of each block; computed where the rows are, when they are new."""
@@ -114,7 +132,7 @@ class Table:
             blocks = torch.arange(self.blocks, device=self.device)
             # Of rows that begin with the same block all but the last are empty.
             owners = torch.searchsorted(first, blocks, right=True, out_int32=True) - 1
-            if is_capturing(self.device):
+            if is_capturing():
                 return owners
             self._owners = rows, owners
         return self._owners[1]
@@ -140,17 +158,12 @@ class Mirror:
 
     def show(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """The array on the device."""
-        if is_capturing(self.device):
+        if is_capturing():
             return written(array, self.device)
         if self._shown is None or not _are_equal(self._shown[0], array):
             self._shown = array.copy(), _uploaded(array, self.device)
             self.uploads += 1
         return self._shown[1]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is done on a device is only recorded, for a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
@@ -171,7 +184,7 @@ def _uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor
     if device.type == "cpu":
         return host
     # torch frees pinned memory only after the copy that reads it.
-    return host.pin_memory(device).to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _are_equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
@@ -186,11 +199,18 @@ def _on_device(
     """A coefficient as a vector with an element for each row."""
     if isinstance(value, list):
         value = torch.stack(value)
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True).expand(count)
-    if isinstance(value, np.ndarray):
-        return _uploaded(value, device)
+    if isinstance(value, torch.Tensor) and value.device == device:
+        return value.expand(count)
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        array = np.asarray(value, np.float64)
+        sent = written(array, device) if is_capturing() else _uploaded(array, device)
+        return sent.expand(count)
     return torch.full((count,), float(value), dtype=torch.float64, device=device)
+
+
+def _has_device_values(batch: Batch) -> bool:
+    """Whether coefficients are only known to the device."""
+    return any(isinstance(c, (torch.Tensor, list)) for c in batch.coefficients)
 
 
 def _alignment(addresses: np.ndarray[Any, Any]) -> int:

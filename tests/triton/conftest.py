@@ -1,0 +1,36 @@
+"""All of this folder runs kernels of Triton: interpreted on a CPU, compiled on a GPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepforge.backends.triton.kernel import is_interpreted
+from tests.triton.kernels import DEVICES
+
+
+@pytest.fixture(autouse=True)
+def _triton() -> None:
+    pytest.importorskip("triton")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The CPU where kernels are interpreted, a GPU where there is one."""
+    device = torch.device(request.param)
+    if device.type == "cpu" and not is_interpreted():
+        pytest.skip("kernels are compiled here, for the GPU")
+    if device.type == "cuda" and (is_interpreted() or not torch.cuda.is_available()):
+        pytest.skip("no GPU")
+    yield device
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # what goes wrong on the device goes wrong in this test
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, which does not exist yet."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
+    return folder

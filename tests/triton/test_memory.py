@@ -1,0 +1,277 @@
+"""What a step by Triton does to memory, and what it refuses. Oracles: the reference on the same
+memory; what was there before; autograd's complaint of what it can no longer use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import stepforge
+from stepforge.backends import triton
+from stepforge.backends.triton import kernel
+from stepforge.backends.triton.kernel import is_interpreted
+from stepforge.rows import Member, checked_rows
+from tests.conformance.table import (
+    LAYOUTS,
+    OPTIMIZERS,
+    assert_same_bits,
+    contiguous,
+    forced,
+    lazily_negated,
+    normal,
+    outcome,
+    parameter,
+    run,
+)
+from tests.native.test_memory import SHARING, named
+from tests.triton.kernels import by_kernels_only, moved
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def by_both(train: Callable[[], dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """What becomes of the same training by Triton and by the reference."""
+    found = []
+    for backend in ("triton", "reference"):
+        with forced(backend):
+            found.append(train())
+    return found
+
+
+interpreted_only = pytest.mark.skipif(
+    not is_interpreted(), reason="the CPU's memory is out of reach of compiled kernels"
+)
+
+
+@interpreted_only
+@pytest.mark.parametrize("sharing", SHARING)
+def test_shared_memory_is_stepped_as_the_reference_does(sharing: str) -> None:
+    """One parameter after the other, each element read before any of its parameter is written."""
+
+    def train() -> dict[str, torch.Tensor]:
+        memory = normal((1200,), torch.float32, 0)
+        parameters, gradients = SHARING[sharing].rows(memory)
+        optimizer = stepforge.Adam(parameters, lr=0.1, weight_decay=0.1)
+        run(optimizer, parameters, [gradients] * 3)
+        return {"memory": memory} | named([outcome(optimizer, p) for p in parameters])
+
+    assert_same_bits(*by_both(train))
+
+
+@interpreted_only
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_a_gradient_that_comes_to_share_memory(turn: int) -> None:
+    """The plan is kept, and finds in every step anew where gradients are."""
+
+    def train() -> dict[str, torch.Tensor]:
+        p, q = (parameter(normal((50,), torch.float32, k)) for k in range(2))
+        optimizer = stepforge.Adam([p, q], lr=0.1)
+        for step in range(3):
+            gradients = [normal((50,), torch.float32, 10 * step + k) for k in range(2)]
+            if step == turn:
+                gradients[1] = p.detach()
+            run(optimizer, [p, q], [gradients])
+        return named([outcome(optimizer, x) for x in (p, q)])
+
+    assert_same_bits(*by_both(train))
+
+
+@interpreted_only
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@every_optimizer
+def test_complex_parameters(name: str, layout: str, dtype: torch.dtype) -> None:
+    def train() -> dict[str, torch.Tensor]:
+        p = parameter(normal((5, 3), dtype, 0), layout)
+        optimizer = OPTIMIZERS[name].ours([p], weight_decay=0.1)
+        gradients = [normal((5, 3), dtype, 1), normal((5, 3), dtype, 2).conj()]
+        run(optimizer, [p], [[g] for g in gradients])
+        return outcome(optimizer, p)
+
+    assert_same_bits(*by_both(train))
+
+
+@interpreted_only
+def test_a_gradient_that_stands_for_its_negative_comes_and_goes() -> None:
+    def train() -> dict[str, torch.Tensor]:
+        p = parameter(normal((40,), torch.float32, 0))
+        optimizer = stepforge.Adam([p])
+        for step in range(4):
+            g = normal((40,), torch.float32, 1 + step)
+            run(optimizer, [p], [[lazily_negated(g) if step % 2 else g]])
+        return outcome(optimizer, p)
+
+    assert_same_bits(*by_both(train))
+
+
+@every_optimizer
+def test_autograd_refuses_what_was_stepped_since(name: str, device: torch.device) -> None:
+    p = torch.nn.Parameter(torch.ones(5, device=device))
+    with forced("triton"):
+        optimizer = OPTIMIZERS[name].ours([p])
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        for _ in range(2):  # by a plan that is kept
+            key = "sum" if name == "Adagrad" else "exp_avg_sq"
+            x = torch.ones(5, device=device, requires_grad=True)
+            losses = [(p * p).sum(), (x * optimizer.state[p][key]).sum()]
+            before = p.grad._version
+            with by_kernels_only():
+                optimizer.step()
+            assert p.grad._version == before
+            for loss in losses:
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    loss.backward()
+
+
+@pytest.mark.parametrize("what", ["p", "gradient", "exp_avg"])
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_null_pointers_are_refused_and_nothing_is_written(
+    steps_before: int, what: str, device: torch.device
+) -> None:
+    """Also in the last of several launches: the ones before it do not run either."""
+    if what == "exp_avg" and not steps_before:
+        pytest.skip("there is none yet")
+    whole, broken = (
+        torch.nn.Parameter(normal((50,), torch.float32, seed).to(device)) for seed in range(2)
+    )
+    groups = [{"params": [whole]}, {"params": [broken], "amsgrad": True}]
+    optimizer = stepforge.Adam(groups)
+    gradients = [normal((50,), torch.float32, 2 + seed).to(device) for seed in range(2)]
+    with forced("triton"):
+        run(optimizer, [whole, broken], [gradients] * steps_before)
+        whole.grad, broken.grad = gradients
+        before = {key: x.clone() for key, x in outcome(optimizer, whole).items()}
+        tensors = outcome(optimizer, broken) | {"gradient": gradients[1]}
+        tensors[what].untyped_storage().resize_(0)  # as sharding does between uses
+        with pytest.raises(RuntimeError, match="no memory"):
+            optimizer.step()
+    after = outcome(optimizer, whole)
+    assert_same_bits({key: after[key].cpu() for key in before}, on_cpu(before))
+    steps = {float(optimizer.state[p].get("step", 0)) for p in (whole, broken)}
+    assert steps == {steps_before}
+
+
+def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: x.cpu() for key, x in tensors.items()}
+
+
+# What is refused, in one sentence.
+
+
+def assert_refused(device: str, message: str) -> None:
+    """Asserts that a step with ``fused=True`` on a device says that, and explain says it too."""
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(3, device=device))
+        p.grad = torch.ones(3, device=device)
+        optimizer = stepforge.Adam([p], fused=True)
+        with pytest.raises(RuntimeError, match=f"fused=True cannot serve .*{message}") as caught:
+            optimizer.step()
+        assert "\n" not in str(caught.value)
+        assert not optimizer.state
+        optimizer.param_groups[0]["fused"] = None
+        (served,) = stepforge.explain(optimizer).served
+        assert message in dict(served.reasons)["triton"]
+
+
+def test_triton_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_is_installed", lambda: False)
+    monkeypatch.setattr(triton, "is_interpreted", lambda: False)
+    assert_refused("cuda", "Triton is not installed: pip install triton")
+
+
+def test_triton_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler, say. Then the default steps on torch operations."""
+    triton._out_of_order.cache_clear()
+    monkeypatch.setattr(triton, "is_interpreted", lambda: False)
+    from triton.runtime import driver
+
+    class Broken:
+        def get_current_target(self) -> None:
+            raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(driver, "_active", Broken())
+    try:
+        assert_refused("cuda", "Triton does not work here: no compiler")
+    finally:
+        triton._out_of_order.cache_clear()
+
+
+def test_interpreted_kernels_refuse_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would follow an address of the GPU."""
+    monkeypatch.setattr(triton, "is_interpreted", lambda: True)
+    assert_refused("cuda", "TRITON_INTERPRET")
+
+
+@pytest.mark.parametrize("forced_name", ["triton", ""])
+def test_other_devices(forced_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", forced_name)
+    p = torch.nn.Parameter(torch.ones(3, device="meta"))
+    why = triton.refuses(p, None, {"differentiable": False}, None)  # type: ignore[arg-type]
+    assert why is not None
+    assert "meta" in why
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "native", "foreach"])
+def test_a_state_on_another_device_is_refused(backend: str) -> None:
+    """As when a model is moved after its optimizer's first step. Nothing is half stepped."""
+    if backend == "triton" and not is_interpreted():
+        pytest.skip("kernels are compiled here")
+    p, q = (parameter(normal((4,), torch.float32, k)) for k in range(2))
+    optimizer = stepforge.Adam([p, q])
+    with forced(backend):
+        run(optimizer, [p, q], [[torch.ones(4)] * 2])
+        before = contiguous(p)
+        optimizer.state[q]["exp_avg"] = optimizer.state[q]["exp_avg"].to("meta")
+        message = (
+            "a parameter on cpu has a state exp_avg on meta: move it there, or delete "
+            r"optimizer.state\[p\] to begin anew"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+    assert torch.equal(p.detach(), before)
+    assert float(optimizer.state[p]["step"]) == 1
+
+
+def test_a_gradient_on_another_device_is_refused() -> None:
+    """torch refuses most ways to bring one there, but not all: a parameter's data can move."""
+    p = parameter(torch.ones(3))
+    optimizer = stepforge.Adam([p])
+    member = Member(p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
+    with pytest.raises(RuntimeError, match="a parameter on cpu has a gradient on meta"):
+        checked_rows(optimizer._rule, [member], refuses_sparse=None)
+
+
+# What is kept on disk.
+
+
+def test_sources_are_kept_by_their_content_and_privately(cache: Path, device: torch.device) -> None:
+    source = "def step():\n    return 1\n"
+    module = kernel.load(source)
+    (path,) = cache.iterdir()
+    assert path.read_text() == source
+    assert module.__file__ == str(path)
+    assert cache.stat().st_mode & 0o777 == 0o700
+    path.write_text("def step():\n    return 2\n")
+    assert kernel.load(source).step() == 1  # what runs is what was given
+    assert path.read_text() == source
+    kernel.load(source + "\n")
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(kernel.build.BuildError, match="can be written to by others"):
+        kernel.load("x = 1\n")
+
+
+def test_moved_keeps_the_layout() -> None:
+    x = normal((4, 5), torch.float32, 0)[1:, ::2].t()
+    y = moved(x, torch.device("meta"))
+    assert (y.shape, y.stride(), y.storage_offset()) == (x.shape, x.stride(), x.storage_offset())

@@ -1,0 +1,217 @@
+"""The generated Triton, to readers and to its compiler, which needs no GPU to compile for one.
+
+Oracles: the names that a reader looks for; the instructions that the compiler makes of a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepforge.backends.native.source import columns_of
+from stepforge.backends.triton import kernel
+from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
+from stepforge.backends.triton.source import STORAGE, triton_source
+from stepforge.expr import Graph
+from tests.conformance.table import OPTIMIZERS, normal, parameter
+from tests.native.graphs import graph_of, in_new_process, traced
+from tests.native.test_source import RULES, together
+from tests.triton.kernels import tables
+
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def source_of(graph: Graph, stored: torch.dtype, dims: int = 0) -> str:
+    arithmetic = torch.float64 if stored == torch.float64 else torch.float32
+    return triton_source(graph, dict.fromkeys(columns_of(graph), stored), arithmetic, dims)
+
+
+@pytest.mark.parametrize("dims", [0, 2])
+@every_optimizer
+def test_triton_is_readable(name: str, dims: int) -> None:
+    """Every number has the name of what it is, every coefficient says what it was made from."""
+    graph = graph_of(name)
+    text = source_of(graph, torch.float32, dims)
+    for column in graph.varying.inputs:
+        assert f"{column}_in = tl.load({column}_at" in text
+    for column in graph.results:
+        assert f"tl.store({column}_at, {column}_out" in text
+    for position, node in enumerate(graph.coefficients):
+        comment = text.split(f" c{position} = ")[1].split("\n")[0]
+        assert f"# {str(node)[:50]}" in comment
+    assert max(map(len, text.splitlines())) <= 100
+    assert "\t" not in text
+    compile(text, "step.py", "exec")
+
+
+def test_triton_depends_on_the_dtypes_and_dimensions() -> None:
+    graph = graph_of("Adam")
+    sources = {source_of(graph, stored, dims) for stored in STORAGE for dims in range(3)}
+    assert len(sources) == 3 * len(STORAGE)
+    assert source_of(graph, torch.float32) == source_of(graph_of("Adam"), torch.float32)
+
+
+def test_a_kernel_is_made_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps differ in nothing that would have it compiled again."""
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    launches: list[dict[str, Any]] = []
+    inner = Kernel.launch
+
+    def launch(self: Kernel, *args: Any) -> None:
+        _, *tensors, aligned, _ = args
+        kinds = [(x.dtype, x.data_ptr() % 16) for x in tensors]
+        launches.append({"kernel": id(self), "kinds": kinds, "aligned": aligned})
+        inner(self, *args)
+
+    monkeypatch.setattr(Kernel, "launch", launch)
+    params = [parameter(normal((size,), torch.float32, size)) for size in (5, 0, BLOCK + 1)]
+    params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
+    optimizer = OPTIMIZERS["NAdam"].ours(params)
+    compiled = []
+    for step in range(4):
+        for p in params:
+            p.grad = torch.full_like(p, 1.0 + step)
+        optimizer.step()
+        (table,) = tables(optimizer)
+        assert launches[-1]["kernel"] == launches[0]["kernel"]
+        if device.type == "cuda":
+            assert launches[-1] == launches[0]
+            compiled.append(sum(len(x[0]) for x in table.kernel._step.device_caches.values()))
+    assert len(launches) == 4
+    assert len(set(compiled)) <= 1
+
+
+def test_a_source_that_cannot_be_kept_is_a_reason(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir(mode=0o700)
+    kernel._kernel_for.cache_clear()
+    monkeypatch.setattr(kernel.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    why = kernel_for(traced(lambda p, g: p - g), (torch.float32,) * 2, torch.float32)
+    assert why == (
+        f"the kernel cache {cache} cannot be written to (full): set STEPFORGE_CACHE to a folder "
+        "of yours"
+    )
+    kernel._kernel_for.cache_clear()
+    assert not list(cache.glob("build-*"))
+
+
+# What the compiler makes of it.
+
+CASES: dict[str, tuple[str, torch.dtype, int]] = {
+    "NAdam": ("NAdam", torch.float32, 0),
+    "double": ("NAdam", torch.float64, 0),
+    "bfloat16": ("RAdam", torch.bfloat16, 0),
+    "float16": ("Adagrad", torch.float16, 0),
+    "strided": ("Adam", torch.float32, 2),
+    "all operations": ("", torch.float32, 0),
+    "all operations in double": ("", torch.float64, 0),
+}
+
+
+def print_instructions(folder: str) -> None:
+    """Prints what is made of each case for NVIDIA's and for AMD's processors."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    found: dict[str, Any] = {}
+
+    def compiled(function: Any, signature: dict[str, Any], constants: dict[str, Any]) -> Any:
+        types = {n: "constexpr" if n in constants else signature[n] for n in function.arg_names}
+        position = {n: (function.arg_names.index(n),) for n in function.arg_names}
+        words = [n for n, kind in types.items() if kind.startswith("*")]
+        source = ASTSource(
+            function,
+            types,
+            {position[n]: value for n, value in constants.items()},
+            {position[n]: [["tt.divisibility", 16]] for n in words},
+        )
+        return [
+            triton.compile(
+                source, target=target, options={"num_warps": WARPS, "enable_fp_fusion": False}
+            )
+            for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))
+        ]
+
+    for case, (name, stored, dims) in CASES.items():
+        graph = graph_of(name) if name else traced(together(*RULES), "c")
+        arithmetic = torch.float64 if stored == torch.float64 else torch.float32
+        number = "*fp64" if arithmetic == torch.float64 else "*fp32"
+        columns = columns_of(graph)
+        function = Kernel(graph, (stored,) * len(columns), arithmetic, dims)._step
+        signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
+        signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32"}
+        constants: dict[str, Any] = {"SCALED": True, "BLOCK": BLOCK}
+        if case == "NAdam":
+            constants |= {"SCALED": False, "unscale": None, "found_inf": None}
+        if not dims:
+            constants |= {f"{column}_aligned": 16 for column in columns}
+        cuda, hip = compiled(function, signature, constants)
+        opcode = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][a-z0-9_.:]+) ", re.M)
+        found[case] = {
+            "ptx": Counter(opcode.findall(cuda.asm["ptx"])),
+            "llvm": [hip.asm["llir"].count(word) for word in ("contract", "fmuladd", "afn")],
+            "ttir": str(cuda.asm["ttir"]),
+        }
+    write = kernel._writer().write
+    compiled(write, {n: "*i32" if n == "table" else "i32" for n in write.arg_names}, {})
+    print(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    printed = in_new_process(
+        print_instructions,
+        folder,
+        timeout_s=240,
+        TRITON_INTERPRET="0",
+        TRITON_CACHE_DIR=folder,
+        STEPFORGE_CACHE=f"{folder}/kernels",
+    )
+    return json.loads(printed)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_operation_is_rounded_by_itself_and_nothing_is_flushed(
+    case: str, instructions: Any
+) -> None:
+    """No fused multiply-add, no approximate division or root, no denormal taken for zero."""
+    opcodes = instructions[case]["ptx"]
+    assert not [x for x in opcodes if re.search(r"\bfma|\.ftz|approx|div\.full|\bmad\.f", x)]
+    kind = "f64" if CASES[case][1] == torch.float64 else "f32"
+    for operation in ("div", "sqrt", "add", "mul"):
+        assert opcodes[f"{operation}.rn.{kind}"]
+    assert not any(instructions[case]["llvm"])
+
+
+@pytest.mark.parametrize("case", ["NAdam", "double", "bfloat16", "float16"])
+def test_whole_words_are_moved(case: str, instructions: Any) -> None:
+    """Of 16 bytes each, for every column read and written."""
+    opcodes = instructions[case]["ptx"]
+    name, stored, _ = CASES[case]
+    graph = graph_of(name)
+    form = "v2.b64" if stored == torch.float64 else "v4.b32"
+    words = BLOCK // (32 * WARPS) * stored.itemsize // 16  # of each thread, in each column
+    assert opcodes[f"ld.global.{form}"] == words * len(graph.varying.inputs)
+    assert opcodes[f"st.global.{form}"] == words * len(graph.results)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_elements_are_counted_in_64_bits(case: str, instructions: Any) -> None:
+    """Every pointer to elements is moved by 64 bits; one to a table by the row's number."""
+    lines = instructions[case]["ttir"].splitlines()
+    moved = [line for line in lines if "tt.addptr" in line and "tensor<1024" not in line]
+    begins = [line for line in moved if ", i64" in line]
+    if not CASES[case][2]:
+        assert len(begins) >= len(set(columns_of(graph_of("Adagrad"))))
+    assert any(
+        "arith.muli" in line and line.rstrip().split(" : ")[1][:3] == "i64" for line in lines
+    )

@@ -1,0 +1,225 @@
+"""The table of rows: blocks find their rows, and what a device has already is not sent again.
+
+Oracles: the reference; a count of uploads; the array that was given.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import stepforge
+from stepforge.backends import triton
+from stepforge.backends.triton.kernel import BLOCK, Kernel
+from stepforge.backends.triton.source import Record
+from stepforge.backends.triton.table import Mirror, Table, written
+from tests.conformance.table import OPTIMIZERS, assert_same_bits, contiguous, forced, normal
+from tests.native.graphs import Row, batch_of, by_reference, traced
+from tests.triton.kernels import by_kernel, by_kernels_only, tables, uploads
+
+AROUND = [BLOCK - 1, BLOCK, BLOCK + 1]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [0],
+        [0, 0, 0],
+        [1],
+        AROUND,
+        [0, *AROUND, 0, 0, 3, 0],
+        [3 * BLOCK, 0, 1, 2 * BLOCK + 1],
+        [1] * 300,
+        [size % 7 for size in range(100)],
+    ],
+    ids=lambda sizes: f"{len(sizes)} rows of {sum(sizes)}",
+)
+def test_blocks_find_their_rows(sizes: list[int], device: torch.device) -> None:
+    """Each row has a coefficient of its own."""
+    graph = traced(lambda p, g, c: p - c * g, "c")
+    rows: list[Row] = [
+        {"p": normal((size,), torch.float32, k), "g": normal((size,), torch.float32, k + 1000)}
+        for k, size in enumerate(sizes)
+    ]
+    given = [[k + 0.5] for k in range(len(sizes))]
+    found = by_kernel(graph, rows, given, torch.float32, device)
+    for got, oracle in zip(found, by_reference(graph, rows, given, torch.float32), strict=True):
+        assert_same_bits(got, oracle)
+
+
+def test_owners_are_the_rows_of_blocks(device: torch.device) -> None:
+    """Oracle: each row's number, repeated once a block."""
+    sizes = [0, 5, 0, 0, BLOCK + 1, BLOCK, 0]
+    rows: list[Row] = [{name: torch.zeros(size, device=device) for name in "pg"} for size in sizes]
+    batch = batch_of(traced(lambda p, g: p - g), rows, [[]] * len(sizes), torch.float32)
+    table = Table(batch, range(len(sizes)), dense=True)
+    owners = table._owners_of(table.rows.show(table._records))
+    blocks = [-(-size // BLOCK) for size in sizes]
+    assert owners.dtype == torch.int32
+    assert owners.tolist() == np.repeat(np.arange(len(sizes)), blocks).tolist()
+
+
+def test_a_row_beyond_the_reach_of_32_bits(device: torch.device) -> None:
+    """Its record says that it began 2**31 elements before the blocks that are run: they are its
+    last, and everything before them lies where no memory is.
+    """
+    graph = traced(lambda p, g: p - g)
+    kernel = Kernel(graph, (torch.float32,) * 2, torch.float32, 0)
+    assert kernel.columns == ("p", "g")
+    skipped = (2**31 + 2**20) // BLOCK
+    p, g = (normal((BLOCK + 3,), torch.float32, k).to(device) for k in range(2))
+    wanted = p - g
+    record = np.zeros((1, kernel.record.width), np.int64)
+    record[0, Record.first] = -skipped
+    record[0, Record.size] = skipped * BLOCK + len(p)
+    record[0, kernel.record.address("p")] = p.data_ptr() - 4 * skipped * BLOCK
+    kernel.launch(
+        2,
+        torch.zeros(2, dtype=torch.int32, device=device),
+        torch.from_numpy(record).to(device),
+        torch.tensor([g.data_ptr() - 4 * skipped * BLOCK], device=device),
+        torch.zeros(1, 0, device=device),
+        {"p": 4, "g": 4},
+    )
+    assert torch.equal(p, wanted)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(-40, 3, dtype=np.int64) * 2**40,
+        np.array([[2**63 - 1, -(2**63)], [-1, 0], [1, 2**31]]),
+        np.linspace(-1, 1, 33, dtype=np.float32).reshape(3, 11),
+        np.array([np.nan, np.inf, -0.0, 5e-324, 1e308]),
+        np.zeros((2, 0), np.float32),
+        np.arange(128, dtype=np.float32),
+    ],
+    ids=lambda array: f"{array.dtype}-{'x'.join(map(str, array.shape))}",
+)
+def test_what_is_written_is_what_was_given(array: np.ndarray, device: torch.device) -> None:
+    got = written(array, device)
+    assert got.device.type == device.type
+    assert got.cpu().numpy().dtype == array.dtype
+    assert got.cpu().numpy().shape == array.shape
+    assert got.cpu().numpy().tobytes() == array.tobytes()
+
+
+def test_a_mirror_shows_an_array_again_only_if_it_differs(device: torch.device) -> None:
+    mirror, array = Mirror(device), np.arange(6.0)
+    shown = mirror.show(array)
+    assert mirror.show(array.copy()) is shown
+    assert mirror.uploads == 1
+    array[0] = 7
+    assert mirror.show(array).tolist() == array.tolist()
+    assert shown[0] == 0  # a step that is under way may still read it
+    assert mirror.show(array.astype(np.float32)).dtype == torch.float32
+    assert mirror.show(array.reshape(2, 3)).shape == (2, 3)
+    assert mirror.uploads == 4
+
+
+def trained(device: torch.device, **options: object) -> tuple[stepforge.Optimizer, list]:
+    params = [
+        torch.nn.Parameter(normal((size,), torch.float32, size).to(device)) for size in (5, 0, 9)
+    ]
+    optimizer = stepforge.Adam(params, **options)  # type: ignore[arg-type]
+    give(params, 0)
+    optimizer.step()
+    return optimizer, params
+
+
+def give(params: list[torch.nn.Parameter], seed: int) -> None:
+    """New gradients elsewhere, while the old ones are there still."""
+    kept = [p.grad for p in params]
+    for p in params:
+        p.grad = normal(p.shape, p.dtype, seed + p.numel()).to(p.device)
+    del kept
+
+
+def test_only_what_differs_is_uploaded(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    optimizer, params = trained(device)
+    first = uploads(optimizer)
+    assert first == {"rows": 1, "gradients": 1, "numbers": 1, "members": 0}
+    (table,) = tables(optimizer)
+    for step in range(1, 3):
+        give(params, step)
+        with by_kernels_only():
+            optimizer.step()
+        assert tables(optimizer) == [table]
+        assert uploads(optimizer) == first | {"gradients": 1 + step, "numbers": 1 + step}
+    optimizer.step()  # the same gradients
+    assert uploads(optimizer) == first | {"gradients": 3, "numbers": 4}
+
+
+def test_numbers_of_the_device_are_not_uploaded(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    optimizer, _ = trained(device, capturable=True)
+    for _ in range(3):
+        optimizer.step()
+    assert uploads(optimizer) == {"rows": 1, "gradients": 1, "numbers": 0, "members": 0}
+
+
+def test_coefficients_that_do_not_change_stay(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    p = torch.nn.Parameter(torch.ones(5, device=device))
+    p.grad = torch.ones_like(p)
+    optimizer = stepforge.Adagrad([p])
+    for _ in range(3):
+        optimizer.step()
+    assert uploads(optimizer) == {"rows": 1, "gradients": 1, "numbers": 1, "members": 0}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_of_several_tables_have_their_own_coefficients(
+    name: str, capturable: bool, device: torch.device
+) -> None:
+    """One param group of dtypes and layouts in turn, at different steps. Oracle: the reference."""
+    shapes = [(3,), (4, 5), (2, 2), (6,), (5, 4)]
+    dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]
+
+    def trained(backend: str, place: torch.device) -> list[dict[str, torch.Tensor]]:
+        params = [
+            torch.nn.Parameter(normal(shape, dtype, k).to(place))
+            for k, (shape, dtype) in enumerate(zip(shapes, dtypes))
+        ]
+        with forced(backend):
+            optimizer = OPTIMIZERS[name].ours(params, capturable=capturable)
+            for step in range(4):
+                for k, p in enumerate(params):
+                    g = normal(p.shape, p.dtype, 10 * step + k).to(place)
+                    p.grad = None if step == 0 and k % 2 else g.t().contiguous().t() if k else g
+                optimizer.step()
+            if backend == "triton":
+                assert len(tables(optimizer)) == 3
+                assert uploads(optimizer)["members"] == (3 if capturable else 0)
+        return [
+            {"p": contiguous(p).cpu()}
+            | {key: contiguous(x).cpu() for key, x in optimizer.state[p].items()}
+            for p in params
+        ]
+
+    # Powers of a GPU need not be the CPU's.
+    place = device if capturable else torch.device("cpu")
+    for got, oracle in zip(trained("triton", device), trained("reference", place), strict=True):
+        assert_same_bits(got, oracle)
+
+
+def test_a_table_is_made_of_the_rows_it_is_told(device: torch.device) -> None:
+    graph = traced(lambda p, g, c: p - c * g, "c")
+    rows: list[Row] = [
+        {"p": torch.ones(3, device=device), "g": torch.ones(3, device=device)} for _ in range(4)
+    ]
+    batch = batch_of(graph, rows, [[0.25], [0.5], [1.0], [2.0]], torch.float32)
+    table = Table(batch, [3, 1], dense=True)
+    table.aim([row["g"] for row in rows])
+    table.run(batch)
+    assert [row["p"][0].item() for row in rows] == [1, 0.5, 1, -1]
+    assert isinstance(triton.prepare(batch), triton.Tables)
