@@ -199,8 +199,8 @@ def _on_device(
     """A coefficient as a vector with an element for each row."""
     if isinstance(value, list):
         value = torch.stack(value)
-    if isinstance(value, torch.Tensor) and value.device == device:
-        return value.expand(count)
+    if isinstance(value, torch.Tensor) and (value.device == device or value.device.type != "cpu"):
+        return value.to(device, non_blocking=True).expand(count)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         array = np.asarray(value, np.float64)
         sent = written(array, device) if is_capturing() else _uploaded(array, device)
