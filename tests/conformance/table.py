@@ -54,8 +54,9 @@ BACKENDS = {
     # Its compiled kernels serve no CPU, where this table is; tests/triton takes it to their device.
     if name != "triton" or is_interpreted()
 }
-#: The backends that are held to the reference.
-OTHERS = [name for name in BACKENDS if name != "reference"]
+#: Those that take microseconds for a small step. Triton's interpreter takes milliseconds, so Triton
+#: is in samples of the tests only, here, in tests/triton and among the examples.
+FAST = [name for name in BACKENDS if name != "triton"]
 #: What a user may write to choose a backend, beside writing nothing.
 FLAGS: dict[str, dict[str, bool]] = {
     "default": {},

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conformance.table import BACKENDS, OPTIMIZERS, forced, normal
+from tests.conformance.table import BACKENDS, FAST, OPTIMIZERS, forced, normal
 
 STEPS = 60
 SIZE = 5
@@ -198,7 +198,7 @@ def assert_follows(
         before = list(wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(("paper", "name", "form", "h"), CASES.values(), ids=CASES)
 def test_a_rule_follows_its_paper(
     paper: Algorithm, name: str, form: dict[str, Any], h: dict[str, Any], backend: str

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conformance.table import (
-    BACKENDS,
     DTYPES,
+    FAST,
     GRADIENT_LAYOUTS,
     LAYOUTS,
     OPTIMIZERS,
@@ -98,7 +98,7 @@ def groups(name: str) -> st.SearchStrategy[list[tuple[dict[str, Any], list[Membe
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_together_is_as_alone(name: str, backend: str) -> None:
     cls = OPTIMIZERS[name].ours
@@ -128,7 +128,7 @@ def test_together_is_as_alone(name: str, backend: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Adagrad"])
 @given(betas=NUMBERS["betas"], eighths=st.lists(st.integers(-99, 99), min_size=1, max_size=9))
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conformance.table import (
-    BACKENDS,
+    FAST,
     GRADIENT_LAYOUTS,
     LAYOUTS,
     OPTIMIZERS,
@@ -49,7 +49,7 @@ OPTIONS = {name: {"lr": 0.1, "weight_decay": 0.1} for name in OPTIMIZERS}
 OPTIONS["Adam"] |= {"amsgrad": True}
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_backend = pytest.mark.parametrize("backend", FAST)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 

@@ -41,8 +41,8 @@ from torch.testing._internal.common_optimizers import (
 
 import stepforge
 from tests.conformance.table import (
-    BACKENDS,
     DTYPES,
+    FAST,
     FLAGS,
     OPTIMIZERS,
     forced,
@@ -67,7 +67,7 @@ EXACT_DTYPES = ["float64", "float32", "complex64"]
 Tensors: TypeAlias = dict[str, torch.Tensor]
 
 #: Ways to ask for a backend: what a user writes, and by force those that this does not reach.
-WAYS = [*FLAGS, *(name for name in BACKENDS if name not in ("reference", "foreach"))]
+WAYS = [*FLAGS, *(name for name in FAST if name not in ("reference", "foreach"))]
 #: Without those that refuse tensors for numbers.
 TENSOR_WAYS = [way for way in WAYS if not FLAGS.get(way, {}).get("foreach")]
 

@@ -208,6 +208,13 @@ def test_interpreted_kernels_refuse_the_memory_of_a_gpu(monkeypatch: pytest.Monk
     assert_refused("cuda", "TRITON_INTERPRET")
 
 
+def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    why = triton._too_old(torch.device("cuda", 99))
+    assert why == "Triton needs compute capability 7, and the device has 6.1"
+
+
 @pytest.mark.parametrize("forced_name", ["triton", ""])
 def test_other_devices(forced_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFORGE_BACKEND", forced_name)

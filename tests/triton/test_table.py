@@ -118,6 +118,29 @@ def test_a_mirror_shows_an_array_again_only_if_it_differs(device: torch.device) 
     assert mirror.uploads == 4
 
 
+def test_a_mirror_shows_every_bit(device: torch.device) -> None:
+    """A zero that changes its sign is shown again, a NaN that stays is not."""
+    mirror = Mirror(device)
+    for zero in (0.0, -0.0, 0.0):
+        shown = mirror.show(np.array([zero, np.nan]))
+        assert mirror.show(np.array([zero, np.nan])) is shown
+        assert shown.signbit().tolist()[0] == (str(zero) == "-0.0")
+    assert mirror.uploads == 3
+
+
+def test_addresses_have_all_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of Intel's GPUs begin with a one. Oracle: the number modulo 2**64."""
+    address = 0xFF00_FFFF_FFFE_0000
+    rows: list[Row] = [{name: torch.zeros(3) for name in "pg"}]
+    batch = batch_of(traced(lambda p, g: p - g), rows, [[]], torch.float32)
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: address)
+    table = Table(batch, [0], dense=True)
+    of_p = table._records[0, table.kernel.record.address("p")]
+    assert int(of_p) % 2**64 == address
+    (begin,), (end,) = table.gradient_spans()
+    assert (int(begin), int(end)) == (address, address + 12)
+
+
 def trained(device: torch.device, **options: object) -> tuple[stepforge.Optimizer, list]:
     params = [
         torch.nn.Parameter(normal((size,), torch.float32, size).to(device)) for size in (5, 0, 9)

@@ -33,13 +33,17 @@ asynchronous = True
 
 #: The types of the devices that Triton compiles for.
 _DEVICES = ("cuda", "xpu")
+#: Of NVIDIA's, the least that it compiles for.
+_CAPABILITY = (7, 0)
 
 
 def refuses(
     p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
 ) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
-    why_not = _device_refused(p.device) or (None if is_interpreted() else _out_of_order())
+    why_not = _device_refused(p.device)
+    if not (why_not or is_interpreted()):
+        why_not = _out_of_order() or _too_old(p.device)
     if why_not:
         return why_not
     if group["differentiable"]:
@@ -83,6 +87,18 @@ def _out_of_order() -> str | None:
     except Exception as error:  # of whatever kind: it calls compilers and loads libraries
         return f"Triton does not work here: {(str(error).splitlines() or [''])[0]}"
     return None
+
+
+@functools.cache
+def _too_old(device: torch.device) -> str | None:
+    """Why Triton compiles nothing for a device of NVIDIA's; None if it does, or it is AMD's."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    found = torch.cuda.get_device_capability(device)
+    if found >= _CAPABILITY:
+        return None
+    major, minor = found
+    return f"Triton needs compute capability {_CAPABILITY[0]}, and the device has {major}.{minor}"
 
 
 class Tables:

@@ -98,18 +98,29 @@ class Table:
         if not self.blocks:
             return
         rows = self.rows.show(self._records)
-        scale = batch.loss_scale
-        self.kernel.launch(
-            self.blocks,
+        tables = (
             self._owners_of(rows),
             rows,
             self.gradients.show(self._gradients),
             self._numbers_of(batch),
+        )
+        scale = batch.loss_scale
+        self.kernel.launch(
+            self.blocks,
+            *tables,
             {**self._aligned, "g": _alignment(self._gradients)},
             None if scale is None else scale.on_device(self.device, batch.dtype),
         )
+        self._keep_until_done(tables)
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
+
+    def _keep_until_done(self, tables: Sequence[torch.Tensor]) -> None:
+        """Has their memory outlive a launch on a stream other than that they were made on."""
+        if self.device.type != "cpu" and not is_capturing():
+            stream = torch.get_device_module(self.device).current_stream(self.device)
+            for table in tables:
+                table.record_stream(stream)
 
     def _numbers_of(self, batch: Batch) -> torch.Tensor:
         """The coefficients: of each row, or in one row those of all."""
@@ -138,7 +149,9 @@ class Table:
         return self._owners[1]
 
     def _addresses(self, tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
-        addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.int64, len(tensors))
+        # Some devices have addresses from 2**63 on; Triton casts what has the same bits.
+        addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
+        addresses = addresses.view(np.int64)
         if (addresses[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
         return addresses
@@ -188,7 +201,10 @@ def _uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor
 
 
 def _are_equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    """In every bit: 0.0 is not -0.0, and NaN is NaN."""
+    return (
+        one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    )
 
 
 def _on_device(
