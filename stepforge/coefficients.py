@@ -49,6 +49,9 @@ def differentiable_values(graph: Graph, rows: Sequence[Mapping[str, Any]]) -> li
 def device_values(graph: Graph, columns: Mapping[str, Any]) -> list[Any]:
     """The results as float64 vectors on the device, without waiting for it.
 
+    In float32, powers and differences of nearly equal numbers would lose what a step needs: RAdam's
+    rectifier would be 0.6% off at its sixth step.
+
     Args:
         graph: its ``uniform`` program is run.
         columns: for each input a number, a tensor of one element, or a vector of one a row.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 import stepforge
 from stepforge.backends import triton
-from stepforge.backends.triton import kernel
+from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.rows import Member, checked_rows
 from tests.conformance.table import (
@@ -282,3 +283,33 @@ def test_moved_keeps_the_layout() -> None:
     x = normal((4, 5), torch.float32, 0)[1:, ::2].t()
     y = moved(x, torch.device("meta"))
     assert (y.shape, y.stride(), y.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+
+
+@interpreted_only
+@pytest.mark.parametrize("nth", range(4))
+def test_memory_that_lacks_for_a_table_is_missed_before_any_step(
+    nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two launches with two uploads each: whichever fails, not even the first row is stepped."""
+    parameters = [
+        torch.nn.Parameter(torch.ones(5, dtype=d)) for d in (torch.float32, torch.float64)
+    ]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer = stepforge.Adam(parameters)
+    upload, uploads = table._uploaded, []
+
+    def scarce(*arguments: Any) -> torch.Tensor:
+        uploads.append(arguments)
+        if len(uploads) == nth + 1:
+            raise torch.OutOfMemoryError("no memory is left on the device")
+        return upload(*arguments)
+
+    monkeypatch.setattr(table, "_uploaded", scarce)
+    with forced("triton"):
+        with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
+            optimizer.step()
+        assert all(torch.equal(p, torch.ones_like(p)) for p in parameters)
+        assert not optimizer.state
+        optimizer.step()  # once there is memory again
+    assert {float(entry["step"]) for entry in optimizer.state.values()} == {1.0}
