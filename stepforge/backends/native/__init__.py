@@ -15,10 +15,11 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch, arithmetic
+from stepforge.backends.memory import overlaps, stored_dtypes, unreadable
 from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
 from stepforge.backends.native.source import OPERATIONS, columns_of
 from stepforge.backends.native.storage import STORAGE
-from stepforge.backends.native.table import Table, overlaps
+from stepforge.backends.native.table import Table
 from stepforge.expr import Graph
 
 __all__ = [
@@ -48,15 +49,10 @@ def refuses(
         return "capturable keeps its numbers on the device, out of the reach of a C call"
     if p.device.type != "cpu":
         return f"it runs on a CPU, not on {p.device.type}"
-    for tensor in (p, p if g is None else g):
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            return f"a {type(tensor).__name__} may have no memory of its own"
-    if g is not None and g.is_sparse:
-        return "its gradient is sparse"
-    dtype, gradient = (_real_dtype(x.dtype) for x in (p, p if g is None else g))
-    for stored in (dtype, gradient):
-        if stored not in STORAGE:
-            return f"it does not store {stored}"
+    why_not = unreadable(p, g, STORAGE)
+    if why_not:
+        return why_not
+    dtype, gradient = stored_dtypes(p, g)
     dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
     kernel = kernel_for(graph, dtypes, arithmetic(dtype))
     if isinstance(kernel, str):
@@ -156,7 +152,3 @@ def _without_gaps(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype

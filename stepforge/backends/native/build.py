@@ -186,14 +186,19 @@ def load(source: str) -> ctypes.CDLL:
     try:
         built = compile_into(folder, f"{key}-{version}", source, isa, command)
     except OSError as error:
-        raise BuildError(
-            f"the kernel cache {folder} cannot be written to ({error.strerror}): "
-            "set STEPFORGE_CACHE to a folder of yours"
-        ) from None
+        raise unwritable(folder, error) from None
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded ({error})") from None
+
+
+def unwritable(folder: Path, error: OSError) -> BuildError:
+    """What to say of a cache that cannot be written to."""
+    return BuildError(
+        f"the kernel cache {folder} cannot be written to ({error.strerror}): "
+        "set STEPFORGE_CACHE to a folder of yours"
+    )
 
 
 def key_of(source: str, isa: str) -> str:

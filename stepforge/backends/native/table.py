@@ -1,14 +1,13 @@
-"""The table of rows that one call of a kernel steps, and the memory that it touches."""
+"""The table of rows that one call of a kernel steps."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch
+from stepforge.backends.memory import Spans, addresses
 from stepforge.backends.native.kernel import kernel_for
 from stepforge.backends.native.source import columns_of
 
@@ -35,7 +34,7 @@ class Table:
         self.sizes = np.array([x.numel() for x in columns[0]], dtype=np.int64)
         self.occupied = self.sizes > 0
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes)])
-        self.pointers = np.ascontiguousarray(np.stack([*map(_addresses, columns)], axis=1))
+        self.pointers = np.ascontiguousarray(np.stack([*map(addresses, columns)], axis=1))
         self.numbers = np.empty((len(batch), len(graph.coefficients)), dtype=kernel.number)
         self.arguments = (
             len(batch),
@@ -57,9 +56,9 @@ class Table:
             RuntimeError: one has no memory.
         """
         if self.gradient is not None:
-            addresses = _addresses(gradients)
-            self.pointers[:, self.gradient] = addresses
-            if not addresses.all():
+            begins = addresses(gradients)
+            self.pointers[:, self.gradient] = begins
+            if not begins.all():
                 self._check_memory()
 
     def overlaps(self) -> bool:
@@ -91,41 +90,3 @@ class Table:
     def _check_memory(self) -> None:
         if (self.pointers[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
-
-
-class Spans:
-    """The memory that some tensors span, gaps included, in order."""
-
-    def __init__(self, tensors: list[torch.Tensor]) -> None:
-        tensors = [x for x in tensors if x.numel()]
-        begins = _addresses(tensors)
-        order = np.argsort(begins)
-        self.begins = begins[order]
-        self.ends = (begins + np.array([extent(x) for x in tensors], np.uint64))[order]
-        #: Whether any two of them do.
-        self.overlap = bool((np.maximum.accumulate(self.ends[:-1]) > self.begins[1:]).any())
-
-    def touch(self, begins: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> bool:
-        """Whether any other span touches one of these, which do not overlap."""
-        first = np.searchsorted(self.ends, begins, side="right")
-        last = np.searchsorted(self.begins, ends, side="left")
-        return bool((last > first).any())
-
-
-def overlaps(batch: Batch) -> bool:
-    """Whether the memory of a parameter or state is also another tensor's of the batch."""
-    kept = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
-    gradients = [g for g in batch.columns["g"] if g.numel()]
-    begins = _addresses(gradients)
-    extents = np.array([extent(g) for g in gradients], np.uint64)
-    return kept.overlap or kept.touch(begins, begins + extents)
-
-
-def extent(x: torch.Tensor) -> int:
-    """The bytes from the first element of a tensor to the end of its last."""
-    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
-    return (last + 1) * x.element_size()
-
-
-def _addresses(tensors: list[torch.Tensor]) -> np.ndarray[Any, Any]:
-    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))

@@ -18,8 +18,8 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
+from stepforge.backends.memory import Spans, overlaps, stored_dtypes, unreadable
 from stepforge.backends.native.source import columns_of
-from stepforge.backends.native.table import Spans, overlaps
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.source import OPERATIONS, STORAGE
 from stepforge.backends.triton.strides import dimensions, may_overlap
@@ -48,16 +48,10 @@ def refuses(
         return why_not
     if group["differentiable"]:
         return "autograd does not go through a compiled kernel"
-    given = p if g is None else g
-    for tensor in (p, given):
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            return f"a {type(tensor).__name__} may have no memory of its own"
-    if given.is_sparse:
-        return "its gradient is sparse"
-    dtype, gradient = (x.dtype.to_real() if x.is_complex() else x.dtype for x in (p, given))
-    for stored in (dtype, gradient):
-        if stored not in STORAGE:
-            return f"it does not store {stored}"
+    why_not = unreadable(p, g, STORAGE)
+    if why_not:
+        return why_not
+    dtype, gradient = stored_dtypes(p, g)
     dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
     kernel = kernel_for(graph, dtypes, arithmetic(dtype))
     return kernel if isinstance(kernel, str) else None

@@ -135,10 +135,7 @@ def _keep(source: str, path: Path) -> None:
             written.write_text(source)
             os.replace(written, path)  # readers see the whole file or none
     except OSError as error:
-        raise build.BuildError(
-            f"the kernel cache {path.parent} cannot be written to ({error.strerror}): "
-            "set STEPFORGE_CACHE to a folder of yours"
-        ) from None
+        raise build.unwritable(path.parent, error) from None
 
 
 #: How many numbers a launch of :func:`write` carries.

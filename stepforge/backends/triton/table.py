@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from stepforge.backends.batch import Batch, is_capturing
+from stepforge.backends.memory import addresses, extent
 from stepforge.backends.native.source import columns_of
-from stepforge.backends.native.table import extent
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
 from stepforge.backends.triton.strides import dimensions
@@ -150,11 +150,10 @@ class Table:
 
     def _addresses(self, tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
         # Some devices have addresses from 2**63 on; Triton casts what has the same bits.
-        addresses = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
-        addresses = addresses.view(np.int64)
-        if (addresses[self.occupied] == 0).any():
+        begins = addresses(tensors).view(np.int64)
+        if (begins[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
-        return addresses
+        return begins
 
 
 class Mirror:

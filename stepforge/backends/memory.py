@@ -1,0 +1,79 @@
+"""What kernels ask of tensors as memory: whether they are that, and whether they share it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepforge.backends.batch import Batch
+
+
+def stored_dtypes(p: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """The real dtypes in which a parameter and its gradient lie in memory."""
+    dtype, gradient = (
+        x.dtype.to_real() if x.is_complex() else x.dtype for x in (p, p if g is None else g)
+    )
+    return dtype, gradient
+
+
+def unreadable(
+    p: torch.Tensor, g: torch.Tensor | None, storable: Container[torch.dtype]
+) -> str | None:
+    """Why a kernel cannot read a parameter or its gradient from memory; None if it can.
+
+    Args:
+        p: the parameter.
+        g: its gradient, if it has one.
+        storable: the dtypes that the kernel reads and writes.
+    """
+    for tensor in (p, p if g is None else g):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return f"a {type(tensor).__name__} may have no memory of its own"
+    if g is not None and g.is_sparse:
+        return "its gradient is sparse"
+    for stored in stored_dtypes(p, g):
+        if stored not in storable:
+            return f"it does not store {stored}"
+    return None
+
+
+class Spans:
+    """The memory that some tensors span, gaps included, in order."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        tensors = [x for x in tensors if x.numel()]
+        begins = addresses(tensors)
+        order = np.argsort(begins)
+        self.begins = begins[order]
+        self.ends = (begins + np.array([extent(x) for x in tensors], np.uint64))[order]
+        #: Whether any two of them do.
+        self.overlap = bool((np.maximum.accumulate(self.ends[:-1]) > self.begins[1:]).any())
+
+    def touch(self, begins: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> bool:
+        """Whether any other span touches one of these, which do not overlap."""
+        first = np.searchsorted(self.ends, begins, side="right")
+        last = np.searchsorted(self.begins, ends, side="left")
+        return bool((last > first).any())
+
+
+def overlaps(batch: Batch) -> bool:
+    """Whether the memory of a parameter or state is also another tensor's of the batch."""
+    kept = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
+    gradients = [g for g in batch.columns["g"] if g.numel()]
+    begins = addresses(gradients)
+    extents = np.array([extent(g) for g in gradients], np.uint64)
+    return kept.overlap or kept.touch(begins, begins + extents)
+
+
+def extent(x: torch.Tensor) -> int:
+    """The bytes from the first element of a tensor to the end of its last."""
+    last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
+    return (last + 1) * x.element_size()
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
+    """Where tensors begin, as uint64."""
+    return np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
