@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from stepforge.declare import EXECUTION_FLAGS, Hyperparameter, Rule
+from stepforge.declare import EXECUTION_FLAGS, Hyperparameter, Rule, State
+from stepforge.entries import converted, kept, mismatch
 from stepforge.ops import scalar_dtype
 
 __all__ = ["LoadResult", "Loading", "apply", "examine", "pack"]
@@ -317,34 +318,74 @@ def _examine_parameter(
         return
     if not isinstance(entry, Mapping):
         raise ValueError(f"the state of parameter {member.label} is not a dict")
-    expected = {s.key: s for s in rule.states.values() if s.on(group)}
+    what = kept(rule, group, member.p)
+    found: dict[str, Any] = {}
     problems = len(loading.result.missing_keys) + len(loading.result.mismatched_keys)
-    loaded: dict[str, Any] = {}
-    for key in ("step", *expected):
-        is_scalar = key == "step" or expected[key].scalar
-        optional = key != "step" and expected[key].when is not None
+    for key in what.scalars:
         if key not in entry:
-            if not optional:
-                loading.result.missing_keys.append(f"{member.label}.{key}")
-        elif not _fits(entry[key], member.p, is_scalar):
+            loading.result.missing_keys.append(f"{member.label}.{key}")
+        elif not _is_number(entry[key]):
             loading.result.mismatched_keys.append(f"{member.label}.{key}")
-        elif is_scalar:
-            loaded[key] = scalar_state(entry[key], member.p, group)
         else:
-            loaded[key] = entry[key].detach().to(member.p.device, copy=True)
-    known = {"step", *(s.key for s in rule.states.values())}
+            found[key] = scalar_state(entry[key], member.p, group)
+    for column, _, slots in what.columns():
+        declared = what.states.get(column)  # None for what is kept of the parameter itself
+        _examine_state(declared, slots[0].key, member, entry, found, loading.result)
+    known = {*found, *what.keys, *_of_other_formats(rule, entry)}
     unexpected = [f"{member.label}.{key}" for key in entry if key not in known]
     loading.result.unexpected_keys.extend(unexpected)
     # Half a state is worse than none: a large step count with empty moments explodes.
     if problems == len(loading.result.missing_keys) + len(loading.result.mismatched_keys):
-        loading.state[member.p] = loaded
+        found |= converted(what, member.p, found)
+        loading.state[member.p] = {key: found[key] for key in what.keys if key in found}
 
 
-def _fits(value: Any, p: torch.Tensor, is_scalar: bool) -> bool:
-    if is_scalar:
-        if isinstance(value, torch.Tensor):
-            return value.numel() == 1 and not value.is_complex()
-        return isinstance(value, (int, float))
+def _examine_state(
+    declared: State | None,
+    key: str,
+    member: _Match,
+    entry: Mapping[str, Any],
+    found: dict[str, Any],
+    result: LoadResult,
+) -> None:
+    """Copies a state into what was found, in the format in which it was saved."""
+    label = f"{member.label}.{key}"
+    if key not in entry:
+        if declared is not None and declared.when is None:
+            result.missing_keys.append(label)
+    elif not _fits(entry[key], member.p):
+        result.mismatched_keys.append(label)
+    elif declared is not None and entry[key].dtype == torch.uint8:
+        scale = entry.get(f"{key}_scale")
+        if scale is None:
+            result.missing_keys.append(f"{label}_scale")
+        elif mismatch(entry[key], scale, member.p):
+            result.mismatched_keys.append(f"{label}_scale")
+        else:
+            found[key] = _copied(entry[key], member.p)
+            found[f"{key}_scale"] = _copied(scale, member.p)
+    else:
+        found[key] = _copied(entry[key], member.p)
+
+
+def _of_other_formats(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
+    """The keys of an entry that are right though an optimizer with other options has none such."""
+    states = rule.states.values()
+    coded = [s.key for s in states if getattr(entry.get(s.key), "dtype", None) == torch.uint8]
+    return {"low_bits", *(s.key for s in states), *(f"{key}_scale" for key in coded)}
+
+
+def _copied(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(p.device, copy=True)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
+
+
+def _fits(value: Any, p: torch.Tensor) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.shape == p.shape

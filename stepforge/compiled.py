@@ -16,7 +16,8 @@ import torch
 
 from stepforge import plan
 from stepforge.backends.batch import is_capturing
-from stepforge.rows import Member, Row, checked_rows, keep_new_states, kept_keys, stepping
+from stepforge.entries import kept
+from stepforge.rows import Member, Row, checked_rows, keep_new_states, stepping
 
 if TYPE_CHECKING:
     from stepforge.optimizer import Optimizer
@@ -51,7 +52,10 @@ class Traced:
         groups = optimizer.param_groups
         self.params = [p for group in groups for p in group["params"]]
         self.groups = [number for number, group in enumerate(groups) for _ in group["params"]]
-        self.keys = [kept_keys(optimizer._rule, groups[number]) for number in self.groups]
+        self.keys = [
+            kept(optimizer._rule, groups[number], p).keys
+            for p, number in zip(self.params, self.groups)
+        ]
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer still has these parameters in these groups."""
@@ -74,7 +78,7 @@ class Traced:
         entries = [optimizer.state[p] for p in params]
         states = [entry[key] for entry, index in zip(entries, indices) for key in self.keys[index]]
         if params:
-            torch.ops.stepforge.step(params, gradients, states, self.number, groups)
+            torch.ops.stepforge.step(params, gradients, states, self.number, groups, indices)
 
 
 def _once_a_trace(function: _Function) -> _Function:
@@ -135,16 +139,18 @@ def _step(
     states: Sequence[torch.Tensor],
     optimizer: int,
     groups: Sequence[int],
+    numbers: Sequence[int],
 ) -> None:
     """Steps parameters by their optimizer's rule.
 
     Args:
         params: the parameters.
         gradients: the gradient of each.
-        states: the states of each in the order of :func:`~stepforge.rows.kept_keys`, one
+        states: the states of each in the order of :class:`~stepforge.entries.Kept`, one
             parameter's after the other's.
         optimizer: the number of their optimizer.
         groups: the number of the param group of each.
+        numbers: the number of each among all parameters.
     """
     stepped = _optimizers[optimizer]
     if stepped._traced is None or not stepped._traced.holds(stepped):
@@ -153,11 +159,12 @@ def _step(
             "call torch.compiler.reset()"
         )
     stepped._captured |= is_capturing()
-    keys = [kept_keys(stepped._rule, group) for group in stepped.param_groups]
     rest = iter(states)
     members = [
-        Member(p, g, stepped.param_groups[number], {key: next(rest) for key in keys[number]})
-        for p, g, number in zip(params, gradients, groups)
+        Member(number, p, g, stepped.param_groups[group], {key: next(rest) for key in keys})
+        for p, g, group, number, keys in zip(
+            params, gradients, groups, numbers, map(stepped._traced.keys.__getitem__, numbers)
+        )
     ]
     rows = checked_rows(stepped._rule, members, refuses_sparse=stepped._refuses_sparse())
     with torch.no_grad():
@@ -172,5 +179,6 @@ def _(
     states: Sequence[torch.Tensor],
     optimizer: int,
     groups: Sequence[int],
+    numbers: Sequence[int],
 ) -> None:
     """What it returns: nothing. What it writes, its schema tells."""

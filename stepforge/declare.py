@@ -31,6 +31,7 @@ __all__ = [
     "LearningRate",
     "NonNegative",
     "Rule",
+    "Seed",
     "State",
     "TensorBetas",
     "full",
@@ -75,9 +76,21 @@ TensorBetas: TypeAlias = Annotated[
     tuple[float | torch.Tensor, float | torch.Tensor], Interval(high=1.0)
 ]
 
-#: The flags that choose how a step runs, not what it computes: no rule sees them, and loading a
-#: checkpoint leaves them as they are.
-EXECUTION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
+#: A seed of random numbers: 32 bits.
+Seed: TypeAlias = Annotated[int, Interval(high=2.0**32)]
+
+#: The options that choose how a step runs and how its numbers are stored, not what it computes: no
+#: rule sees them, and loading a checkpoint leaves them as they are.
+EXECUTION_FLAGS = (
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+    "state_format",
+    "master_weight_bits",
+    "stochastic_rounding",
+    "rounding_seed",
+)
 
 # torch.optim's words for what it calls by another name than the argument's.
 _LABELS = {"lr": "learning rate", "eps": "epsilon value"}
@@ -95,6 +108,7 @@ class Hyperparameter:
         length: the number of components of a tuple, or None for a plain value.
         tensors: True if a one-element tensor may stand for a number.
         optional: True if a flag may also be None.
+        choices: the values it may have beside None; None if it is a flag or a number.
         keyword_only: True if the constructor takes it by keyword only.
         init: False if the constructor does not take it and the default always holds.
         newer: True if checkpoints may lack it, as they can be older than it is.
@@ -107,6 +121,7 @@ class Hyperparameter:
     length: int | None = None
     tensors: bool = False
     optional: bool = False
+    choices: tuple[Any, ...] | None = None
     keyword_only: bool = False
     init: bool = True
     newer: bool = False
@@ -128,6 +143,8 @@ class Hyperparameter:
             ValueError: it is NaN or outside the range, or a tensor or tuple of another size.
             TypeError: it is of another kind.
         """
+        if self.choices is not None:
+            return self._checked_choice(value)
         if self.interval is None:
             return self._checked_flag(value)
         if self.length is None:
@@ -166,6 +183,14 @@ class Hyperparameter:
         allowed = "True, False or None" if self.optional else "True or False"
         raise TypeError(f"Invalid {self.name} value: {value!r}; it must be {allowed}")
 
+    def _checked_choice(self, value: Any) -> Any:
+        assert self.choices is not None
+        for choice in (None, *self.choices):
+            if type(value) is type(choice) and value == choice:
+                return choice
+        allowed = ", ".join(map(repr, (None, *self.choices)))
+        raise ValueError(f"Invalid {self.name} value: {value!r}; it must be one of {allowed}")
+
     def _checked_number(self, value: Any, name: str, label: str | None) -> Any:
         assert self.interval is not None
         if isinstance(value, torch.Tensor):
@@ -181,6 +206,8 @@ class Hyperparameter:
                 return value
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number {self.interval}, but got {value!r}")
+        if self.annotation is int and not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number {self.interval}, but got {value!r}")
         if value not in self.interval:
             shown = value.item() if isinstance(value, torch.Tensor) else value
             raise ValueError(
@@ -228,45 +255,51 @@ class State:
         init: its initial value: a number, or the name of the hyperparameter that holds it.
         scalar: True for one number a parameter, False for one an element.
         when: the name of the flag that turns it on; None if it is always there.
+        unsigned: True if it is never below 0 and moves in small steps, as averages of squares do.
+            Formats of few bits then spend none on a sign, and round at random.
     """
 
     key: str
     init: float | str = 0.0
     scalar: bool = False
     when: str | None = None
+    unsigned: bool = False
 
     def on(self, group: Mapping[str, Any]) -> bool:
         """Whether a param group with these options keeps this state."""
         return self.when is None or bool(group[self.when])
 
 
-def zeros(key: str, *, when: str | None = None) -> Any:
+def zeros(key: str, *, when: str | None = None, unsigned: bool = False) -> Any:
     """A state with one value for every element, 0 at first, in the dtype of the parameter.
 
     Args:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
         when: the flag that turns it on. The rule gets None, and may return None, while it is off.
+        unsigned: True if the rule never returns a number below 0 for it, as of an average of
+            squares. It matters where it is stored in few bits.
 
     Example:
         >>> zeros("exp_avg")
-        State(key='exp_avg', init=0.0, scalar=False, when=None)
+        State(key='exp_avg', init=0.0, scalar=False, when=None, unsigned=False)
     """
-    return State(key, 0.0, scalar=False, when=when)
+    return State(key, 0.0, scalar=False, when=when, unsigned=unsigned)
 
 
-def full(key: str, init: float | str, *, when: str | None = None) -> Any:
+def full(key: str, init: float | str, *, when: str | None = None, unsigned: bool = False) -> Any:
     """As :func:`zeros`, with another initial value.
 
     Args:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
         init: the value, or the name of the hyperparameter that holds it.
         when: the flag that turns it on.
+        unsigned: as for :func:`zeros`.
 
     Example:
         >>> full("sum", init="initial_accumulator_value").init
         'initial_accumulator_value'
     """
-    return State(key, init, scalar=False, when=when)
+    return State(key, init, scalar=False, when=when, unsigned=unsigned)
 
 
 def scalar(key: str, init: float = 0.0) -> Any:
@@ -389,6 +422,11 @@ class Rule:
             for letter, state in self.states.items()
         }
         results = self.function(h, t, p, -g if statics.get("maximize") else g, *states.values())
+        if trace.has_words:
+            raise TypeError(
+                f"rule {self.function.__name__} computes with words: bits, from_bits, number and "
+                "word are for formats, as a rule runs in float64 too"
+            )
         return Graph.of(self._named_results(results, states))
 
     def _named_results(self, results: Any, states: Mapping[str, Expr | None]) -> dict[str, Expr]:
@@ -404,11 +442,15 @@ class Rule:
             if letter != "p" and states[letter] is None:
                 continue
             varying = letter == "p" or not self.states[letter].scalar
-            if not isinstance(result, Expr) or result.boolean or result.varying != varying:
+            if not _is_number(result) or result.varying != varying:
                 kind = "one value for every element" if varying else "one number a parameter"
                 raise TypeError(f"rule {name} returned `{result}` for {letter}, which has {kind}")
             outputs[letter] = result
         return outputs
+
+
+def _is_number(result: Any) -> bool:
+    return isinstance(result, Expr) and not (result.boolean or result.word)
 
 
 class _Options:
@@ -480,6 +522,8 @@ def _declared(name: str, annotation: Any, default: Any) -> Hyperparameter:
     )
     if annotation is bool or annotation == (bool | None):
         return make(_bare(annotation), optional=annotation is not bool)
+    if typing.get_origin(_required(annotation)) is typing.Literal:
+        return make(annotation, choices=typing.get_args(_required(annotation)), optional=True)
     intervals = [x for x in getattr(annotation, "__metadata__", ()) if isinstance(x, Interval)]
     if not intervals:
         raise TypeError(
@@ -495,6 +539,12 @@ def _declared(name: str, annotation: Any, default: Any) -> Hyperparameter:
         length=len(typing.get_args(bare)) if is_tuple else None,
         tensors=torch.Tensor in typing.get_args(number),
     )
+
+
+def _required(annotation: Any) -> Any:
+    """What ``... | None`` is beside None."""
+    given = [x for x in typing.get_args(annotation) if x is not type(None)]
+    return given[0] if len(given) == 1 and type(None) in typing.get_args(annotation) else annotation
 
 
 def _bare(annotation: Any) -> Any:

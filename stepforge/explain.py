@@ -9,6 +9,7 @@ import torch
 
 from stepforge.backends import choose
 from stepforge.declare import Rule
+from stepforge.entries import kept
 
 __all__ = ["Explanation", "Served", "explain"]
 
@@ -88,7 +89,7 @@ def _served(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Served]:
         graph = rule.graph(group)
         alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[torch.Tensor]] = {}
         for p in group["params"]:
-            choice = choose(p, p.grad, group, graph)
+            choice = choose(p, p.grad, group, graph, kept(rule, group, p).storage)
             alike.setdefault((choice.backend.name, choice.reasons), []).append(p)
         for (backend, reasons), params in alike.items():
             yield Served(

@@ -25,6 +25,15 @@ from typing import Any, NoReturn, TypeAlias
 Operand: TypeAlias = "Expr | float"
 
 COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
+#: What arithmetic is called on words, which wrap around.
+ON_WORDS = {"add": "word_add", "sub": "word_sub", "mul": "word_mul"}
+#: The operations whose result is a word: 32 bits, an unsigned integer. They are for formats, which
+#: choose bits; rules compute with numbers.
+WORDS = frozenset(
+    {*ON_WORDS.values(), "and", "or", "xor", "shift_left", "shift_right", "bits", "word"}
+)
+#: Those of them that take a word for every operand.
+_WORDS_ONLY = WORDS - {"bits", "word"} | {"from_bits", "number"}
 #: No two backends round these alike, so they may not reach a kernel.
 UNIFORM_ONLY = frozenset({"exp", "log", "pow", "stored"})
 
@@ -41,10 +50,11 @@ class Expr:
         value: the name of an input, the number of a constant, otherwise None.
         varying: True if the value differs between the elements of a tensor.
         boolean: True if the value is the outcome of a comparison.
+        word: True if the value is a word.
         index: the position in the order of creation; operands come before their users.
     """
 
-    __slots__ = ("args", "boolean", "index", "op", "trace", "value", "varying")
+    __slots__ = ("args", "boolean", "index", "op", "trace", "value", "varying", "word")
 
     def __init__(
         self,
@@ -53,6 +63,7 @@ class Expr:
         args: tuple[Expr, ...],
         value: str | float | None,
         varying: bool,
+        word: bool = False,
     ) -> None:
         self.trace = trace
         self.op = op
@@ -60,6 +71,7 @@ class Expr:
         self.value = value
         self.varying = varying
         self.boolean: bool = op in COMPARISONS or (op == "where" and args[1].boolean)
+        self.word: bool = word or op in WORDS or (op == "where" and args[1].word)
         self.index = len(trace)
 
     def __add__(self, other: Operand) -> Expr:
@@ -100,6 +112,21 @@ class Expr:
 
     def __abs__(self) -> Expr:
         return self.trace.apply("abs", self)
+
+    def __and__(self, other: Operand) -> Expr:
+        return self.trace.apply("and", self, other)
+
+    def __or__(self, other: Operand) -> Expr:
+        return self.trace.apply("or", self, other)
+
+    def __xor__(self, other: Operand) -> Expr:
+        return self.trace.apply("xor", self, other)
+
+    def __lshift__(self, other: Operand) -> Expr:
+        return self.trace.apply("shift_left", self, other)
+
+    def __rshift__(self, other: Operand) -> Expr:
+        return self.trace.apply("shift_right", self, other)
 
     def __lt__(self, other: Operand) -> Expr:
         return self.trace.apply("lt", self, other)
@@ -176,9 +203,14 @@ class Trace:
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def input(self, name: str, *, varying: bool = False) -> Expr:
+    @property
+    def has_words(self) -> bool:
+        """Whether any node is a word."""
+        return any(node.word for node in self._nodes.values())
+
+    def input(self, name: str, *, varying: bool = False, word: bool = False) -> Expr:
         """The symbol of that name."""
-        return self._node("input", value=name, varying=varying)
+        return self._node("input", value=name, varying=varying, word=word)
 
     def constant(self, value: float) -> Expr:
         """The node of a number that the rule itself contains."""
@@ -191,7 +223,9 @@ class Trace:
             TypeError: an operand is neither a number nor a node of this trace, is a truth value
                 where a number is due (or the reverse), or varies where only a uniform may stand.
         """
-        args = [self._lift(operand) for operand in operands]
+        with_words = op in _WORDS_ONLY or any(isinstance(x, Expr) and x.word for x in operands)
+        op = ON_WORDS.get(op, op) if with_words else op
+        args = [self._lift(operand, with_words) for operand in operands]
         _check_kinds(op, args)
         node = _NORMAL_FORM[op](self, *args) if op in _NORMAL_FORM else self._node(op, *args)
         if node.op in UNIFORM_ONLY and node.varying:
@@ -201,11 +235,13 @@ class Trace:
             )
         return node
 
-    def _lift(self, operand: object) -> Expr:
+    def _lift(self, operand: object, with_words: bool) -> Expr:
         if isinstance(operand, Expr):
             if operand.trace is not self:
                 raise TypeError(f"`{operand}` belongs to another trace")
             return operand
+        if with_words and type(operand) is int and 0 <= operand < 2**32:
+            return self._node("constant", value=operand, word=True)
         if isinstance(operand, (int, float)):
             return self.constant(operand)
         raise TypeError(
@@ -219,24 +255,32 @@ class Trace:
         *args: Expr,
         value: str | float | None = None,
         varying: bool = False,
+        word: bool = False,
     ) -> Expr:
         # repr tells 0.0 from -0.0, which compare equal.
         key = (op, repr(value), *(arg.index for arg in args))
         node = self._nodes.get(key)
         if node is None:
             varying = varying or any(arg.varying for arg in args)
-            node = self._nodes[key] = Expr(self, op, args, value, varying)
+            node = self._nodes[key] = Expr(self, op, args, value, varying, word)
         return node
 
 
 def _check_kinds(op: str, args: Sequence[Expr]) -> None:
-    wants_boolean = [op == "where" and position == 0 for position in range(len(args))]
-    if op == "where" and args[1].boolean and args[2].boolean:
-        wants_boolean = [True, True, True]
-    for arg, boolean in zip(args, wants_boolean, strict=True):
-        if arg.boolean != boolean:
-            due = "a comparison" if boolean else "a number"
-            raise TypeError(f"`{arg}` stands in {op} where {due} is due")
+    """Raises unless operands are of the kinds that an operation takes."""
+    due = ["a word" if op in _WORDS_ONLY else "a number"] * len(args)
+    if op in COMPARISONS and all(arg.word for arg in args):
+        due = ["a word"] * 2
+    if op == "where":
+        alike = _kind(args[1]) == _kind(args[2])
+        due = ["a comparison", *(_kind(arg) if alike else "a number" for arg in args[1:])]
+    for arg, kind in zip(args, due, strict=True):
+        if _kind(arg) != kind:
+            raise TypeError(f"`{arg}` stands in {op} where {kind} is due")
+
+
+def _kind(node: Expr) -> str:
+    return "a comparison" if node.boolean else "a word" if node.word else "a number"
 
 
 def _is(node: Expr, number: float) -> bool:
@@ -342,6 +386,10 @@ def _where(trace: Trace, condition: Expr, a: Expr, b: Expr) -> Expr:
     return a if a is b else trace._node("where", condition, a, b)
 
 
+def _and(trace: Trace, a: Expr, b: Expr) -> Expr:
+    return a if _is(b, 2**32 - 1) else trace._node("and", a, b)
+
+
 _NORMAL_FORM: dict[str, Callable[..., Expr]] = {
     "add": _add,
     "sub": _sub,
@@ -352,6 +400,7 @@ _NORMAL_FORM: dict[str, Callable[..., Expr]] = {
     "maximum": _maximum,
     "minimum": _minimum,
     "where": _where,
+    "and": _and,
 }
 
 
@@ -382,7 +431,7 @@ class Program:
     Attributes:
         inputs: the names of the inputs.
         given: the nodes whose values are given.
-        constants: the numbers.
+        constants: the numbers; those that are words are integers.
         instructions: the operations, operands first.
         outputs: the registers of the results.
         nodes: the node of the graph that each register holds.
@@ -409,7 +458,7 @@ class Program:
         return cls(
             inputs=tuple(str(node.value) for node in inputs),
             given=tuple(given),
-            constants=tuple(float(node.value or 0) for node in constants),
+            constants=tuple(node.value for node in constants),  # type: ignore[misc]
             instructions=tuple(
                 Instruction(
                     node.op,

@@ -23,20 +23,28 @@ from stepforge.expr import Expr
 #: A number, a numpy array, a torch tensor or a symbol.
 Value: TypeAlias = Any
 
+#: 32 bits: a tensor or array of int64 from 0 up and below 2**32, a Python int or a symbol.
+Word: TypeAlias = Any
+
 __all__ = [
     "VOCABULARY",
     "Value",
+    "Word",
+    "bits",
     "decay",
     "ema",
     "exp",
     "finite",
+    "from_bits",
     "log",
     "maximum",
     "minimum",
+    "number",
     "sign",
     "sqrt",
     "stored",
     "where",
+    "word",
 ]
 
 _Implementations: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -56,11 +64,19 @@ def _apply(op: str, implementations: _Implementations, *operands: Value) -> Valu
         return symbol.trace.apply(op, *operands)
     tensors = [x for x in operands if isinstance(x, torch.Tensor)]
     if tensors:
-        like = next((x for x in tensors if x.is_floating_point()), tensors[0].double())
+        like = _most_like_a_number(tensors)
         return on_tensors(*(_as_tensor(x, like) for x in operands))
     if any(isinstance(x, (np.ndarray, np.generic)) for x in operands):
         return on_arrays(*operands)
     return on_numbers(*operands)
+
+
+def _most_like_a_number(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """A tensor of the dtype that a number beside these has: theirs, be they numbers or words."""
+    for of_kind in (torch.is_floating_point, lambda x: x.dtype == torch.int64):
+        for tensor in filter(of_kind, tensors):
+            return tensor
+    return tensors[0].double()
 
 
 def _as_tensor(x: Value, like: torch.Tensor) -> torch.Tensor:
@@ -168,6 +184,57 @@ def stored(x: Value) -> Value:
     return _apply("stored", (_number_stored, _array_stored, _tensor_stored), x)
 
 
+def bits(x: Value) -> Word:
+    """The word that holds a float32 number.
+
+    This and the three functions below are for formats, which choose bits. A rule has no use for
+    them, and may not have words.
+
+    Example:
+        >>> hex(bits(torch.tensor(1.0)).item())
+        '0x3f800000'
+    """
+    if isinstance(x, Expr):
+        return x.trace.apply("bits", x)
+    return x.view(torch.int32).to(torch.int64) & _ALL
+
+
+def from_bits(w: Word) -> Value:
+    """The float32 number that a word holds.
+
+    Example:
+        >>> from_bits(torch.tensor(0x3F800000)).item()
+        1.0
+    """
+    if isinstance(w, Expr):
+        return w.trace.apply("from_bits", w)
+    return _signed(w).to(torch.int32).view(torch.float32)
+
+
+def number(w: Word) -> Value:
+    """A word as a number: those from 2**31 up stand for negative integers.
+
+    Example:
+        >>> number(torch.tensor([3, 2**32 - 1])).tolist()
+        [3.0, -1.0]
+    """
+    if isinstance(w, Expr):
+        return w.trace.apply("number", w)
+    return _signed(w).to(torch.float32)
+
+
+def word(x: Value) -> Word:
+    """A number below 2**31 in size as a word, what is behind the point cut off.
+
+    Example:
+        >>> word(torch.tensor([3.75, -1.0])).tolist()
+        [3, 4294967295]
+    """
+    if isinstance(x, Expr):
+        return x.trace.apply("word", x)
+    return x.to(torch.int64) & _ALL
+
+
 def ema(average: Value, value: Value, beta: Value) -> Value:
     """One step of an exponential moving average: ``beta * average + (1 - beta) * value``.
 
@@ -217,6 +284,18 @@ def decay(h: Any, p: Value, g: Value) -> tuple[Value, Value]:
     if h.decoupled_weight_decay:
         return g, h.lr * h.weight_decay * p
     return g + h.weight_decay * p, 0.0
+
+
+_ALL = 2**32 - 1
+
+
+def _signed(w: torch.Tensor) -> torch.Tensor:
+    """A word as the integer that two's complement has it stand for."""
+    return (w ^ 2**31) - 2**31
+
+
+def _wrapped(operation: Callable[..., Word]) -> Callable[..., Word]:
+    return lambda *words: operation(*words) & _ALL
 
 
 def _number_sqrt(x: float) -> float:
@@ -361,4 +440,16 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     "le": operator.le,
     "eq": operator.eq,
     "ne": operator.ne,
+    "word_add": _wrapped(operator.add),
+    "word_sub": _wrapped(operator.sub),
+    "word_mul": _wrapped(operator.mul),
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "shift_left": _wrapped(operator.lshift),
+    "shift_right": operator.rshift,
+    "bits": bits,
+    "from_bits": from_bits,
+    "number": number,
+    "word": word,
 }

@@ -12,7 +12,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar
-from typing import TYPE_CHECKING, Any, ClassVar, cast, dataclass_transform, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, dataclass_transform, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -20,8 +20,8 @@ from torch.optim.optimizer import ParamsT
 from stepforge import checkpoint, plan
 from stepforge.backends.batch import LossScale, is_capturing
 from stepforge.checkpoint import LoadResult
-from stepforge.declare import Hyperparameter, Rule, hyper, read_body, signature_of
-from stepforge.rows import initial_state
+from stepforge.declare import Hyperparameter, Rule, Seed, hyper, read_body, signature_of
+from stepforge.entries import SHORT, initial_state
 
 if TYPE_CHECKING:
     from stepforge.compiled import Traced
@@ -78,6 +78,16 @@ class Optimizer(_Declared):
         capturable: keep step numbers and scalar states on the device and never wait for it.
         differentiable: let autograd see the step.
         fused: True asks for a generated kernel, and for an error where there is none.
+        state_format: how states with a value for every element are stored: None in the dtype of
+            the parameter, as torch.optim does; ``"float32"``; ``"bfloat16"``; or ``"int8"``, one
+            byte an element and a scale for each 128 of a row. With ``"int8"`` parameters below
+            4,096 elements, or with rows of dimension 0 below 64, keep their states in full.
+        master_weight_bits: for bfloat16 and float16 parameters, 24 or 32: how many bits the weight
+            has that is stepped. Those that the parameter lacks are in the state ``low_bits``.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
+            small steps are not lost on average.
+        rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same
+            bits on every backend, number of threads and sharding.
 
     Attributes:
         param_groups: a list of dicts, one a group: ``"params"`` and every hyperparameter.
@@ -116,6 +126,12 @@ class Optimizer(_Declared):
     capturable: bool = hyper(default=False, kw_only=True, newer=True)
     differentiable: bool = hyper(default=False, kw_only=True, newer=True)
     fused: bool | None = hyper(default=None, kw_only=True, newer=True)
+    state_format: Literal["float32", "bfloat16", "int8"] | None = hyper(
+        default=None, kw_only=True, newer=True
+    )
+    master_weight_bits: Literal[24, 32] | None = hyper(default=None, kw_only=True, newer=True)
+    stochastic_rounding: bool = hyper(default=False, kw_only=True, newer=True)
+    rounding_seed: Seed = hyper(default=0, kw_only=True, newer=True)
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
         if not hasattr(self, "_rule"):
@@ -149,6 +165,14 @@ class Optimizer(_Declared):
             raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
         if options["foreach"] and options["differentiable"]:
             raise RuntimeError("`foreach` does not support `differentiable`")
+        for name in ("state_format", "master_weight_bits", "stochastic_rounding"):
+            if options[name] and options["differentiable"]:
+                raise RuntimeError(f"`{name}` does not support `differentiable`")
+        if options["master_weight_bits"] and options["stochastic_rounding"]:
+            raise ValueError(
+                "`master_weight_bits` and `stochastic_rounding` exclude each other: weights that "
+                "keep their lower bits are not rounded"
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -214,6 +238,12 @@ class Optimizer(_Declared):
                 )
             if not self.defaults["differentiable"] and not (p.is_leaf or p.retains_grad):
                 raise ValueError("can't optimize a non-leaf Tensor")
+            for name in ("master_weight_bits", "stochastic_rounding"):
+                if group[name] and p.dtype not in SHORT:
+                    raise ValueError(
+                        f"{name}={group[name]} is for bfloat16 and float16 parameters, but one of "
+                        f"the params is {p.dtype}: give it a param group without {name}"
+                    )
         if len(params) != len(set(params)):
             warnings.warn(
                 "optimizer contains a parameter group with duplicate parameters; each is stepped "

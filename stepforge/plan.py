@@ -27,7 +27,9 @@ from stepforge.coefficients import (
     rounded,
 )
 from stepforge.declare import Rule, is_off
+from stepforge.entries import first_index, local
 from stepforge.expr import Graph
+from stepforge.formats import key_of
 from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states, stepping
 
@@ -282,6 +284,7 @@ class Lane:
         numbers: the step numbers, then the scalar states: one vector each, of which the rows'
             own tensors are elements.
         groups: the distinct param groups, and for each row the number of its own.
+        parameters: for each row the number of its parameter among all of the optimizer.
         on_device: whether its numbers are not to be waited for.
     """
 
@@ -294,6 +297,7 @@ class Lane:
     layout: Any
     numbers: Mapping[str, torch.Tensor]
     groups: _GroupsOfRows
+    parameters: np.ndarray[Any, Any]
     on_device: bool
 
     @classmethod
@@ -301,7 +305,7 @@ class Lane:
         """The lane of those rows, whose step numbers and scalar states become views; the launch."""
         declared = [s for s in rule.states.values() if s.on(rows[0].group)]
         states = tuple(row.state for row in rows)
-        keys = ("step", *(s.key for s in declared))
+        keys = tuple(rows[0].kept.keys)
         numbers = {
             key: _as_one_vector(states, key)
             for key in ("step", *(s.key for s in declared if s.scalar))
@@ -324,6 +328,7 @@ class Lane:
             _layout_check([*tensors, *(row.g for row in rows)]),
             numbers,
             _GroupsOfRows.of(rows),
+            _parameters(rows),
             _on_device(rows[0]),
         )
         return launch, lane
@@ -354,6 +359,9 @@ class Lane:
                 batch,
                 columns=batch.columns | {"g": gradients},
                 coefficients=[rounded(c, count, batch.dtype) for c in coefficients],
+                keys=None
+                if batch.keys is None
+                else _keys(self.rule, self.groups, self.parameters, self.numbers["step"]),
             ),
             steps=[self.numbers["step"]],
             scalars=[
@@ -453,7 +461,7 @@ def _layout(x: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _batches(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that can run together: of one backend, graph, device and arithmetic.
+    """Rows that can run together: of one backend, graph, device, arithmetic and formats.
 
     Options that are not flags may differ within a batch; but device values cannot be told apart
     without waiting for them, so there a group is alone.
@@ -464,6 +472,7 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
         key = (
             row.choice.backend.name,
             id(row.graph),
+            tuple(row.kept.storage.formats.items()),
             row.p.device,
             arithmetic(row.p.dtype),
             id(row.group) if alone else None,
@@ -480,18 +489,61 @@ def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
         "p": [_real(row.p) for row in rows],
         "g": [_real(row.g.resolve_conj()) for row in rows],
     }
-    for letter, declared in rule.states.items():
-        if declared.on(group) and not declared.scalar:
-            columns[letter] = [_real(row.state[declared.key]) for row in rows]
+    for slots in zip(*(row.kept.slots for row in rows)):
+        columns[slots[0].name] = [_real(row.state[slot.key]) for row, slot in zip(rows, slots)]
+    formats = rows[0].kept.storage.formats
+    batch = Batch(graph, columns, given, dtype, formats, differentiable=group["differentiable"])
+    if any(format_.is_random for format_ in formats.values()):
+        batch = replace(
+            batch,
+            keys=_keys(rule, _GroupsOfRows.of(rows), _parameters(rows), _steps(rows)),
+            starts=np.array([first_index(row.p) for row in rows]),
+        )
     return Launch(
         rows[0].choice.backend,
-        Batch(graph, columns, given, dtype, differentiable=group["differentiable"]),
+        batch,
         [row.state["step"] for row in rows],
         [
             (row.state[rule.states[letter].key], value)
             for letter, column in zip(graph.scalars, scalars)
             for row, value in zip(rows, for_each_row(column, len(rows)))
         ],
+    )
+
+
+def _parameters(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
+    """The number of each row's parameter among all of the optimizer."""
+    return np.array([row.number for row in rows])
+
+
+def _steps(rows: Sequence[Row]) -> torch.Tensor:
+    """The step counts of rows, where they are waited for on no device."""
+    return torch.stack([row.state["step"].detach().reshape(()) for row in rows])
+
+
+def _keys(
+    rule: Rule, groups: _GroupsOfRows, parameters: np.ndarray[Any, Any], steps: torch.Tensor
+) -> np.ndarray[Any, Any] | torch.Tensor:
+    """The word of each row from which its random bits in a step follow."""
+    seeds = np.array(rule.numbers(groups.distinct, "rounding_seed"))[groups.own]
+    on_host = steps.device.type == "cpu"
+    keys: np.ndarray[Any, Any] | torch.Tensor = (
+        key_of(seeds, parameters, steps.numpy().astype(np.int64) + 1)
+        if on_host
+        else key_of(_runs(seeds, steps.device), _runs(parameters, steps.device), steps.long() + 1)
+    )
+    return keys
+
+
+def _runs(numbers: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """Numbers on a device, made there: a graph that is being captured can copy none from here."""
+    known = list(map(int, numbers))
+    begins = [0, *(i for i in range(1, len(known)) if known[i] != known[i - 1] + 1), len(known)]
+    return torch.cat(
+        [
+            torch.arange(known[begin], known[begin] + end - begin, device=device)
+            for begin, end in itertools.pairwise(begins)
+        ]
     )
 
 
@@ -562,8 +614,7 @@ def _agreed(column: np.ndarray[Any, Any]) -> Any:
 
 def _real(x: torch.Tensor) -> torch.Tensor:
     """The local part of a sharded tensor, and the real view of a complex one."""
-    if hasattr(x, "to_local"):
-        x = x.to_local()
+    x = local(x)
     if not x.is_complex():
         return x
     if x.is_sparse:

@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 import torch
 
 from stepforge.backends import Choice, choose
-from stepforge.declare import Rule, State, is_off
+from stepforge.declare import Rule, is_off
+from stepforge.entries import Kept, completed, kept
 from stepforge.expr import Graph
-from stepforge.ops import scalar_dtype
 
 
 class Member(NamedTuple):
-    """A parameter with its gradient, the options of its param group, and what state it has."""
+    """A parameter with its gradient, the options of its param group, and what state it has.
 
+    Its number is that among all parameters of the optimizer.
+    """
+
+    number: int
     p: torch.Tensor
     g: torch.Tensor
     group: Mapping[str, Any]
@@ -29,19 +33,23 @@ class Row:
     """One parameter with what a step needs of it.
 
     Attributes:
+        number: of the parameter among all of the optimizer.
         p: the parameter.
         g: its gradient, coalesced if sparse.
         group: the options of its param group.
         graph: what is to be computed under these options.
+        kept: what its entry of ``optimizer.state`` holds.
         choice: the backend that serves it.
         state: its states: its entry of ``optimizer.state`` if that is complete, else a copy with
             what was missing.
     """
 
+    number: int
     p: torch.Tensor
     g: torch.Tensor
     group: Mapping[str, Any]
     graph: Graph
+    kept: Kept
     choice: Choice
     state: dict[str, Any]
 
@@ -50,10 +58,12 @@ def stepping(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]]
 ) -> Iterator[Member]:
     """The parameters that have a gradient, group by group, each once."""
+    first = 0
     for group in groups:
-        for p in _distinct(group["params"]):
+        for number, p in enumerate(_distinct(group["params"]), first):
             if p.grad is not None:
-                yield Member(p, p.grad, group, state.get(p) or {})
+                yield Member(number, p, p.grad, group, state.get(p) or {})
+        first += len(group["params"])
 
 
 def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str | None) -> list[Row]:
@@ -72,19 +82,21 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
     rows: list[Row] = []
     for _, of_one_group in itertools.groupby(members, key=lambda member: id(member.group)):
         alike = list(of_one_group)
-        graph, states = rule.graph(alike[0].group), _kept_states(rule, alike[0].group)
+        graph = rule.graph(alike[0].group)
         choices: dict[Any, Choice] = {}
-        for p, g, group, entry in alike:
+        for number, p, g, group, entry in alike:
+            what = kept(rule, group, p)
             if g.is_sparse:
-                g = _coalesced(g, group, refuses_sparse)
+                g = _coalesced(g, group, refuses_sparse, what)
             # All that a choice depends on: parameters alike in it are asked about once.
-            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g))
+            formats = tuple(what.storage.formats.items())
+            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), formats)
             if kind not in choices:
                 _check_dtypes(p, g)
-                choices[kind] = choose(p, g, group, graph)
-            row = Row(p, g, group, graph, choices[kind], entry)
-            _complete(row, states)
-            _check_shapes(row, states)
+                choices[kind] = choose(p, g, group, graph, what.storage)
+            state = completed(what, p, group, entry)
+            row = Row(number, p, g, group, graph, what, choices[kind], state)
+            _check_shapes(row)
             rows.append(row)
     return rows
 
@@ -96,39 +108,10 @@ def keep_new_states(rows: Iterable[Row], state: MutableMapping[Any, dict[str, An
         if entry is None:
             state[row.p] = row.state
         elif entry is not row.state:
+            for key in entry.keys() - row.state.keys():
+                del entry[key]
             entry.update(row.state)
             row.state = entry
-
-
-def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of a parameter before its first step, ``step`` included."""
-    states = _kept_states(rule, group)
-    return {"step": _initial(None, p, group)} | {s.key: _initial(s, p, group) for s in states}
-
-
-def kept_keys(rule: Rule, group: Mapping[str, Any]) -> list[str]:
-    """The names of the states that a group's parameters have, the step number first."""
-    return ["step", *(s.key for s in _kept_states(rule, group))]
-
-
-def _kept_states(rule: Rule, group: Mapping[str, Any]) -> list[State]:
-    """The states that a group's parameters have, numbers first as torch.optim orders them."""
-    return sorted((s for s in rule.states.values() if s.on(group)), key=lambda s: not s.scalar)
-
-
-def _initial(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """The initial value of a state; of the step number for None."""
-    if declared is None or declared.scalar:
-        # A generated kernel or a captured graph keeps numbers on the device, in float32.
-        dtype = torch.float32 if group["fused"] else scalar_dtype()
-        value: Any = declared.init if declared else 0.0
-        device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
-        # torch.tensor, as torch.zeros has no known value under FakeTensorMode.
-        return torch.tensor(value, dtype=dtype, device=device)
-    value = group[declared.init] if isinstance(declared.init, str) else declared.init
-    if p.is_complex():
-        value = complex(value, value)  # real and imaginary parts are averaged each by itself
-    return torch.full_like(p.detach(), value, memory_format=torch.preserve_format)
 
 
 def _distinct(params: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -137,10 +120,12 @@ def _distinct(params: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _coalesced(
-    g: torch.Tensor, group: Mapping[str, Any], refuses_sparse: str | None
+    g: torch.Tensor, group: Mapping[str, Any], refuses_sparse: str | None, what: Kept
 ) -> torch.Tensor:
     if refuses_sparse:
         raise RuntimeError(refuses_sparse)
+    for format_ in what.storage.formats.values():
+        raise RuntimeError(f"a format ({format_.name}) is not compatible with sparse gradients")
     if not is_off(group.get("weight_decay", 0)):
         raise RuntimeError("weight_decay option is not compatible with sparse gradients")
     return g.coalesce()
@@ -156,33 +141,24 @@ def _check_dtypes(p: torch.Tensor, g: torch.Tensor) -> None:
         raise TypeError(f"a parameter of dtype {p.dtype} has a gradient of {g.dtype}")
 
 
-def _complete(row: Row, states: list[State]) -> None:
-    missing = [s for s in states if s.key not in row.state]
-    if missing or "step" not in row.state:
-        new = {s.key: _initial(s, row.p, row.group) for s in missing}
-        if "step" not in row.state:
-            new = {"step": _initial(None, row.p, row.group)} | new
-        row.state = row.state | new
-
-
-def _check_shapes(row: Row, states: list[State]) -> None:
+def _check_shapes(row: Row) -> None:
     if row.g.device != row.p.device:
         raise RuntimeError(f"a parameter on {row.p.device} has a gradient on {row.g.device}")
     if row.g.shape != row.p.shape:
         raise RuntimeError(
             f"a parameter of shape {tuple(row.p.shape)} has a gradient of {tuple(row.g.shape)}"
         )
-    for s in states:
-        kept = row.state[s.key]
-        if not s.scalar and (kept.shape != row.p.shape or kept.is_complex() != row.p.is_complex()):
+    for slot in row.kept.slots:
+        found = row.state[slot.key]
+        if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
             raise RuntimeError(
                 f"a parameter of shape {tuple(row.p.shape)} and {row.p.dtype} has a state "
-                f"{s.key} of shape {tuple(kept.shape)} and {kept.dtype}: delete "
+                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}: delete "
                 "optimizer.state[p] to begin anew"
             )
-        if not s.scalar and kept.device != row.p.device:
+        if found.device != row.p.device:
             raise RuntimeError(
-                f"a parameter on {row.p.device} has a state {s.key} on {kept.device}: move it "
+                f"a parameter on {row.p.device} has a state {slot.key} on {found.device}: move it "
                 "there, or delete optimizer.state[p] to begin anew"
             )
     if row.group["differentiable"] and row.state["step"].requires_grad:

@@ -1,7 +1,7 @@
 """The ways to run a step, and the choice between them.
 
-A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph)``,
-which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``, and
+A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph,
+storage)``, which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``, and
 ``asynchronous``, whether it takes all numbers on the device and waits for none.
 """
 
@@ -17,6 +17,7 @@ import torch
 from stepforge.backends import foreach, native, reference, triton
 from stepforge.backends.batch import Batch, Prepared
 from stepforge.expr import Graph
+from stepforge.formats import Storage
 
 __all__ = ["BACKENDS", "Backend", "Batch", "Choice", "choose"]
 
@@ -34,6 +35,7 @@ class Backend(Protocol):
         g: torch.Tensor | None,
         group: Mapping[str, Any],
         graph: Graph,
+        storage: Storage,
     ) -> str | None:
         """Why it cannot serve a parameter with that gradient and options; None if it can."""
 
@@ -71,6 +73,7 @@ def choose(
     g: torch.Tensor | None,
     group: Mapping[str, Any],
     graph: Graph,
+    storage: Storage,
 ) -> Choice:
     """The backend for a parameter, by its group's ``fused`` and ``foreach``.
 
@@ -83,6 +86,7 @@ def choose(
         g: its gradient, if it has one.
         group: the options of its param group.
         graph: what is to be computed.
+        storage: how it and its states are stored.
 
     Raises:
         ValueError: ``STEPFORGE_BACKEND`` names no backend.
@@ -94,7 +98,7 @@ def choose(
         if backend is None:
             why_not: str | None = f"there are no kernels for {p.device.type} devices"
         else:
-            why_not = backend.refuses(p, g, group, graph)
+            why_not = backend.refuses(p, g, group, graph, storage)
             if why_not is None:
                 return Choice(backend, tuple(reasons))
         reasons.append((candidate, str(why_not)))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
 from stepforge.expr import Graph
+from stepforge.formats import Format, random_words, tensor_name, tensors_of
 
 #: How many elements a part of a batch has, so that the dozen tensors of a step stay in the cache
 #: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
@@ -101,11 +102,17 @@ class Batch:
         graph: what to compute.
         columns: for each varying input its tensors, one a row: parameters ``p``, gradients ``g``
             and states, all real, a row's all of one shape. Results are stored into the column
-            of the same name. Storage may be of any floating dtype and any strides.
+            of the same name. Storage may be of any floating dtype and any strides. Where there is
+            a format its other parts stand beside it, as ``"m.scale"``.
         coefficients: for each of ``graph.coefficients``, in order, its value, rounded to ``dtype``
             or true or false: a number for all rows, an array or a vector on the device with one a
             row, or, where autograd has to see them, a list of tensors without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
+        formats: of the columns that have one.
+        keys: for each row the word from which its random bits follow: int64, where the
+            coefficients are; None if no format rounds at random.
+        starts: for each row the index of its first element, as a word, which is not 0 in a part of
+            a tensor; int64.
         differentiable: whether autograd must see the step.
         loss_scale: what a gradient scaler says of the gradients; None if nothing.
         prepared: what the backend's ``prepare`` made of these rows with other gradients of the
@@ -116,12 +123,53 @@ class Batch:
     columns: dict[str, list[torch.Tensor]]
     coefficients: list[Coefficient]
     dtype: torch.dtype
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    keys: np.ndarray[Any, Any] | torch.Tensor | None = None
+    starts: np.ndarray[Any, Any] | None = None
     differentiable: bool = False
     loss_scale: LossScale | None = None
     prepared: Prepared | None = None
 
     def __len__(self) -> int:
         return len(self.columns["p"])
+
+    @property
+    def written(self) -> list[str]:
+        """The names of the tensors that a step writes to."""
+        return [name for column in self.graph.results for name in tensors_of(column, self.formats)]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether elements share scales."""
+        return any(format_.in_blocks for format_ in self.formats.values())
+
+    def read(self, column: str, index: int) -> torch.Tensor:
+        """The numbers of a row's tensor, in the dtype of the arithmetic; perhaps the tensor."""
+        if column not in self.formats:
+            return self.columns[column][index].to(self.dtype)
+        return self.formats[column].read(self._parts(column, index)).to(self.dtype)
+
+    def store(self, column: str, index: int, value: torch.Tensor) -> None:
+        """Stores numbers into a row's tensor."""
+        if column not in self.formats:
+            self.columns[column][index].copy_(value)
+            return
+        random = {}
+        if self.formats[column].is_random:
+            assert self.keys is not None
+            assert self.starts is not None
+            key = self.keys[index] + self.position(column)
+            start = int(self.starts[index])
+            random = {"random": random_words(value.shape, start, key, value.device)}
+        self.formats[column].write(self._parts(column, index), value, **random)
+
+    def position(self, column: str) -> int:
+        """What is added to the key of a row for that column, to have random bits of its own."""
+        return self.graph.results.index(column)
+
+    def _parts(self, column: str, index: int) -> dict[str, torch.Tensor]:
+        parts = self.formats[column].parts
+        return {part.name: self.columns[tensor_name(column, part)][index] for part in parts}
 
     def pieces(self, limit: int) -> Iterator[Batch]:
         """The same work in parts of about ``limit`` elements each.
@@ -131,17 +179,22 @@ class Batch:
         """
         rows: list[dict[str, torch.Tensor]] = []
         origins: list[int] = []
+        offsets: list[int] = []
         size = 0
         for index in range(len(self)):
-            for row in _cut({name: c[index] for name, c in self.columns.items()}, limit):
+            whole = {name: c[index] for name, c in self.columns.items()}
+            for offset, row in _cut(
+                whole, limit, flat=not self.in_blocks, any_dim=not self.formats
+            ):
                 if rows and size + row["p"].numel() > limit:
-                    yield self._part(rows, origins)
-                    rows, origins, size = [], [], 0
+                    yield self._part(rows, origins, offsets)
+                    rows, origins, offsets, size = [], [], [], 0
                 rows.append(row)
                 origins.append(index)
+                offsets.append(offset)
                 size += row["p"].numel()
         if rows:
-            yield self._part(rows, origins)
+            yield self._part(rows, origins, offsets)
 
     @property
     def unscale(self) -> float:
@@ -172,19 +225,25 @@ class Batch:
     def rows(self, indices: list[int]) -> Batch:
         """Only the rows of those numbers."""
         return self._part(
-            [{name: c[index] for name, c in self.columns.items()} for index in indices], indices
+            [{name: c[index] for name, c in self.columns.items()} for index in indices],
+            indices,
+            [0] * len(indices),
         )
 
     def with_columns(self, columns: dict[str, list[torch.Tensor]]) -> Batch:
         """The same rows in other tensors."""
         return replace(self, columns=columns, prepared=None)
 
-    def _part(self, rows: list[dict[str, torch.Tensor]], origins: list[int]) -> Batch:
+    def _part(
+        self, rows: list[dict[str, torch.Tensor]], origins: list[int], offsets: list[int]
+    ) -> Batch:
         return replace(
             self,
             prepared=None,
             columns={name: [row[name] for row in rows] for name in self.columns},
             coefficients=[_of_rows(c, origins) for c in self.coefficients],
+            keys=None if self.keys is None else self.keys[origins],
+            starts=None if self.starts is None else self.starts[origins] + np.array(offsets),
         )
 
 
@@ -196,18 +255,32 @@ def _of_rows(coefficient: Coefficient, rows: list[int]) -> Coefficient:
     return [coefficient[row] for row in rows] if isinstance(coefficient, list) else coefficient
 
 
-def _cut(row: dict[str, torch.Tensor], limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """A row in parts of at most ``limit`` elements, or nearly, each a view."""
+def _cut(
+    row: dict[str, torch.Tensor], limit: int, *, flat: bool, any_dim: bool
+) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """A row in parts of at most ``limit`` elements, or nearly, each a view.
+
+    Args:
+        row: the tensors.
+        limit: how many elements a part has.
+        flat: whether a part may end within a row of dimension 0.
+        any_dim: whether the elements of a part need not follow one another.
+
+    Returns:
+        For each part the index of its first element, and its tensors.
+    """
     p = row["p"]
     if p.numel() <= limit or row["g"].is_sparse:
-        yield row
+        yield 0, row
         return
-    if all(tensor.is_contiguous() for tensor in row.values()):
-        row, dim = {name: tensor.view(-1) for name, tensor in row.items()}, 0
-    else:
+    dim = 0
+    if flat and all(tensor.is_contiguous() for tensor in row.values()):
+        row = {name: tensor.view(-1) for name, tensor in row.items()}
+    elif any_dim:
         dim = max(range(p.dim()), key=p.size)
     length = row["p"].size(dim)
     step = max(1, limit * length // p.numel())
     for start in range(0, length, step):
         size = min(step, length - start)
-        yield {name: tensor.narrow(dim, start, size) for name, tensor in row.items()}
+        part = {name: tensor.narrow(dim, start, size) for name, tensor in row.items()}
+        yield start * (p.numel() // length), part

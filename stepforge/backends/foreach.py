@@ -15,7 +15,9 @@ import torch
 
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.exact import choose, correct_sqrt, divide
-from stepforge.expr import Graph
+from stepforge.expr import WORDS, Graph
+from stepforge.formats import Storage
+from stepforge.ops import VOCABULARY
 
 name = "foreach"
 asynchronous = False
@@ -26,7 +28,11 @@ Uniform: TypeAlias = "float | list[Any]"
 
 
 def refuses(
-    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+    p: torch.Tensor,
+    g: torch.Tensor | None,
+    group: Mapping[str, Any],
+    graph: Graph,
+    storage: Storage,
 ) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
     if group["differentiable"]:
@@ -49,7 +55,8 @@ def run(batch: Batch) -> None:
 
 def _run_part(batch: Batch) -> None:
     program = batch.graph.varying
-    columns = {name: [x.to(batch.dtype) for x in batch.columns[name]] for name in program.inputs}
+    rows = range(len(batch))
+    columns = {name: [batch.read(name, row) for row in rows] for name in program.inputs}
     registers = program.registers(columns, batch.numbers())
     owned: set[int] = set()  # registers whose tensors nothing else refers to: free to overwrite
     for instruction in program.instructions:
@@ -78,7 +85,11 @@ def _run_part(batch: Batch) -> None:
         for register in program.outputs
     ]
     for name, result in zip(batch.graph.results, results):
-        torch._foreach_copy_(batch.columns[name], result)
+        if name in batch.formats:
+            for row in rows:
+                batch.store(name, row, result[row])
+        else:
+            torch._foreach_copy_(batch.columns[name], result)
 
 
 def _is_list_of_tensors(x: Any) -> bool:
@@ -136,10 +147,10 @@ def _for_each_row(x: Uniform | Tensors, like: Tensors) -> list[Any]:
 
 
 def _row_by_row(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
-    def on_lists(x: Any, y: Any) -> Tensors:
-        like = x if isinstance(x, list) else y
-        pairs = zip(_for_each_row(x, like), _for_each_row(y, like), strict=True)
-        return [function(*pair) for pair in pairs]
+    def on_lists(*operands: Any) -> Tensors:
+        like = next(x for x in operands if isinstance(x, list))
+        rows = zip(*(_for_each_row(x, like) for x in operands), strict=True)
+        return [function(*row) for row in rows]
 
     return on_lists
 
@@ -162,6 +173,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "le": _row_by_row(operator.le),
     "eq": _row_by_row(operator.eq),
     "ne": _row_by_row(operator.ne),
+    **{op: _row_by_row(VOCABULARY[op]) for op in (*WORDS, "from_bits", "number")},
 }
 
 #: The operations that can overwrite their first operand when nothing reads it again.

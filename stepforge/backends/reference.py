@@ -15,6 +15,7 @@ import torch
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.expr import Graph, evaluate
+from stepforge.formats import Storage
 from stepforge.ops import VOCABULARY
 
 name = "reference"
@@ -22,7 +23,11 @@ asynchronous = False
 
 
 def refuses(
-    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+    p: torch.Tensor,
+    g: torch.Tensor | None,
+    group: Mapping[str, Any],
+    graph: Graph,
+    storage: Storage,
 ) -> str | None:
     """Why this backend cannot serve a parameter; None, as it serves all."""
     return None
@@ -46,8 +51,11 @@ def _run_row(batch: Batch, index: int, given: list[Any]) -> None:
     program = batch.graph.varying
     stored = {name: column[index] for name, column in batch.columns.items()}
     sparse = stored["g"].is_sparse
-    row = _named_elements(stored) if sparse else stored
-    inputs = {name: row[name].to(batch.dtype) for name in program.inputs}
+    if sparse:
+        named = _named_elements(stored)
+        inputs = {name: named[name].to(batch.dtype) for name in program.inputs}
+    else:
+        inputs = {name: batch.read(name, index) for name in program.inputs}
     if batch.differentiable:
         # Autograd keeps operands for the backward pass, and the step overwrites them.
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -62,7 +70,7 @@ def _run_row(batch: Batch, index: int, given: list[Any]) -> None:
         if sparse:
             stored[name][_indices(stored["g"])] = result.to(stored[name].dtype)
         else:
-            stored[name].copy_(result)
+            batch.store(name, index, result)
 
 
 def _indices(g: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -57,7 +57,7 @@ class Adagrad(Optimizer, rule=adagrad):
     initial_accumulator_value: NonNegative = 0
     eps: NonNegative = 1e-10
     foreach: bool | None = None
-    s = full("sum", init="initial_accumulator_value")
+    s = full("sum", init="initial_accumulator_value", unsigned=True)
 
     if TYPE_CHECKING:
         # torch.optim's order: `foreach` stands last among the positional arguments, where no

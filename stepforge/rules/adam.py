@@ -65,8 +65,8 @@ class Adam(Optimizer, rule=adam):
     weight_decay: Decay = 0
     amsgrad: bool = False
     decoupled_weight_decay: bool = hyper(default=False, kw_only=True, newer=True)
-    m, v = zeros("exp_avg"), zeros("exp_avg_sq")
-    v_max = zeros("max_exp_avg_sq", when="amsgrad")
+    m, v = zeros("exp_avg"), zeros("exp_avg_sq", unsigned=True)
+    v_max = zeros("max_exp_avg_sq", when="amsgrad", unsigned=True)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         super()._check_options(options)

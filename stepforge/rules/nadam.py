@@ -60,4 +60,8 @@ class NAdam(Optimizer, rule=nadam):
     weight_decay: Decay = 0
     momentum_decay: NonNegative = 4e-3
     decoupled_weight_decay: bool = hyper(default=False, newer=True)
-    m, v, mu_product = zeros("exp_avg"), zeros("exp_avg_sq"), scalar("mu_product", init=1.0)
+    m, v, mu_product = (
+        zeros("exp_avg"),
+        zeros("exp_avg_sq", unsigned=True),
+        scalar("mu_product", init=1.0),
+    )

@@ -64,4 +64,4 @@ class RAdam(Optimizer, rule=radam):
     eps: NonNegative = 1e-8
     weight_decay: Decay = 0
     decoupled_weight_decay: bool = hyper(default=False, newer=True)
-    m, v = zeros("exp_avg"), zeros("exp_avg_sq")
+    m, v = zeros("exp_avg"), zeros("exp_avg_sq", unsigned=True)

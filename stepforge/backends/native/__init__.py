@@ -21,6 +21,7 @@ from stepforge.backends.native.source import OPERATIONS, columns_of
 from stepforge.backends.native.storage import STORAGE
 from stepforge.backends.native.table import Table
 from stepforge.expr import Graph
+from stepforge.formats import Storage
 
 __all__ = [
     "OPERATIONS",
@@ -40,7 +41,11 @@ asynchronous = False
 
 
 def refuses(
-    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+    p: torch.Tensor,
+    g: torch.Tensor | None,
+    group: Mapping[str, Any],
+    graph: Graph,
+    storage: Storage,
 ) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
     if group["differentiable"]:
@@ -49,6 +54,8 @@ def refuses(
         return "capturable keeps its numbers on the device, out of the reach of a C call"
     if p.device.type != "cpu":
         return f"it runs on a CPU, not on {p.device.type}"
+    if storage.formats:
+        return "TODO"
     why_not = unreadable(p, g, STORAGE)
     if why_not:
         return why_not

@@ -25,6 +25,7 @@ from stepforge.backends.triton.source import OPERATIONS, STORAGE
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
 from stepforge.expr import Graph
+from stepforge.formats import Storage
 
 __all__ = ["OPERATIONS", "Tables", "asynchronous", "name", "prepare", "refuses", "run"]
 
@@ -38,7 +39,11 @@ _CAPABILITY = (7, 0)
 
 
 def refuses(
-    p: torch.Tensor, g: torch.Tensor | None, group: Mapping[str, Any], graph: Graph
+    p: torch.Tensor,
+    g: torch.Tensor | None,
+    group: Mapping[str, Any],
+    graph: Graph,
+    storage: Storage,
 ) -> str | None:
     """Why this backend cannot serve a parameter, or None if it can."""
     why_not = _device_refused(p.device)
@@ -48,6 +53,8 @@ def refuses(
         return why_not
     if group["differentiable"]:
         return "autograd does not go through a compiled kernel"
+    if storage.formats:
+        return "TODO"
     why_not = unreadable(p, g, STORAGE)
     if why_not:
         return why_not

@@ -1,0 +1,366 @@
+"""The entry of a parameter in ``optimizer.state``: what it holds, in which format, and at first."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepforge.declare import Rule, State
+from stepforge.formats import BLOCK, Format, Part, Storage, codes, joined, rounded, tensor_name
+from stepforge.ops import scalar_dtype
+
+__all__ = [
+    "SHORT",
+    "Kept",
+    "Slot",
+    "completed",
+    "converted",
+    "first_index",
+    "initial_state",
+    "kept",
+    "local",
+    "mismatch",
+]
+
+#: Parameters with fewer elements keep their states in full: all of them together are little, and
+#: among them are those that a small error hurts most.
+SMALLEST = 4096
+#: Rows of dimension 0 that are shorter would need a scale for each few elements.
+SHORTEST = BLOCK // 2
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: The dtypes of weights that can be joined with more bits or rounded at random.
+SHORT = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of an entry, which has its elements for those of the parameter.
+
+    Attributes:
+        key: its key in the entry.
+        column: the letter of the state it belongs to; ``p`` for the parameter itself.
+        part: which part of that it is.
+        shape: its shape.
+    """
+
+    key: str
+    column: str
+    part: Part
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What it is called among all tensors of a step."""
+        return tensor_name(self.column, self.part)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What the entry of a parameter holds.
+
+    Attributes:
+        states: the declarations of its states by their letters.
+        scalars: the keys of its numbers, that of the step first.
+        slots: its tensors, those of a column one after the other.
+        storage: how they and the parameter are stored.
+        as_found: whether states in another dtype than theirs stay in it, as torch.optim's do when
+            their parameter has changed its own.
+        full: why states are in full precision though the group asks for int8; None if they are not.
+    """
+
+    states: Mapping[str, State]
+    scalars: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    storage: Storage
+    as_found: bool
+    full: str | None
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys of the entry."""
+        return [*self.scalars, *(slot.key for slot in self.slots)]
+
+    def columns(self) -> Iterator[tuple[str, Format | None, list[Slot]]]:
+        """The letter of each column with its format and its tensors in the entry."""
+        for column in dict.fromkeys(slot.column for slot in self.slots):
+            slots = [slot for slot in self.slots if slot.column == column]
+            yield column, self.storage.formats.get(column), slots
+
+
+def kept(rule: Rule, group: Mapping[str, Any], p: torch.Tensor) -> Kept:
+    """What the entry of a parameter holds under its group's options."""
+    states = tuple((letter, s) for letter, s in rule.states.items() if s.on(group))
+    options = group["state_format"], group["master_weight_bits"], group["stochastic_rounding"]
+    return _kept(states, *options, p.dtype, tuple(p.shape), _is_cut(p))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept(
+    states: tuple[tuple[str, State], ...],
+    state_format: str | None,
+    master_weight_bits: int | None,
+    stochastic_rounding: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    is_cut: bool,
+) -> Kept:
+    formats: dict[str, Format] = {}
+    full = _why_full(dtype, shape, is_cut) if state_format == "int8" else None
+    slots = []
+    for letter, state in states:
+        if state.scalar:
+            continue
+        plain = _full_dtype(dtype, state_format)
+        if state_format == "int8" and full is None:
+            formats[letter] = codes(state.unsigned)
+        elif plain == torch.bfloat16 and state_format and state.unsigned:
+            formats[letter] = rounded(plain)
+        parts = formats[letter].parts if letter in formats else (Part("", plain),)
+        for part in parts:
+            key = f"{state.key}_{part.name}" if part.name else state.key
+            slots.append(Slot(key, letter, part, part.shape(shape)))
+    if dtype in SHORT and master_weight_bits:
+        formats["p"] = joined(dtype, master_weight_bits)
+        slots += [Slot(f"{x.name}_bits", "p", x, shape) for x in formats["p"].parts if x.name]
+    elif dtype in SHORT and stochastic_rounding:
+        formats["p"] = rounded(dtype)
+    return Kept(
+        dict(states),
+        ("step", *(state.key for _, state in states if state.scalar)),
+        tuple(slots),
+        Storage(formats, {"p": dtype, **{slot.name: slot.part.dtype for slot in slots}}),
+        state_format is None,
+        full,
+    )
+
+
+def _full_dtype(dtype: torch.dtype, state_format: str | None) -> torch.dtype:
+    """The dtype of states that are plain tensors."""
+    if state_format is None or dtype.is_complex:
+        return dtype
+    if state_format == "int8":  # of those that have no codes
+        return torch.float32 if dtype in SHORT else dtype
+    return _DTYPES[state_format]
+
+
+def _is_cut(p: torch.Tensor) -> bool:
+    """Whether a parameter is sharded in another way than between rows of dimension 0."""
+    placements = getattr(p, "placements", ())
+    return not all(x.is_replicate() or repr(x) == "Shard(dim=0)" for x in placements)
+
+
+def _why_full(dtype: torch.dtype, shape: tuple[int, ...], is_cut: bool) -> str | None:
+    """Why states of a parameter stay in full precision; None if they need not."""
+    if dtype.is_complex:
+        return "complex numbers have no codes of 8 bits"
+    if math.prod(shape) < SMALLEST:
+        return f"it has fewer than {SMALLEST} elements"
+    if math.prod(shape[1:]) < SHORTEST:
+        return f"a row of its dimension 0 has fewer than {SHORTEST} elements"
+    if is_cut:
+        return "it is sharded along another dimension than 0, where shards would cut blocks"
+    return None
+
+
+def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a parameter before its first step."""
+    return completed(kept(rule, group, p), p, group, {})
+
+
+def completed(
+    what: Kept, p: torch.Tensor, group: Mapping[str, Any], entry: dict[str, Any]
+) -> dict[str, Any]:
+    """An entry with all that it should hold, in the formats in which it should.
+
+    Args:
+        what: what it should hold.
+        p: the parameter.
+        group: the options of its param group.
+        entry: what there is. It is not changed.
+
+    Returns:
+        The entry itself if nothing was missing, otherwise a new one.
+
+    Raises:
+        RuntimeError: what is in another format has another shape than the parameter.
+    """
+    if all(key in entry for key in what.scalars) and not any(
+        True for _ in _columns_to_change(what, entry)
+    ):
+        return entry
+    new = converted(what, p, entry)
+    states = {state.key: state for state in what.states.values()}
+    for key in what.scalars:
+        if key not in entry:
+            new[key] = _number(states.get(key), p, group)
+    for column, format_, slots in _columns_to_change(what, entry):
+        if slots[0].key not in new:
+            new |= _first(what.states.get(column), format_, slots, p, group)
+    whole = {key: x for key, x in entry.items() if key not in _left_over(what)} | new
+    # In torch.optim's order, numbers first.
+    return {key: whole[key] for key in [*what.keys, *whole]}
+
+
+def converted(what: Kept, p: torch.Tensor, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What an entry has in another format than it should be in, in that one.
+
+    Args:
+        what: what it should hold.
+        p: the parameter.
+        entry: what there is.
+
+    Raises:
+        RuntimeError: a tensor has another shape than its format.
+    """
+    new: dict[str, torch.Tensor] = {}
+    for column, format_, slots in _columns_to_change(what, entry):
+        if slots[0].key not in entry:
+            continue
+        made = {slot.key: _full(p, slot, 0) for slot in slots}
+        parts = {slot.part.name: local(made[slot.key]) for slot in slots}
+        if column == "p":
+            parts["low"].copy_(
+                _low_of_width(local(entry[slots[0].key]), parts["low"].dtype, p.dtype)
+            )
+        else:
+            x = _numbers(entry, slots[0].key, p, unsigned=what.states[column].unsigned)
+            if format_ is None:
+                parts[""].copy_(x)
+            else:
+                format_.write(parts, x.float().to(parts[""].device))
+        new |= made
+    return new
+
+
+def _columns_to_change(
+    what: Kept, entry: Mapping[str, Any]
+) -> Iterator[tuple[str, Format | None, list[Slot]]]:
+    """Those of which an entry lacks a tensor, or has it in another format."""
+    for column, format_, slots in what.columns():
+        found = [entry.get(slot.key) for slot in slots]
+        if format_ is None and what.as_found and found[0] is not None:
+            is_right = found[0].dtype != torch.uint8
+        else:
+            is_right = all(
+                x is not None and x.dtype == slot.part.dtype for x, slot in zip(found, slots)
+            )
+        if not is_right:
+            yield column, format_, slots
+
+
+def _left_over(what: Kept) -> set[str]:
+    """The keys that only other formats have."""
+    possible = {f"{state.key}_scale" for state in what.states.values()} | {"low_bits"}
+    return possible - set(what.keys)
+
+
+def _numbers(
+    entry: Mapping[str, Any], key: str, p: torch.Tensor, *, unsigned: bool
+) -> torch.Tensor:
+    """What a state holds, whatever format it is in: the part of it that is here."""
+    tensor, scale = entry[key], entry.get(f"{key}_scale")
+    if tensor.dtype != torch.uint8:
+        return local(tensor)
+    problem = mismatch(tensor, scale, p)
+    if problem or scale is None:
+        raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has a state {key} {problem}")
+    return codes(unsigned).read({"": local(tensor), "scale": local(scale)})
+
+
+def mismatch(tensor: torch.Tensor, scale: Any, p: torch.Tensor) -> str | None:
+    """What codes of 8 bits and their scales disagree in; None if they agree."""
+    wanted = Part("scale", torch.float32, of_block=True).shape(p.shape) if p.dim() else ()
+    if tensor.shape != p.shape:
+        return f"of codes of shape {tuple(tensor.shape)}"
+    if not isinstance(scale, torch.Tensor):
+        return "of codes without scales"
+    if tuple(scale.shape) != wanted or not scale.is_floating_point():
+        return f"of codes with scales of shape {tuple(scale.shape)}, which must be {wanted}"
+    return None
+
+
+def _low_of_width(low: torch.Tensor, dtype: torch.dtype, weight: torch.dtype) -> torch.Tensor:
+    """The lower bits of a weight, as those of a shorter or longer one."""
+    if low.dtype == dtype:
+        return low
+    # A bfloat16 keeps 8 or 16 bits of those below it, a float16 8 or 15.
+    factor = 2.0 ** (8 if weight == torch.bfloat16 else 7)
+    if dtype == torch.int16:
+        return (low.float() * factor).to(dtype)
+    return (low.float() / factor).round().clamp(-128, 127).to(dtype)
+
+
+def _first(
+    declared: State | None,
+    format_: Format | None,
+    slots: Sequence[Slot],
+    p: torch.Tensor,
+    group: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a column before the first step; of lower bits of a weight for None."""
+    value: Any = declared.init if declared else 0.0
+    if isinstance(value, str):
+        value = group[value]
+    if declared is None or format_ is None:
+        if p.is_complex():
+            value = complex(value, value)  # real and imaginary parts are averaged each by itself
+        return {slot.key: _full(p, slot, value) for slot in slots}
+    one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype) for x in format_.parts}
+    format_.write(one, torch.full((1, 1), float(value)))
+    return {slot.key: _full(p, slot, one[slot.part.name].item()) for slot in slots}
+
+
+def _full(p: torch.Tensor, slot: Slot, value: complex) -> torch.Tensor:
+    """A tensor for a slot, filled with a number, where and how the parameter is."""
+    dtype = slot.part.dtype
+    if not slot.part.of_block:
+        # Codes lie in the order of their blocks, whatever the order of the parameter.
+        is_plain = dtype.is_floating_point or dtype.is_complex
+        order = torch.preserve_format if is_plain else torch.contiguous_format
+        return torch.full_like(p.detach(), value, dtype=dtype, memory_format=order)
+    here = local(p.detach())
+    made = here.new_full((here.shape[0], slot.shape[1]), value, dtype=dtype)
+    if not hasattr(p, "placements"):
+        return made
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(p, DTensor)
+
+    return DTensor.from_local(
+        made, p.device_mesh, p.placements, run_check=False, shape=torch.Size(slot.shape),
+        stride=(slot.shape[1], 1),
+    )  # fmt: skip
+
+
+def first_index(p: torch.Tensor) -> int:
+    """The index of the first element that is here, of a parameter sharded between rows."""
+    if not hasattr(p, "placements"):
+        return 0
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(p, DTensor)
+
+    _, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return int(offsets[0]) * math.prod(p.shape[1:])
+
+
+def _number(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
+    """The initial value of a scalar state; of the step number for None."""
+    # A generated kernel or a captured graph keeps numbers on the device, in float32.
+    dtype = torch.float32 if group["fused"] else scalar_dtype()
+    value = declared.init if declared else 0.0
+    device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
+    # torch.tensor, as torch.zeros has no known value under FakeTensorMode.
+    return torch.tensor(value, dtype=dtype, device=device)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """The part of a sharded tensor that is here."""
+    return x.to_local() if hasattr(x, "to_local") else x
