@@ -242,6 +242,9 @@ def _draw(index: Word, key: Word) -> Word:
     Multiples of the golden ratio's fraction fill the words as evenly as can be; the key, another
     word at random in every step, turns them all by as much. So what each element is given is
     uniform and new in every step, and the mean of many errs by less than if each had its own.
+
+    As it is a sum, elements may be counted from any other: what is drawn for the index of that is
+    their key.
     """
     return (index * 0x9E3779B9 + key) & 0xFFFFFFFF
 
@@ -318,7 +321,7 @@ def _code(size: Word, scale: Value, one: int, least: int) -> Word:
     is_number = scale == scale
     end = where(is_number, _origin(scale, one) + (least << _SHIFT), _ALL)
     origin = where(is_number, _origin(scale, one), _ALL - (one << _SHIFT))
-    return (_at_least(size, end) - origin) >> _SHIFT
+    return (_at_least(size, end) >> _SHIFT) - (origin >> _SHIFT)
 
 
 #: The codes of the scale itself: 1.875 times the scale is the largest code.

@@ -280,11 +280,10 @@ def _write_function(column: str, format_: Format) -> str:
     to = {part: part.name or "stored" for part in _elements(format_)}
     for part, name in to.items():
         parameters[name] = f"{STORAGE[part.dtype].element} *restrict {name}"
-    lines = ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
-    lines += [
-        f"    {line}" for line in _encoded(format_, {p: f"{n}[i]" for p, n in to.items()}, "key")
-    ]
-    lines.append("}")
+    lines = ["uint32_t word = draw(index, key);"] if format_.is_random else []
+    lines += ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
+    encoded = _encoded(format_, {p: f"{n}[i]" for p, n in to.items()}, "word")
+    lines += [*(f"    {line}" for line in encoded), "}"]
     written = _functions(f"write_{column}", parameters, lines, blocks=True)
     return f"/* {format_.name}: what is stored of numbers. */\n{written}"
 
@@ -292,10 +291,13 @@ def _write_function(column: str, format_: Format) -> str:
 _RANDOM = {"index": "uint32_t index", "key": "uint32_t key"}
 
 
-def _encoded(format_: Format, to: Mapping[Part, str], key: str) -> list[str]:
-    """The lines that store what a format makes of ``x``, which is element ``i`` from ``index``."""
+def _encoded(format_: Format, to: Mapping[Part, str], word: str) -> list[str]:
+    """The lines that store what a format makes of ``x``, of which a variable has random bits."""
     program = format_.encode
-    lines = [f"const uint32_t random = draw(index + (uint32_t)i, {key});"] * format_.is_random
+    lines = []
+    if format_.is_random:
+        # From one element to the next, what is drawn grows by the same.
+        lines = [f"const uint32_t random = {word};", f"{word} += draw(1, 0);"]
     lines += _computed(program, program.inputs, "float", prefix="f")
     results = _registers(program, program.inputs, "float", prefix="f")
     for (part, place), register in zip(to.items(), program.outputs):
@@ -355,6 +357,9 @@ def _step_elements(
         if not node.boolean:
             lines.append(f"const number c{position} = c[{position}];  /* {_shown(node)} */")
     lines += [f"uint32_t {column}_largest = 0;" for column in scaled]
+    for position, column in enumerate(graph.results):
+        if column in formats and formats[column].is_random and column not in scaled:
+            lines.append(f"uint32_t {column}_word = draw(index, key + {position});")
     lines.append("for (int64_t i = 0; i < count; i++) {")
     for column in program.inputs:
         if column in formats:
@@ -371,7 +376,7 @@ def _step_elements(
     lines += [f"    {line}" for line in computed]
     results = _registers(program, names, "number", finite=finite)
     for column, register in zip(graph.results, program.outputs):
-        stored = _stored(column, results[register], dtypes, formats, graph)
+        stored = _stored(column, results[register], dtypes, formats)
         lines += [f"    {line}" for line in stored]
     lines.append("}")
     lines += [f"largest[{n}] = {column}_largest;" for n, column in enumerate(scaled)]
@@ -384,7 +389,6 @@ def _stored(
     value: str,
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, Format],
-    graph: Graph,
 ) -> list[str]:
     """The lines that store a result, or keep it until the scale of its block is known."""
     if column not in formats:
@@ -399,7 +403,7 @@ def _stored(
         ]
     else:
         to = {p: f"{_in_c(tensor_name(column, p))}_at[i]" for p in _elements(format_)}
-        lines = _encoded(format_, to, f"key + {graph.results.index(column)}")
+        lines = _encoded(format_, to, f"{column}_word")
     return [f"{{ const float x = (float){value};", *(f"    {line}" for line in lines), "}"]
 
 
