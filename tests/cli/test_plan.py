@@ -18,6 +18,7 @@ import stepforge
 from stepforge.cli import make_app
 from stepforge.cli.measure import OPTIMIZERS
 
+README = Path(__file__).parents[2] / "README.md"
 SCALE = 4 / 128
 
 
@@ -129,6 +130,16 @@ def test_what_is_printed():
     # 12.125 GB at the default of 3350 GB/s.
     assert "A step takes at least 3.62 ms at 3,350 GB/s; in float32 8.36 ms: 0.43 of it." in output
     assert "Not counted: activations" in output
+
+
+def test_the_readme_shows_what_is_printed():
+    _, _, shown = README.read_text(encoding="utf-8").partition("$ stepforge plan ")
+    command, _, shown = shown.partition("\n")
+    code, output = invoke(*command.split())
+    assert code == 0
+    assert [line.rstrip() for line in output.splitlines()] == shown.partition("\n```")[0].split(
+        "\n"
+    )
 
 
 def test_parts_that_there_are_not_are_left_out():
