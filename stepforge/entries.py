@@ -20,6 +20,7 @@ __all__ = [
     "Slot",
     "completed",
     "converted",
+    "dtypes",
     "first_index",
     "initial_state",
     "kept",
@@ -160,11 +161,11 @@ def _why_full(dtype: torch.dtype, shape: tuple[int, ...], is_cut: bool) -> str |
     if dtype.is_complex:
         return "complex numbers have no codes of 8 bits"
     if math.prod(shape) < SMALLEST:
-        return f"it has fewer than {SMALLEST} elements"
+        return f"fewer than {SMALLEST:,} elements"
     if math.prod(shape[1:]) < SHORTEST:
-        return f"a row of its dimension 0 has fewer than {SHORTEST} elements"
+        return f"fewer than {SHORTEST} elements in a row of dimension 0"
     if is_cut:
-        return "it is sharded along another dimension than 0, where shards would cut blocks"
+        return "sharded along another dimension than 0, where shards would cut blocks"
     return None
 
 
@@ -236,6 +237,26 @@ def converted(what: Kept, p: torch.Tensor, entry: Mapping[str, Any]) -> dict[str
                 format_.write(parts, x.float().to(parts[""].device) + 0.0)  # and no -0
         new |= made
     return new
+
+
+def dtypes(
+    what: Kept, group: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, torch.dtype]:
+    """The dtypes that the tensors of an entry have once it is completed, by their keys.
+
+    Args:
+        what: what it should hold.
+        group: the options of the parameter's group.
+        entry: what there is; nothing before the first step.
+    """
+    changing = {column for column, _, _ in _columns_to_change(what, entry)}
+    numbers = {
+        key: entry[key].dtype if key in entry else _number_dtype(group) for key in what.scalars
+    }
+    return numbers | {
+        slot.key: slot.part.dtype if slot.column in changing else entry[slot.key].dtype
+        for slot in what.slots
+    }
 
 
 def _columns_to_change(
@@ -353,12 +374,16 @@ def first_index(p: torch.Tensor) -> int:
 
 def _number(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
     """The initial value of a scalar state; of the step number for None."""
-    # A generated kernel or a captured graph keeps numbers on the device, in float32.
-    dtype = torch.float32 if group["fused"] else scalar_dtype()
     value = declared.init if declared else 0.0
+    # A generated kernel or a captured graph keeps numbers on the device.
     device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
     # torch.tensor, as torch.zeros has no known value under FakeTensorMode.
-    return torch.tensor(value, dtype=dtype, device=device)
+    return torch.tensor(value, dtype=_number_dtype(group), device=device)
+
+
+def _number_dtype(group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of scalar states and of the step number: float32 where a kernel reads them."""
+    return torch.float32 if group["fused"] else scalar_dtype()
 
 
 def local(x: torch.Tensor) -> torch.Tensor:
