@@ -87,12 +87,26 @@ def _once_a_trace(function: _Function) -> _Function:
     return cast(_Function, decorated)
 
 
+def _outside_of_graphs(function: _Function) -> _Function:
+    """Marks what the compiler must not trace but run."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
 @_once_a_trace
 def _is_traceable(optimizer: Optimizer) -> bool:
     """Makes an optimizer ready to be traced; False if its step must run outside of the graph.
 
-    This runs when the compiler traces, not in the steps that follow. The states have to exist then,
-    and not to share memory: a compiler may not write to tensors that others alias.
+    This runs when the compiler traces, not in the steps that follow.
+    """
+    return _made_ready(optimizer)
+
+
+@_outside_of_graphs  # where a compiler has given up the step's frame, it tries those within
+def _made_ready(optimizer: Optimizer) -> bool:
+    """As :func:`_is_traceable`.
+
+    The states have to exist when the compiler traces, and not to share memory: a compiler may not
+    write to tensors that others alias.
     """
     try:
         members = stepping(optimizer.param_groups, optimizer.state)
@@ -108,11 +122,6 @@ def _is_traceable(optimizer: Optimizer) -> bool:
                 row.state[key] = tensor.clone()
     optimizer._traced = Traced(optimizer)
     return True
-
-
-def _outside_of_graphs(function: _Function) -> _Function:
-    """Marks what the compiler must not trace but run."""
-    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 @_outside_of_graphs
