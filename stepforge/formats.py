@@ -496,6 +496,11 @@ class Storage:
     formats: Mapping[str, Format]
     dtypes: Mapping[str, torch.dtype]
 
+    def real_dtype(self, tensor: str) -> torch.dtype:
+        """The dtype of a tensor, or of the parts of its complex numbers."""
+        dtype = self.dtypes[tensor]
+        return dtype.to_real() if dtype.is_complex else dtype
+
 
 def tensor_name(column: str, part: Part) -> str:
     """What a part of a column is called where all tensors of a step stand together.

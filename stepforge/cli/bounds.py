@@ -40,7 +40,7 @@ class Limit:
         self.kernel = Kernel(graph, float32, torch.float32)
         self.tensors = {
             column: params if column == "p" else [torch.zeros_like(p) for p in params]
-            for column in self.kernel.columns
+            for column in self.kernel.record.tensors
         }
         sizes = [p.numel() for p in params]
         self.starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -49,7 +49,9 @@ class Limit:
     def feed(self, gradients: Sequence[Tensor]) -> None:
         """Copies the gradients and writes all addresses into the kernel's table."""
         self.tensors["g"] = [gradient.clone() for gradient in gradients]
-        columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.columns]
+        columns = [
+            [t.data_ptr() for t in self.tensors[name]] for name in self.kernel.record.tensors
+        ]
         self.pointers = np.array(columns, dtype=np.uint64).T.copy()
 
     def step(self) -> None:

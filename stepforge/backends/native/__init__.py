@@ -17,11 +17,11 @@ from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch, arithmetic
 from stepforge.backends.memory import overlaps, stored_dtypes, unreadable
 from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
-from stepforge.backends.native.source import OPERATIONS, columns_of
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.source import OPERATIONS, Record
+from stepforge.backends.native.storage import NUMBERS
 from stepforge.backends.native.table import Table
 from stepforge.expr import Graph
-from stepforge.formats import Storage
+from stepforge.formats import Format, Storage
 
 __all__ = [
     "OPERATIONS",
@@ -54,14 +54,13 @@ def refuses(
         return "capturable keeps its numbers on the device, out of the reach of a C call"
     if p.device.type != "cpu":
         return f"it runs on a CPU, not on {p.device.type}"
-    if storage.formats:
-        return "TODO"
-    why_not = unreadable(p, g, STORAGE)
+    why_not = unreadable(p, g, NUMBERS)
     if why_not:
         return why_not
     dtype, gradient = stored_dtypes(p, g)
-    dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
-    kernel = kernel_for(graph, dtypes, arithmetic(dtype))
+    names = Record.of(graph, storage.formats).tensors
+    dtypes = tuple(gradient if name == "g" else storage.real_dtype(name) for name in names)
+    kernel = kernel_for(graph, dtypes, arithmetic(dtype), storage.formats)
     if isinstance(kernel, str):
         if not group["fused"]:
             _warn_once(kernel)
@@ -86,12 +85,12 @@ def _warn_once(reason: str) -> None:
 
 def prepare(batch: Batch) -> Table | None:
     """The table of a batch that one call can step, to be kept while its tensors stay; or None."""
-    names = columns_of(batch.graph)
+    names = Record.of(batch.graph, batch.formats).tensors
     rows = list(zip(*(batch.columns[name] for name in names)))
     dtypes, *others = {tuple(x.dtype for x in row) for row in rows}
-    if others or not all(map(_is_dense, rows)):
+    if others or not all(_is_dense(row, batch.formats) for row in rows):
         return None
-    if isinstance(kernel_for(batch.graph, dtypes, batch.dtype), str):
+    if isinstance(kernel_for(batch.graph, dtypes, batch.dtype, batch.formats), str):
         return None
     table = Table(batch)
     return None if table.overlaps() else table
@@ -105,15 +104,15 @@ def run(batch: Batch) -> None:
     if overlaps(batch):
         reference.run(batch)  # which has an order of reads and writes
         return
-    names = columns_of(batch.graph)
+    names = Record.of(batch.graph, batch.formats).tensors
     alike: dict[tuple[torch.dtype, ...], list[int]] = {}
     dense = set()
     for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
         alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
-        if _is_dense(row):
+        if _is_dense(row, batch.formats):
             dense.add(index)
     for dtypes, rows in alike.items():
-        kernel = kernel_for(batch.graph, dtypes, batch.dtype)
+        kernel = kernel_for(batch.graph, dtypes, batch.dtype, batch.formats)
         if isinstance(kernel, str):  # states of another dtype: `refuses` knows of none
             _warn_once(kernel)
             reference.run(batch.rows(rows))
@@ -133,21 +132,27 @@ def _run_through_buffers(batch: Batch) -> None:
     }
     part = batch.with_columns(copies)
     Table(part).run(part)
-    for name in batch.graph.results:
+    for name in batch.written:
         for tensor, copy in zip(batch.columns[name], copies[name]):
             if copy is not tensor:
                 tensor.copy_(copy)
 
 
-def _is_dense(row: Sequence[torch.Tensor]) -> bool:
-    """Whether all tensors of a row have their elements in one order and without gaps."""
+def _is_dense(row: Sequence[torch.Tensor], formats: Mapping[str, Format]) -> bool:
+    """Whether all tensors of a row have their elements in one order and without gaps.
+
+    Blocks and random bits follow the index of an element, which is its order in memory only where
+    all are contiguous.
+    """
     first = row[0]
     if any(tensor.is_neg() for tensor in row):  # the memory holds what it is not
         return False
     if all(tensor.is_contiguous() for tensor in row):
         return True
     strides = first.stride()
-    return all(tensor.stride() == strides for tensor in row) and _without_gaps(first)
+    return (
+        not formats and all(tensor.stride() == strides for tensor in row) and _without_gaps(first)
+    )
 
 
 def _without_gaps(tensor: torch.Tensor) -> bool:

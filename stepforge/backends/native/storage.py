@@ -32,7 +32,10 @@ class Storage:
     narrow: str = ""
 
 
-#: The dtypes that parameters, gradients and states may be stored in.
+#: The dtypes that parameters, gradients and states may be stored in, formats left out.
+NUMBERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: How every dtype is stored. Integers are words, of which less than 32 bits are in memory.
 STORAGE: dict[torch.dtype, Storage] = {
     torch.float32: Storage("float", "float", "(number){0}", "(float){0}"),
     torch.float64: Storage("double", "double", "(number){0}", "(double){0}"),
@@ -42,6 +45,9 @@ STORAGE: dict[torch.dtype, Storage] = {
     torch.float16: Storage(
         "uint16_t", "float", "(number){0}", "(float){0}", "widen_float16", "narrow_float16"
     ),
+    torch.uint8: Storage("uint8_t", "uint8_t", "(uint32_t){0}", "(uint8_t){0}"),
+    torch.int8: Storage("int8_t", "int8_t", "(uint32_t){0}", "(int8_t){0}"),
+    torch.int16: Storage("int16_t", "int16_t", "(uint32_t){0}", "(int16_t){0}"),
 }
 
 _BITS = """\
@@ -73,8 +79,6 @@ static inline uint16_t to_bfloat16(float x) {
 # converted in blocks of its own, by the processor if it can, else in arithmetic without a branch,
 # which any compiler vectorizes. Both have the same bits, NaN included.
 _FLOAT16 = """\
-#define BLOCK 512    /* elements; a block of each column stays in the first cache */
-
 #ifdef __F16C__
 #include <immintrin.h>
 
@@ -130,9 +134,14 @@ static APART void narrow_float16(int64_t count, const float *restrict from, uint
 """
 
 
-def conversions(dtypes: Iterable[torch.dtype]) -> str:
-    """The C functions that read and write these dtypes."""
+def conversions(dtypes: Iterable[torch.dtype], *, words: bool = False) -> str:
+    """The C functions that read and write these dtypes.
+
+    Args:
+        dtypes: what is stored.
+        words: whether the patterns of bits of floats are wanted for their own sake.
+    """
     wanted = set(dtypes)
     written_here = {torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}
     needed = [text for dtype, text in written_here.items() if dtype in wanted]
-    return "\n".join([_BITS, *needed] if needed else [])
+    return "\n".join([_BITS, *needed] if needed or words else [])

@@ -9,7 +9,8 @@ from stepforge.backends import reference
 from stepforge.backends.batch import Batch
 from stepforge.backends.memory import Spans, addresses
 from stepforge.backends.native.kernel import kernel_for
-from stepforge.backends.native.source import columns_of
+from stepforge.backends.native.source import Record
+from stepforge.formats import BLOCK
 
 
 class Table:
@@ -24,29 +25,37 @@ class Table:
 
     def __init__(self, batch: Batch) -> None:
         graph = batch.graph
-        names = columns_of(graph)
-        columns = [batch.columns[name] for name in names]
+        record = Record.of(graph, batch.formats)
+        columns = [batch.columns[name] for name in record.tensors]
         dtypes = tuple(column[0].dtype for column in columns)
-        kernel = kernel_for(graph, dtypes, batch.dtype)
+        kernel = kernel_for(graph, dtypes, batch.dtype, batch.formats)
         if isinstance(kernel, str):
             raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
         self.kernel = kernel
         self.sizes = np.array([x.numel() for x in columns[0]], dtype=np.int64)
         self.occupied = self.sizes > 0
-        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.sizes)])
-        self.pointers = np.ascontiguousarray(np.stack([*map(addresses, columns)], axis=1))
+        self.records = np.zeros((len(batch), record.width), np.uint64)
+        for position, column in enumerate(columns):
+            self.records[:, position] = addresses(column)
+        units = self.sizes
+        if record.length:
+            # Of tensors without elements any length will do.
+            lengths = [max(1, x.numel() // max(1, len(x))) for x in columns[0]]
+            self.records[:, len(columns)] = lengths
+            units = np.array([len(x) for x in columns[0]]) * -(-np.array(lengths) // BLOCK)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(units * self.occupied)])
         self.numbers = np.empty((len(batch), len(graph.coefficients)), dtype=kernel.number)
         self.arguments = (
             len(batch),
-            int(self.starts[-1]),
+            int(self.sizes.sum()),
             self.starts.ctypes.data,
-            self.pointers.ctypes.data,
+            self.records.ctypes.data,
             self.numbers.ctypes.data,
         )
-        self.written = [x for name in graph.results for x in batch.columns[name]]
-        self.gradient = names.index("g") if "g" in names else None
+        self.written = [x for name in batch.written for x in batch.columns[name]]
+        self.gradient = record.tensors.index("g") if "g" in record.tensors else None
         self.gradient_bytes = self.sizes * batch.columns["g"][0].element_size()
-        self.kept = Spans([x for n, c in zip(names, columns) if n != "g" for x in c])
+        self.kept = Spans([x for n, c in zip(record.tensors, columns) if n != "g" for x in c])
         self._check_memory()
 
     def aim(self, gradients: list[torch.Tensor]) -> None:
@@ -57,7 +66,7 @@ class Table:
         """
         if self.gradient is not None:
             begins = addresses(gradients)
-            self.pointers[:, self.gradient] = begins
+            self.records[:, self.gradient] = begins
             if not begins.all():
                 self._check_memory()
 
@@ -65,7 +74,7 @@ class Table:
         """Whether memory that is kept is also another tensor's of these rows."""
         if self.gradient is None:
             return self.kept.overlap
-        begins = self.pointers[:, self.gradient][self.occupied]
+        begins = self.records[:, self.gradient][self.occupied]
         return self.kept.overlap or self.kept.touch(
             begins, begins + self.gradient_bytes[self.occupied].astype(np.uint64)
         )
@@ -83,10 +92,14 @@ class Table:
                 self.numbers[:, position] = values
         else:
             self.numbers[:] = batch.coefficients
+        if self.kernel.record.random:
+            begins = np.asarray(batch.starts, np.uint64) << np.uint64(32)
+            self.records[:, -1] = begins | np.asarray(batch.keys, np.uint64)
         self.kernel.launch(*self.arguments, unscale=batch.unscale)
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
 
     def _check_memory(self) -> None:
-        if (self.pointers[self.occupied] == 0).any():
+        tensors = self.records[self.occupied, : len(self.kernel.record.tensors)]
+        if (tensors == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
