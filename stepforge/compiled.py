@@ -111,7 +111,7 @@ def _made_ready(optimizer: Optimizer) -> bool:
     try:
         members = stepping(optimizer.param_groups, optimizer.state)
         rows = checked_rows(optimizer._rule, members, refuses_sparse=optimizer._refuses_sparse())
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         return False  # the step outside of the graph says what is wrong
     if any(row.group["differentiable"] or not all(map(_is_plain, _tensors(row))) for row in rows):
         return False
@@ -176,6 +176,11 @@ def _step(
         )
     ]
     rows = checked_rows(stepped._rule, members, refuses_sparse=stepped._refuses_sparse())
+    if any(row.state is not member.entry for row, member in zip(rows, members)):
+        raise RuntimeError(
+            "the options of a param group ask for other states than when the step was compiled: "
+            "call torch.compiler.reset()"
+        )
     with torch.no_grad():
         for launch in plan.launches(stepped._rule, rows):
             launch.run()
