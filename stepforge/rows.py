@@ -162,8 +162,8 @@ def _check_shapes(row: Row) -> None:
         if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
             raise RuntimeError(
                 f"a parameter of shape {tuple(row.p.shape)} and {row.p.dtype} has a state "
-                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}: delete "
-                "optimizer.state[p] to begin anew"
+                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}, which must be of "
+                f"shape {slot.shape}: delete optimizer.state[p] to begin anew"
             )
         if found.device != row.p.device:
             raise RuntimeError(
