@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
 
-LR = 0.1
+LR, SEED = 0.1, 9
 BEFORE, AFTER = range(3), range(3, 6)
 #: Rows that two processes do not share evenly, with a block that rows cut short; one row, so that
 #: a process has none; and one that is too small for codes.
@@ -71,7 +71,7 @@ def built(case: Case, mesh: DeviceMesh | None, seed: int = 0) -> tuple[Model, An
     model = Model(case.dtype, seed)
     if mesh is not None:
         fully_shard(model, mesh=mesh)
-    return model, case.cls(model.parameters(), lr=LR, rounding_seed=9, **case.options)
+    return model, case.cls(model.parameters(), lr=LR, rounding_seed=SEED, **case.options)
 
 
 def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
