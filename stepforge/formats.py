@@ -13,7 +13,7 @@ Three kinds:
 
 Where rounding is random, its bits come from a counter: they follow from a key, which holds seed,
 step and parameter, and from the element's index. So they are the same for every backend, number of
-threads and sharding.
+threads and sharding between rows.
 """
 
 from __future__ import annotations

@@ -285,4 +285,4 @@ def _joined(lines: Sequence[str], separator: str = "") -> str:
 def shown(node: Expr) -> str:
     """What a coefficient is made from, for a comment."""
     text = str(node)
-    return text if len(text) <= 56 else text[:53] + "..."
+    return text if len(text) <= 54 else text[:51] + "..."

@@ -6,6 +6,8 @@ re-associate or contract, so the result has the reference's bits.
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -193,12 +195,12 @@ def _step_row(
             "for (int64_t i = low; i < high; i += BLOCK) {",
             "    const int64_t count = high - i < BLOCK ? high - i : BLOCK;",
             *_widening(graph, dtypes, formats, record),
-            f"    step_elements(count, {arguments});",
+            *_indented(_call("step_elements", f"count, {arguments}")),
             *_narrowing(written, dtypes, record),
             "}",
         ]
     else:
-        lines.append(f"step_elements(high - low, {arguments});")
+        lines += _call("step_elements", f"high - low, {arguments}")
     return f"""\
 static void step_row(void *const *at, const number *c, number unscale,
                      int64_t low, int64_t high) {{
@@ -224,8 +226,8 @@ def _in_blocks(
         f"{c}_at_scale_at[block] = new[{with_scales.index(c)}] = scale_of(largest[{n}]);"
         for n, c in enumerate(results)
     ]
-    whole = [f"{name}_whole({arguments});" for name in names]
-    part = [f"{name}(count, {arguments});" for name in names]
+    whole = [_call(f"{name}_whole", arguments) for name in names]
+    part = [_call(name, f"count, {arguments}") for name in names]
     return [
         *(f"number {column}_numbers[BLOCK];" for column in results),
         f"float new[{len(with_scales)}];",
@@ -239,9 +241,9 @@ def _in_blocks(
         f"    const float old[] = {{{old}}};",
         *_widening(graph, dtypes, formats, record),
         "    if (count == BLOCK) {",
-        *(f"        {line}" for line in [whole[0], *scales, *whole[1:]]),
+        *_indented([*whole[0], *scales, *itertools.chain(*whole[1:])], 8),
         "    } else {",
-        *(f"        {line}" for line in [part[0], *scales, *part[1:]]),
+        *_indented([*part[0], *scales, *itertools.chain(*part[1:])], 8),
         "    }",
         *_narrowing(written, dtypes, record),
         "    within += BLOCK;",
@@ -271,6 +273,15 @@ def _narrowing(
         for name, c in zip(record.tensors, map(loops.in_c, record.tensors))
         if name in written and STORAGE[dtypes[name]].narrow
     ]
+
+
+def _call(name: str, arguments: str) -> list[str]:
+    """The lines of a call."""
+    return textwrap.wrap(f"{name}({arguments});", 80, subsequent_indent="    ")
+
+
+def _indented(lines: Sequence[str], indent: int = 4) -> list[str]:
+    return [f"{' ' * indent}{line}" for line in lines]
 
 
 def _joined(lines: Sequence[str], indent: int = 4) -> str:
