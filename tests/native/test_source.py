@@ -14,7 +14,7 @@ import torch
 
 from stepforge.backends.native import build
 from stepforge.backends.native.source import OPERATIONS, c_source, columns_of
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.storage import NUMBERS
 from stepforge.expr import Expr, Graph
 from stepforge.ops import finite, maximum, minimum, sign, sqrt, where
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, extreme
@@ -163,7 +163,7 @@ def step_of_three(p: Expr, g: Expr, c: Expr) -> dict[str, Expr]:
 
 def mixes() -> list[tuple[torch.dtype, ...]]:
     """Dtypes of p, g and m, every pair of dtypes in every two of the three."""
-    kinds = list(STORAGE)
+    kinds = list(NUMBERS)
     indices = itertools.product(range(len(kinds)), repeat=2)
     return [(kinds[i], kinds[j], kinds[(i + j) % len(kinds)]) for i, j in indices]
 
@@ -327,7 +327,7 @@ def test_c_is_readable(name: str) -> None:
 
 @every_optimizer
 def test_c_is_free_of_what_a_strict_compiler_warns_of(name: str, tmp_path: Path) -> None:
-    for stored in STORAGE:
+    for stored in NUMBERS:
         arithmetic = torch.float64 if stored == torch.float64 else torch.float32
         c_file = tmp_path / "kernel.c"
         c_file.write_text(c_of(graph_of(name), stored, arithmetic))
@@ -344,12 +344,12 @@ def test_the_same_rule_has_the_same_c(name: str) -> None:
 
 def test_c_depends_on_the_dtypes_of_all_columns() -> None:
     graph = traced(step_of_three, "c")
-    mixes_of_three = itertools.product(STORAGE, repeat=3)
+    mixes_of_three = itertools.product(NUMBERS, repeat=3)
     sources = [
         c_source(graph, dict(zip(columns_of(graph), mix, strict=True)), torch.float32)
         for mix in mixes_of_three
     ]
-    assert len(set(sources)) == len(STORAGE) ** 3
+    assert len(set(sources)) == len(NUMBERS) ** 3
 
 
 @pytest.fixture(scope="module")
