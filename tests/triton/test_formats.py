@@ -177,7 +177,7 @@ def test_keys_and_indices_wrap_around(
         ]
         batch = batch_of(graph, rows, [[]] * 3, torch.float32)
         formats = dict.fromkeys("pm", rounded(torch.bfloat16))
-        keys: Any = np.array([key, key ^ 99, key ^ 7])
+        keys: Any = np.array([key, key ^ 0x5EED5EED, key ^ 0x60606060])
         keys = torch.from_numpy(keys).to(place) if on_device else keys
         starts = np.array([start, 4, start + 1])
         step(replace(batch, formats=formats, keys=keys, starts=starts))
