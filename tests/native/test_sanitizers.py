@@ -168,7 +168,7 @@ MISTAKES = {
     "an element too many": ("i < count; i++", "i <= count; i++", "heap-buffer-overflow"),
     "an element too early": ("int64_t i = 0; ", "int64_t i = -1; ", "heap-buffer-overflow"),
     "a row too many": ("w->starts[row + 1] <", "w->starts[row + 2] <", "heap-buffer-overflow"),
-    "a step of rows too wide": ("row * COLUMNS", "row * (COLUMNS + 1)", "heap-buffer-overflow"),
+    "a step of rows too wide": ("row * RECORD", "row * (RECORD + 1)", "heap-buffer-overflow"),
     "an overflow": ("int64_t part = ", "int64_t part = INT64_MAX + ", "signed integer overflow"),
 }
 
