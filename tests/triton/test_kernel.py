@@ -4,7 +4,6 @@ between dtypes. No tolerance: every operation is correctly rounded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,8 @@ import torch
 from stepforge.backends import triton
 from stepforge.backends.native.source import columns_of
 from stepforge.backends.triton.kernel import BLOCK, is_interpreted
-from stepforge.expr import Expr
-from stepforge.ops import bits, from_bits, minimum, number, where, word
+from stepforge.expr import Expr, Graph
+from stepforge.ops import minimum, where
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     LAYOUTS,
@@ -37,6 +36,7 @@ from tests.native.graphs import (
 from tests.native.test_source import (
     CONSTANTS,
     RULES,
+    RULES_OF_WORDS,
     any_floats,
     bits_from,
     mixes,
@@ -50,59 +50,13 @@ from tests.triton.kernels import by_kernel, by_kernels_only
 every_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
 
 
-#: Rules that end in each operation on words, which formats are made of.
-WORD_RULES: dict[str, list[Callable[[Expr, Expr], Expr]]] = {
-    "word_add": [lambda p, g: bits(p) + bits(g), lambda p, g: bits(p) + 0xFFFFFFFF],
-    "word_sub": [lambda p, g: bits(p) - bits(g), lambda p, g: 0x7F000000 - bits(p)],
-    "word_mul": [lambda p, g: bits(p) * bits(g), lambda p, g: bits(p) * 0x9E3779B9],
-    "and": [lambda p, g: bits(p) & bits(g), lambda p, g: bits(p) & 0x80000000],
-    "or": [lambda p, g: bits(p) | bits(g), lambda p, g: bits(p) | 0x80000000],
-    "xor": [lambda p, g: bits(p) ^ bits(g), lambda p, g: bits(p) ^ 0xFFFFFFFF],
-    "shift_left": [lambda p, g, by=by: bits(p) << by for by in (0, 1, 31)],
-    "shift_right": [lambda p, g, by=by: bits(p) >> by for by in (0, 1, 31)],
-    # No pattern of a NaN that was computed, which processors choose.
-    "bits": [lambda p, g: bits(p), lambda p, g: where(p * g == p * g, bits(p * g), 7)],
-    "from_bits": [lambda p, g: where(from_bits(bits(p) + 1) < g, bits(p), bits(g))],
-    "number": [lambda p, g: bits(number(bits(p))), lambda p, g: bits(number(bits(p) >> 8))],
-    "word": [lambda p, g: word(where(abs(p) < 2.0**31, p, 0.0))],
-    "lt": [lambda p, g: where(bits(p) < bits(g), bits(p), 7)],
-    "le": [lambda p, g: where(bits(p) <= bits(g), bits(p), 7)],
-    "eq": [lambda p, g: where(bits(p) == bits(g), bits(p), 7)],
-    "ne": [lambda p, g: where(bits(p) != bits(g), bits(p), 7)],
-}
-
-
 def test_every_operation_of_triton_is_in_the_rules() -> None:
-    assert list(triton.OPERATIONS) == list(RULES | WORD_RULES)
+    assert list(triton.OPERATIONS) == [*RULES, *RULES_OF_WORDS]
 
 
-@pytest.mark.parametrize("op", WORD_RULES)
-def test_an_operation_on_words_computes_what_the_reference_does(
-    op: str, device: torch.device
-) -> None:
-    """Every pair of special numbers, as patterns of bits. A result is a number again: its upper
-    and its lower half, neither of which is NaN.
-    """
-
-    def rule(p: Expr, g: Expr) -> dict[str, Expr]:
-        words = [function(p, g) for function in WORD_RULES[op]]
-        halves = [half for w in words for half in (w >> 16, w & 0xFFFF)]
-        return {f"half_{k}": number(half) for k, half in enumerate(halves)}
-
-    graph = traced(rule)
-    p, g = every_pair(special(torch.float32))
-    rows = [with_results(graph, {"p": p, "g": g})]
-    (got,) = by_kernel(graph, rows, [[]], torch.float32, device)
-    assert_same_bits(got, by_reference(graph, rows, [[]], torch.float32)[0])
-
-
-@every_arithmetic
-@pytest.mark.parametrize("op", RULES)
-def test_an_operation_computes_what_the_reference_does(
-    op: str, arithmetic: torch.dtype, device: torch.device
-) -> None:
-    """Every pair of special values, with every special uniform value in a row of its own."""
-    graph, values = traced(together(op), "c"), special(arithmetic)
+def assert_as_the_reference(graph: Graph, arithmetic: torch.dtype, device: torch.device) -> None:
+    """Runs every pair of special values, with every special uniform value in a row of its own."""
+    values = special(arithmetic)
     p, g = every_pair(values)
     given = [coefficients(graph, {"c": c}, arithmetic) for c in values.tolist()]
     rows = [with_results(graph, {"p": p, "g": g}) for _ in given]
@@ -110,6 +64,21 @@ def test_an_operation_computes_what_the_reference_does(
     wanted = by_reference(graph, rows, given, arithmetic)
     for c, got, oracle in zip(values.tolist(), found, wanted, strict=True):
         assert_same_bits(got, oracle, f"c = {c}:")
+
+
+@pytest.mark.parametrize("op", RULES_OF_WORDS)
+def test_an_operation_on_words_computes_what_the_reference_does(
+    op: str, device: torch.device
+) -> None:
+    assert_as_the_reference(traced(together(op), "c"), torch.float32, device)
+
+
+@every_arithmetic
+@pytest.mark.parametrize("op", RULES)
+def test_an_operation_computes_what_the_reference_does(
+    op: str, arithmetic: torch.dtype, device: torch.device
+) -> None:
+    assert_as_the_reference(traced(together(op), "c"), arithmetic, device)
 
 
 @every_arithmetic
