@@ -46,6 +46,7 @@ __all__ = [
     "Format",
     "Part",
     "Storage",
+    "apart",
     "codes",
     "joined",
     "key_of",
@@ -234,6 +235,16 @@ def _traced(function: Callable[..., Any], *inputs: str) -> Program:
     ]
     results = function(*symbols)
     return Program.of(list(results) if isinstance(results, tuple) else [results])
+
+
+def apart(position: int) -> int:
+    """What is added to a key for the random bits of one of several results of a step.
+
+    Example:
+        >>> apart(0), apart(1)
+        (0, 2246822507)
+    """
+    return position * 0x85EBCA6B & _ALL
 
 
 def _draw(index: Word, key: Word) -> Word:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stepforge.expr import Graph
-from stepforge.formats import Format, random_words, tensor_name, tensors_of
+from stepforge.formats import Format, apart, random_words, tensor_name, tensors_of
 
 #: How many elements a part of a batch has, so that the dozen tensors of a step stay in the cache
 #: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
@@ -158,14 +158,10 @@ class Batch:
         if self.formats[column].is_random:
             assert self.keys is not None
             assert self.starts is not None
-            key = self.keys[index] + self.position(column)
+            key = self.keys[index] + apart(self.graph.results.index(column))
             start = int(self.starts[index])
             random = {"random": random_words(value.shape, start, key, value.device)}
         self.formats[column].write(self._parts(column, index), value, **random)
-
-    def position(self, column: str) -> int:
-        """What is added to the key of a row for that column, to have random bits of its own."""
-        return self.graph.results.index(column)
 
     def _parts(self, column: str, index: int) -> dict[str, torch.Tensor]:
         parts = self.formats[column].parts

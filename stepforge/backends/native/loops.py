@@ -16,7 +16,7 @@ import torch
 from stepforge.backends.native.expressions import computed, results
 from stepforge.backends.native.storage import STORAGE
 from stepforge.expr import Expr, Graph, Program
-from stepforge.formats import DRAW, Format, Part, tensor_name, tensors_of
+from stepforge.formats import DRAW, Format, Part, apart, tensor_name, tensors_of
 
 __all__ = ["Stage", "functions", "in_c", "loop", "parameters", "scaled", "shown", "stages"]
 
@@ -132,7 +132,7 @@ def loop(
         lines += [f"uint32_t {column}_largest = 0;" for column in with_scales]
     else:
         lines += [
-            f"uint32_t {column}_word = draw(index, key + {graph.results.index(column)});"
+            f"uint32_t {column}_word = draw(index, key + {_apart(graph, column)});"
             for column in stored
             if column in formats and formats[column].is_random
         ]
@@ -202,6 +202,10 @@ static APART void {name}_whole(
         {name}_inline({", ".join(whole)});
 }}
 """
+
+
+def _apart(graph: Graph, column: str) -> str:
+    return f"UINT32_C({apart(graph.results.index(column)):#x})"
 
 
 def _choices(graph: Graph) -> list[str]:

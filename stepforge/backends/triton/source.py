@@ -23,7 +23,7 @@ import torch
 from stepforge.backends.native.source import columns_of
 from stepforge.expr import Graph, Instruction, Program
 from stepforge.formats import BLOCK as CHUNK
-from stepforge.formats import DRAW, Format, Part, tensor_name, tensors_of
+from stepforge.formats import DRAW, Format, Part, apart, tensor_name, tensors_of
 
 #: What an operation is in Triton; operands are names of variables, ``{number}`` is the type of the
 #: arithmetic. Triton's ``-x`` is ``0 - x``, and its ``maximum`` leaves the sign of a zero open.
@@ -540,7 +540,8 @@ def _write(design: _Design, column: str, *, masked: bool) -> list[str]:
         lines.append(f"{scale} = scale_{n}(tl.max({size}, 1, keep_dims=True))")
         inputs["scale"] = scale
     if format_.is_random:
-        inputs["random"] = f"draw(index, key + {design.graph.results.index(column)})"
+        shift = apart(design.graph.results.index(column))
+        inputs["random"] = f"draw(index, key + tl.full((), {shift:#x}, tl.uint32))"
     names = [named(tensor, "new") for tensor, part in design.parts(column) if not part.of_block]
     given = ", ".join(inputs[name] for name in format_.encode.inputs)
     lines.append(f"{', '.join(names)} = encode_{n}({given})")
