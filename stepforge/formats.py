@@ -143,16 +143,21 @@ class Format:
         return x.clone() if self.decode.may_alias(self.decode.outputs[0]) else x
 
     def write(
-        self, parts: Mapping[str, torch.Tensor], x: torch.Tensor, random: Any = 1 << 31
+        self,
+        parts: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        random: torch.Tensor | None = None,
     ) -> None:
         """Stores numbers.
 
         Args:
             parts: each part by its name; written to.
             x: what to store, float32 or float64.
-            random: a word for each element, of :func:`random_words`, if rounding is random. The
-                default rounds to nearest.
+            random: a word for each element, of :func:`random_words`, if rounding is random; None
+                to round to nearest.
         """
+        if random is None:
+            random = torch.full((), 1 << 31, dtype=torch.int64, device=x.device)
         inputs: dict[str, Any] = {"x": x.float()}
         if self.size is not None and self.scale is not None:
             (sizes,) = evaluate(self.size, inputs, (), VOCABULARY)
@@ -231,8 +236,13 @@ def _traced(function: Callable[..., Any], *inputs: str) -> Program:
 
 
 def _draw(index: Word, key: Word) -> Word:
-    # The multiplier is the golden ratio's fraction, which takes neighbours far apart.
-    return mixed((index * 0x9E3779B9 & 0xFFFFFFFF) ^ key)
+    """A word that is as good as random for each element, and spread evenly over neighbours.
+
+    Multiples of the golden ratio's fraction fill the words as evenly as can be; the key, another
+    word at random in every step, turns them all by as much. So what each element is given is
+    uniform and new in every step, and the mean of many errs by less than if each had its own.
+    """
+    return (index * 0x9E3779B9 + key) & 0xFFFFFFFF
 
 
 #: From ``index`` and ``key`` to a random word.
@@ -263,12 +273,17 @@ def random_words(shape: torch.Size, start: int, key: Any, device: torch.device) 
 #
 # docs/low-precision.md has the errors of this and of the curves that were not chosen.
 
+# A scale is a power of two, so that dividing by it is a subtraction of exponents, and codes are
+# differences of patterns of bits: nothing is multiplied and nothing rounded but once.
+
 #: By how many bits a float32 is shifted to leave three of its fraction.
 _SHIFT = 20
-#: The largest value of a code, 1.875, as a float32's upper bits.
-_TOP = 0x3FF
-#: Scales stay where the smallest code times a scale is a normal number, and 1 / scale is one.
-_SMALLEST_SCALE, _LARGEST_SCALE = 0x10000000, 0x7E800000
+#: Where a fraction of 1.875, all that three bits can be, stands above that of 1.
+_FULL = 7
+#: A scale of 2**-95: below it the smallest codes would be subnormal numbers.
+_SMALLEST_SCALE = 0x10000000
+#: What is larger than 1.875 * 2**127 counts as infinite.
+_LARGEST = 0x7F700000
 
 
 def _size(x: Value) -> Word:
@@ -283,13 +298,17 @@ def _scale(largest: Word) -> Value:
     """
     power = (largest + ((1 << _SHIFT) - 1)) & _INFINITY
     power = where(power < _SMALLEST_SCALE, _SMALLEST_SCALE, power)
-    power = where(power > _LARGEST_SCALE, _LARGEST_SCALE, power)
-    return from_bits(where(largest < _INFINITY, power, _NAN))
+    return from_bits(where(largest > _LARGEST, _NAN, power))
+
+
+def _origin(scale: Value, top: int) -> Word:
+    """The bits of what the code 0 would be, if ``top`` is the code of 1.875 times the scale."""
+    return bits(scale) - (top - _FULL << _SHIFT)
 
 
 def _decode_unsigned(stored: Word, scale: Value) -> Value:
-    # The code 0 is the number 0; those from 1 on are the upper bits of a float from 2**-31 on.
-    return where(stored > 0, from_bits((stored + (_TOP - 255)) << _SHIFT), 0.0) * scale
+    size = where(stored > 0, (stored << _SHIFT) + _origin(scale, 255), 0)
+    return from_bits(size) + (scale - scale)  # which is NaN for a scale that is NaN
 
 
 def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
@@ -297,35 +316,28 @@ def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
 
     A number that is not zero never becomes zero: an update would be divided by it.
     """
-    ratio = abs(x) * _reciprocal(scale)
-    below = random >> (32 - _SHIFT)
-    upper = (bits(ratio) + below) >> _SHIFT
-    upper = where(upper < _TOP - 254, _TOP - 254, upper)
-    upper = where(upper > _TOP, _TOP, upper)
-    # Where the ratio is NaN its bits differ between processors.
-    return where(ratio > 0, upper - (_TOP - 255), 0)
-
-
-#: The size of signed codes below which steps are even, as there is no smaller exponent.
-_EVEN = 8
+    origin = _origin(scale, 255)
+    size = _at_least(bits(x) + (random >> (32 - _SHIFT)), origin + (1 << _SHIFT))
+    return where(x > 0, (size - origin) >> _SHIFT, 0)
 
 
 def _decode_signed(stored: Word, scale: Value) -> Value:
-    size = stored & 0x7F
-    even = number(size) * 2.0**-17
-    ratio = where(size < _EVEN, even, from_bits((size + (_TOP - 127)) << _SHIFT))
-    return _with_sign(ratio, (stored & 0x80) << 24) * scale
+    code = stored & 0x7F
+    size = where(code > 0, (code << _SHIFT) + _origin(scale, 127), 0)
+    return from_bits(size | ((stored & 0x80) << 24)) + (scale - scale)
 
 
 def _encode_signed(x: Value, scale: Value) -> Word:
-    """Rounded to nearest: a first moment moves by more than a step."""
-    ratio = x * _reciprocal(scale)
-    size = abs(ratio)
-    even = bits(size * 2.0**17 + 2.0**23) - 0x4B000000  # the bits of 2**23
-    upper = _nearest(bits(size), _SHIFT)
-    upper = where(upper > _TOP, _TOP, upper) - (_TOP - 127)
-    code = where(size < 2.0**-14, even, upper) | ((bits(ratio) >> 24) & 0x80)
-    return where(ratio == ratio, code, 0)
+    """Rounded to nearest, as a first moment moves by more than a step."""
+    # NaN has one pattern here and another there: where there is no scale there are no codes.
+    found = where(scale == scale, bits(x), 0)
+    origin = _origin(scale, 127)
+    size = _at_least((found & (_SIGN - 1)) + (1 << _SHIFT - 1), origin)
+    return (size - origin) >> _SHIFT | ((found >> 24) & 0x80)
+
+
+def _at_least(w: Word, least: Word) -> Word:
+    return where(w < least, least, w)
 
 
 @functools.cache
@@ -334,8 +346,8 @@ def codes(unsigned: bool) -> Format:
 
     Args:
         unsigned: True for numbers from 0 up, which are rounded at random: 31 octaves in steps of at
-            most an eighth. False for any numbers, which are rounded to nearest: 14 such octaves and
-            even steps below them.
+            most an eighth. False for numbers of either sign, which are rounded to nearest: 15 such
+            octaves. The root of a second moment and a first moment then reach equally far.
     """
     byte, scale = Part("", torch.uint8), Part("scale", torch.float32, of_block=True)
     decode = _decode_unsigned if unsigned else _decode_signed

@@ -1,7 +1,7 @@
-"""The table that drives the conformance tests: optimizer x backend x dtype x layout.
+"""The table that drives the conformance tests: optimizer x backend x dtype x format x layout.
 
-A new optimizer, backend, dtype or layout is one more entry here; a backend of the library joins by
-itself.
+A new optimizer, backend, dtype, format or layout is one more entry here; a backend of the library
+joins by itself.
 """
 
 from __future__ import annotations
@@ -62,6 +62,37 @@ FLAGS: dict[str, dict[str, bool]] = {
     "default": {},
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
+}
+
+#: How weights and states are stored: the dtype of a parameter, and the options.
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32, int8 states": (torch.float32, {"state_format": "int8"}),
+    "float32, bfloat16 states": (torch.float32, {"state_format": "bfloat16"}),
+    "float64, int8 states": (torch.float64, {"state_format": "int8"}),
+    "float64, float32 states": (torch.float64, {"state_format": "float32"}),
+    "bfloat16, float32 states": (torch.bfloat16, {"state_format": "float32"}),
+    "bfloat16, 24 bits": (torch.bfloat16, {"master_weight_bits": 24}),
+    "bfloat16, 32 bits, float32 states": (
+        torch.bfloat16,
+        {"master_weight_bits": 32, "state_format": "float32"},
+    ),
+    "bfloat16, 24 bits, int8 states": (
+        torch.bfloat16,
+        {"master_weight_bits": 24, "state_format": "int8"},
+    ),
+    "bfloat16 at random, int8 states": (
+        torch.bfloat16,
+        {"stochastic_rounding": True, "state_format": "int8"},
+    ),
+    "float16, 24 bits, bfloat16 states": (
+        torch.float16,
+        {"master_weight_bits": 24, "state_format": "bfloat16"},
+    ),
+    "float16, 32 bits, int8 states": (
+        torch.float16,
+        {"master_weight_bits": 32, "state_format": "int8"},
+    ),
+    "float16 at random": (torch.float16, {"stochastic_rounding": True, "rounding_seed": 7}),
 }
 
 DTYPES = {
@@ -237,6 +268,8 @@ def assert_same_bits(
 def bits(x: torch.Tensor) -> torch.Tensor:
     """The bit patterns of a tensor as integers, with one pattern for all NaNs."""
     x = contiguous(real(x))
+    if not x.is_floating_point():
+        return x
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     return x.masked_fill(x.isnan(), math.nan).view(integer)
 

@@ -8,7 +8,7 @@ reference's bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -162,10 +162,9 @@ def c_source(
     texts = [conversions((dtypes[name] for name in record.tensors), words=bool(used))]
     if record.random:
         texts.append(_draw())
-    for number, format_ in enumerate(dict.fromkeys(used.values())):
-        texts.append(_read_function(number, format_))
-        texts.append(_write_function(number, format_))
-    block = BLOCK if record.length else 512
+    scaled = [column for column in graph.results if _in_blocks(column, used)]
+    texts += [_scale_function(used[column]) for column in scaled[:1]]
+    texts += [_write_function(column, used[column]) for column in scaled]
     return f"""\
 #include <float.h>
 #include <math.h>
@@ -177,27 +176,22 @@ typedef {"double" if double else "float"} number;
 #define COLUMNS {len(record.tensors)}
 #define RECORD {record.width}
 #define COEFFICIENTS {len(graph.varying.given)}
-#define BLOCK {block}    /* elements that are converted together: they stay in the first cache */
-#define GRAIN {1 if record.length else 64}    /* a thread's share begins on a whole number of lines */
+#define BLOCK {BLOCK if record.length else 512}    /* elements that stay in the first cache */
+#define GRAIN {1 if record.length else 64}    /* of which a thread has a whole number */
 #define AHEAD 3     /* rows: far enough for small ones to arrive in time, as measured */
 /* Of functions that are not inlined: with its call GCC forgets what restrict promised. */
 #define APART __attribute__((noinline))
+/* Of functions that are: GCC writes half the code if it knows how many elements there are. */
+#define INLINE inline __attribute__((always_inline))
 
 {_joined(texts, indent=0)}
-{_step_elements(graph, dtypes, used, double)}
+{_step_elements(graph, dtypes, used, double, record)}
 {_step_row(graph, dtypes, used, record)}
 {_DRIVER}"""
 
 
-def _draw() -> str:
-    """The function that makes a random word."""
-    lines = _computed(DRAW, ["index", "key"], "float")
-    return f"""\
-static inline uint32_t draw(uint32_t index, uint32_t key) {{
-    {_joined(lines)}
-    return {_result(DRAW, ["index", "key"])};
-}}
-"""
+def _in_blocks(column: str, formats: Mapping[str, Format]) -> bool:
+    return column in formats and formats[column].in_blocks
 
 
 def _elements(format_: Format) -> list[Part]:
@@ -205,123 +199,194 @@ def _elements(format_: Format) -> list[Part]:
     return [part for part in format_.parts if not part.of_block]
 
 
-def _called(part: Part) -> str:
-    """What a part is called in the functions of its format."""
-    return part.name or "stored"
+@dataclass(frozen=True)
+class _Parameters:
+    """What a function of elements is given beside how many there are: declarations by name."""
+
+    declared: Mapping[str, str]
+
+    def functions(self, name: str, body: Sequence[str], *, blocks: bool) -> str:
+        """The function, and if wanted another for a whole block."""
+        declared = _joined(list(self.declared.values()), ",")
+        if not blocks:
+            return f"""\
+static APART void {name}(
+    int64_t count,
+    {declared}
+) {{
+    {_joined(body)}
+}}
+"""
+        given, inner = ", ".join(self.declared), f"{name}_inline"
+        return f"""\
+static INLINE void {inner}(
+    int64_t count,
+    {declared}
+) {{
+    {_joined(body)}
+}}
+
+static APART void {name}(
+    int64_t count,
+    {declared}
+) {{
+    {inner}(count, {given});
+}}
+
+static APART void {name}_block(
+    {declared}
+) {{
+    {inner}(BLOCK, {given});
+}}
+"""
 
 
-def _read_function(number: int, format_: Format) -> str:
-    """The function that decodes elements of a row, or of a block of it."""
+def _draw() -> str:
+    """The function that makes a random word."""
+    return f"""\
+static inline uint32_t draw(uint32_t index, uint32_t key) {{
+    {_joined(_computed(DRAW, ["index", "key"], "float"))}
+    return {_result(DRAW, ["index", "key"])};
+}}
+"""
+
+
+def _scale_function(format_: Format) -> str:
+    """The function that makes the scale of a block of its largest element."""
+    assert format_.scale is not None
+    return f"""\
+static inline float scale_of(uint32_t largest) {{
+    {_joined(_computed(format_.scale, ["largest"], "float"))}
+    return {_result(format_.scale, ["largest"])};
+}}
+"""
+
+
+def _write_function(column: str, format_: Format) -> str:
+    """The function that encodes a block of numbers."""
+    parameters = {"from": "const float *restrict from", "scale": "float scale"}
+    parameters |= _RANDOM if format_.is_random else {}
+    to = {part: part.name or "stored" for part in _elements(format_)}
+    for part, name in to.items():
+        parameters[name] = f"{STORAGE[part.dtype].element} *restrict {name}"
+    lines = ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
+    lines += [
+        f"    {line}" for line in _encoded(format_, {p: f"{n}[i]" for p, n in to.items()}, "key")
+    ]
+    lines.append("}")
+    written = _Parameters(parameters).functions(f"write_{column}", lines, blocks=True)
+    return f"/* {format_.name}: what is stored of numbers. */\n{written}"
+
+
+_RANDOM = {"index": "uint32_t index", "key": "uint32_t key"}
+
+
+def _encoded(format_: Format, to: Mapping[Part, str], key: str) -> list[str]:
+    """The lines that store what a format makes of ``x``, which is element ``i`` from ``index``."""
+    program = format_.encode
+    lines = [f"const uint32_t random = draw(index + (uint32_t)i, {key});"] * format_.is_random
+    lines += _computed(program, program.inputs, "float", prefix="f")
+    results = _registers(program, program.inputs, "float", prefix="f")
+    for (part, place), register in zip(to.items(), program.outputs):
+        lines.append(f"{place} = {STORAGE[part.dtype].write.format(results[register])};")
+    return lines
+
+
+def _decoded(column: str, format_: Format) -> list[str]:
+    """The lines that make a number, ``{column}_in``, of what a format has stored."""
     program = format_.decode
-    parameters = ["int64_t count", "float *restrict to"]
-    parameters += ["float scale"] if format_.in_blocks else []
-    inputs = {"scale": "scale"}
-    for part in _elements(format_):
-        storage, name = STORAGE[part.dtype], _called(part)
-        parameters.append(f"const {storage.element} *restrict {name}")
-        inputs[name] = f"{name}_in"
-    names = [inputs[name] for name in program.inputs]
     lines = []
     for part in _elements(format_):
-        storage, name = STORAGE[part.dtype], _called(part)
         kind = "float" if part.dtype.is_floating_point else "uint32_t"
-        read = storage.read.format(f"{name}[i]").replace("(number)", "")
-        lines.append(f"const {kind} {name}_in = {read};")
-    lines += _computed(program, names, "float")
-    lines.append(f"to[i] = {_result(program, names)};")
-    return f"""\
-/* {format_.name}: numbers of what is stored. */
-static APART void read_{number}({", ".join(parameters)}) {{
-    for (int64_t i = 0; i < count; i++) {{
-        {_joined(lines, indent=8)}
-    }}
-}}
-"""
-
-
-def _write_function(number: int, format_: Format) -> str:
-    """The function that encodes elements of a row, or of a block of it; it returns the scale."""
-    parameters = ["int64_t count", "const float *restrict from"]
-    parameters += ["uint32_t index", "uint32_t key"] if format_.is_random else []
-    for part in _elements(format_):
-        parameters.append(f"{STORAGE[part.dtype].element} *restrict {_called(part)}")
-    lines: list[str] = []
-    if format_.size is not None and format_.scale is not None:
-        sizes = _computed(format_.size, ["x"], "float")
-        size = _result(format_.size, ["x"])
-        lines += [
-            "uint32_t largest = 0;",
-            "for (int64_t i = 0; i < count; i++) {",
-            "    const float x = from[i];",
-            *(f"    {line}" for line in sizes),
-            f"    largest = {size} > largest ? {size} : largest;",
-            "}",
-            "float scale;",
-            "{",
-            *(f"    {line}" for line in _computed(format_.scale, ["largest"], "float")),
-            f"    scale = {_result(format_.scale, ['largest'])};",
-            "}",
-        ]
-    program = format_.encode
-    lines += ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
-    if format_.is_random:
-        lines.append("    const uint32_t random = draw(index + (uint32_t)i, key);")
-    lines += [f"    {line}" for line in _computed(program, program.inputs, "float")]
-    results = _registers(program, program.inputs, "float")
-    for part, register in zip(_elements(format_), program.outputs):
-        write = STORAGE[part.dtype].write.format(results[register])
-        lines.append(f"    {_called(part)}[i] = {write};")
-    lines.append("}")
-    kind, returns = ("float", "; returns their scale") if format_.in_blocks else ("void", "")
+        read = STORAGE[part.dtype].read.format(f"{_in_c(tensor_name(column, part))}_at[i]")
+        lines.append(f"const {kind} {part.name or 'stored'} = {read};")
     if format_.in_blocks:
-        lines.append("return scale;")
-    return f"""\
-/* {format_.name}: what is stored of numbers{returns}. */
-static APART {kind} write_{number}(
-    {_joined(parameters, ",")}
-) {{
-    {_joined(lines)}
-}}
-"""
+        lines.append(f"const float scale = {column}_at_scale;")
+    lines += _computed(program, program.inputs, "float", prefix="f")
+    result = _registers(program, program.inputs, "float", prefix="f")[program.outputs[0]]
+    return [
+        f"number {column}_in;",
+        "{",
+        *(f"    {line}" for line in lines),
+        f"    {column}_in = {result};",
+        "}",
+    ]
 
 
 def _step_elements(
-    graph: Graph, dtypes: Mapping[str, torch.dtype], formats: Mapping[str, Format], double: bool
+    graph: Graph,
+    dtypes: Mapping[str, torch.dtype],
+    formats: Mapping[str, Format],
+    double: bool,
+    record: Record,
 ) -> str:
     """The loop over elements: each operation of the program once."""
     program = graph.varying
-    # What has a format has been decoded to float32.
-    storages = {
-        column: STORAGE[torch.float32 if column in formats else dtypes[column]]
-        for column in columns_of(graph)
-    }
-    inputs = [f"{name}_in" for name in program.inputs]
-    names = [*inputs, *(f"c{position}" for position in range(len(program.given)))]
-    parameters = ["int64_t count", "const number *c", "number unscale"]
-    for column, storage in storages.items():
-        parameters.append(f"{_const(graph, column)}{storage.element} *restrict {column}_at")
+    parameters = {"c": "const number *c", "unscale": "number unscale"}
+    parameters |= _RANDOM if record.random else {}
+    for name in record.tensors:
+        column, _, part = name.partition(".")
+        if part == "scale":
+            parameters[f"{column}_at_scale"] = f"float {column}_at_scale"
+        else:
+            const = "" if column in graph.results else "const "
+            element = STORAGE[dtypes[name]].element
+            parameters[f"{_in_c(name)}_at"] = f"{const}{element} *restrict {_in_c(name)}_at"
+    scaled = [column for column in graph.results if _in_blocks(column, formats)]
+    for column in scaled:
+        parameters[f"{column}_numbers"] = f"float *restrict {column}_numbers"
+    if scaled:
+        parameters["largest"] = "uint32_t *restrict largest"
     lines: list[str] = []
     for position, node in enumerate(program.given):
         kind, test = ("int", " != 0") if node.boolean else ("number", "")
         lines.append(f"const {kind} c{position} = c[{position}]{test};  /* {_shown(node)} */")
+    lines += [f"uint32_t {column}_largest = 0;" for column in scaled]
     lines.append("for (int64_t i = 0; i < count; i++) {")
-    for column, name in zip(program.inputs, inputs):
-        read = storages[column].read.format(f"{column}_at[i]")
-        if column == "g":
-            read += " * unscale"
-        lines.append(f"    const number {name} = {read};")
-    lines += [f"    {line}" for line in _computed(program, names, "number", double=double)]
-    results = _registers(program, names, "number")
+    for column in program.inputs:
+        if column in formats:
+            lines += [f"    {line}" for line in _decoded(column, formats[column])]
+            continue
+        read = STORAGE[dtypes[column]].read.format(f"{column}_at[i]")
+        scaling = " * unscale" if column == "g" else ""
+        lines.append(f"    const number {column}_in = {read}{scaling};")
+    names = [f"{name}_in" for name in program.inputs]
+    names += [f"c{position}" for position in range(len(program.given))]
+    # Codes stand for no infinity, which saves a kernel that has no time for it the test.
+    finite = {n for n, column in enumerate(program.inputs) if _in_blocks(column, formats)}
+    computed = _computed(program, names, "number", double=double, finite=finite)
+    lines += [f"    {line}" for line in computed]
+    results = _registers(program, names, "number", finite=finite)
     for column, register in zip(graph.results, program.outputs):
-        lines.append(f"    {column}_at[i] = {storages[column].write.format(results[register])};")
+        stored = _stored(column, results[register], dtypes, formats, graph)
+        lines += [f"    {line}" for line in stored]
     lines.append("}")
-    return f"""\
-static APART void step_elements(
-    {_joined(parameters, ",")}
-) {{
-    {_joined(lines)}
-}}
-"""
+    lines += [f"largest[{n}] = {column}_largest;" for n, column in enumerate(scaled)]
+    return _Parameters(parameters).functions("step_elements", lines, blocks=record.length)
+
+
+def _stored(
+    column: str,
+    value: str,
+    dtypes: Mapping[str, torch.dtype],
+    formats: Mapping[str, Format],
+    graph: Graph,
+) -> list[str]:
+    """The lines that store a result, or keep it until the scale of its block is known."""
+    if column not in formats:
+        return [f"{column}_at[i] = {STORAGE[dtypes[column]].write.format(value)};"]
+    format_ = formats[column]
+    if format_.size is not None:
+        lines = _computed(format_.size, ["x"], "float", prefix="f")
+        size = _registers(format_.size, ["x"], "float", prefix="f")[format_.size.outputs[0]]
+        lines += [
+            f"{column}_numbers[i] = x;",
+            f"{column}_largest = {size} > {column}_largest ? {size} : {column}_largest;",
+        ]
+    else:
+        to = {p: f"{_in_c(tensor_name(column, p))}_at[i]" for p in _elements(format_)}
+        lines = _encoded(format_, to, f"key + {graph.results.index(column)}")
+    return [f"{{ const float x = (float){value};", *(f"    {line}" for line in lines), "}"]
 
 
 def _step_row(
@@ -330,72 +395,94 @@ def _step_row(
     """What hands a part of a row to the loop: all at once, or in blocks where it must convert."""
     names = {name: _in_c(name) for name in record.tensors}
     written = {name for column in graph.results for name in tensors_of(column, formats)}
+    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
+    widened = [name for name in record.tensors if STORAGE[dtypes[name]].widen]
+    scaled = [column for column in graph.results if _in_blocks(column, formats)]
+    extra = len(record.tensors)
     lines = [
         f"{'' if name in written else 'const '}{STORAGE[dtypes[name]].memory} *{c}_at = "
         f"at[{position}];"
         for position, (name, c) in enumerate(names.items())
     ]
-    widened = [name for name in record.tensors if STORAGE[dtypes[name]].widen]
-    if not widened and not formats:
-        given = [f"{column}_at + low" for column in columns_of(graph)]
-        lines.append(f"step_elements(high - low, c, unscale, {', '.join(given)});")
-        return _step_row_of(lines)
-    extra = len(record.tensors)
-    if record.length:
-        lines += [
-            f"const int64_t length = (int64_t)at[{extra}];",
-            "const int64_t blocks = (length + BLOCK - 1) / BLOCK;",
-            "int64_t first = low / blocks * length, within = low % blocks * BLOCK;",
-        ]
     if record.random:
-        word = f"(uint64_t)(uintptr_t)at[{extra + record.length}]"
-        lines.append(f"const uint32_t start = (uint32_t)({word} >> 32), key = (uint32_t){word};")
+        lines += [
+            f"const uint64_t random = (uint64_t)(uintptr_t)at[{extra + record.length}];",
+            "const uint32_t start = (uint32_t)(random >> 32), key = (uint32_t)random;",
+        ]
+    first = "i" if record.length or widened else "low"
+    given = ["c", "unscale", *([f"start + (uint32_t){first}", "key"] if record.random else [])]
+    for name, c in names.items():
+        if name.endswith(".scale"):
+            given.append(f"{c}_at[block]")
+        else:
+            given.append(f"{c}_block" if name in widened else f"{c}_at + {first}")
+    given += [f"{column}_numbers" for column in scaled] + ["largest"] * bool(scaled)
+    if first == "low":
+        lines.append(f"step_elements(high - low, {', '.join(given)});")
+        return _step_row_of(lines)
     lines += [f"float {names[name]}_block[BLOCK];" for name in widened]
-    lines += [f"float {column}_numbers[BLOCK];" for column in formats]
-    body = (
-        [
-            "const int64_t i = first + within;",
-            "const int64_t count = length - within < BLOCK ? length - within : BLOCK;",
-        ]
-        if record.length
-        else ["const int64_t count = high - i < BLOCK ? high - i : BLOCK;"]
-    )
-    at = {name: f"{c}_block" if name in widened else f"{c}_at + i" for name, c in names.items()}
-    function = {f: number for number, f in enumerate(dict.fromkeys(formats.values()))}
-    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
-    for name in widened:
-        if name in read:
-            body.append(f"{STORAGE[dtypes[name]].widen}(count, {names[name]}_at + i, {at[name]});")
-    for column, format_ in formats.items():
-        if column in graph.varying.inputs:
-            given = ["count", f"{column}_numbers", *_given(column, format_, at, names)]
-            body.append(f"read_{function[format_]}({', '.join(given)});")
-    given = [
-        f"{column}_numbers" if column in formats else at[column] for column in columns_of(graph)
-    ]
-    body.append(f"step_elements(count, c, unscale, {', '.join(given)});")
-    for position, column in enumerate(graph.results):
-        if column not in formats:
-            continue
-        format_ = formats[column]
-        given = ["count", f"{column}_numbers"]
-        if format_.is_random:
-            given += ["start + (uint32_t)i", f"key + {position}"]
-        given += [at[tensor_name(column, part)] for part in _elements(format_)]
-        call = f"write_{function[format_]}({', '.join(given)})"
-        body.append(f"{_scale_at(column, names)} = {call};" if format_.in_blocks else f"{call};")
-    for name in widened:
-        if name in written:
-            body.append(f"{STORAGE[dtypes[name]].narrow}(count, {at[name]}, {names[name]}_at + i);")
-    if record.length:
-        body += [
-            "within += BLOCK;",
-            "if (within >= length) { within = 0; first += length; }",
-        ]
-        lines.append("for (int64_t block = low; block < high; block++) {")
-    else:
+    lines += [f"float {column}_numbers[BLOCK];" for column in scaled]
+    if not record.length:
+        body = ["const int64_t count = high - i < BLOCK ? high - i : BLOCK;"]
+        body += _widening(widened, read, dtypes, "widen")
+        body.append(f"step_elements(count, {', '.join(given)});")
+        body += _widening(widened, written, dtypes, "narrow")
         lines.append("for (int64_t i = low; i < high; i += BLOCK) {")
+        return _step_row_of([*lines, *(f"    {line}" for line in body), "}"])
+    lines += [
+        f"const int64_t length = (int64_t)at[{extra}];",
+        "const int64_t blocks = (length + BLOCK - 1) / BLOCK;",
+        "int64_t first = low / blocks * length, within = low % blocks * BLOCK;",
+        f"uint32_t largest[{max(1, len(scaled))}];",
+    ]
+    calls = [("step_elements", given)]
+    for column in scaled:
+        format_ = formats[column]
+        arguments = [f"{column}_numbers", f"{column}_at_scale_at[block]"]
+        if format_.is_random:
+            arguments += ["start + (uint32_t)i", f"key + {graph.results.index(column)}"]
+        arguments += [f"{_in_c(tensor_name(column, p))}_at + i" for p in _elements(format_)]
+        calls.append((f"write_{column}", arguments))
+    body = [
+        "const int64_t i = first + within;",
+        "const int64_t count = length - within < BLOCK ? length - within : BLOCK;",
+        *_widening(widened, read, dtypes, "widen"),
+        "if (count == BLOCK) {",
+        *(f"    {line}" for line in _calls(calls, scaled, whole=True)),
+        "} else {",
+        *(f"    {line}" for line in _calls(calls, scaled, whole=False)),
+        "}",
+        *_widening(widened, written, dtypes, "narrow"),
+        "within += BLOCK;",
+        "if (within >= length) { within = 0; first += length; }",
+    ]
+    lines.append("for (int64_t block = low; block < high; block++) {")
     return _step_row_of([*lines, *(f"    {line}" for line in body), "}"])
+
+
+def _calls(
+    calls: Sequence[tuple[str, Sequence[str]]], scaled: Sequence[str], *, whole: bool
+) -> list[str]:
+    """The step of a block, what its scales become, and the encoding of what has them."""
+    lines = [
+        f"{name}_block({', '.join(given)});" if whole else f"{name}(count, {', '.join(given)});"
+        for name, given in calls
+    ]
+    scales = [f"{c}_at_scale_at[block] = scale_of(largest[{n}]);" for n, c in enumerate(scaled)]
+    return [lines[0], *scales, *lines[1:]]
+
+
+def _widening(
+    widened: Sequence[str], wanted: Container[str], dtypes: Mapping[str, torch.dtype], way: str
+) -> list[str]:
+    """The calls that convert a block of each tensor whose loop cannot."""
+    lines = []
+    for name in widened:
+        ends = [f"{_in_c(name)}_at + i", f"{_in_c(name)}_block"]
+        if name in wanted:
+            function = getattr(STORAGE[dtypes[name]], way)
+            lines.append(f"{function}(count, {', '.join(ends if way == 'widen' else ends[::-1])});")
+    return lines
 
 
 def _step_row_of(lines: Sequence[str]) -> str:
@@ -407,27 +494,10 @@ static void step_row(void *const *at, const number *c, number unscale,
 """
 
 
-def _given(
-    column: str, format_: Format, at: Mapping[str, str], names: Mapping[str, str]
-) -> list[str]:
-    """What the function that decodes a column is given of its tensors."""
-    scale = [_scale_at(column, names)] if format_.in_blocks else []
-    return [*scale, *(at[tensor_name(column, part)] for part in _elements(format_))]
-
-
-def _scale_at(column: str, names: Mapping[str, str]) -> str:
-    """The scale of the block at hand."""
-    return f"{names[f'{column}.scale']}_at[block]"
-
-
 def _in_c(name: str) -> str:
     """The name of a tensor in C, where that of a state may be any but cannot end in ``_at``."""
     column, _, part = name.partition(".")
     return f"{column}_at_{part}" if part else column
-
-
-def _const(graph: Graph, column: str) -> str:
-    return "" if column in graph.results else "const "
 
 
 def _joined(lines: Sequence[str], separator: str = "", indent: int = 4) -> str:
@@ -436,7 +506,13 @@ def _joined(lines: Sequence[str], separator: str = "", indent: int = 4) -> str:
 
 
 def _computed(
-    program: Program, given: Sequence[str], number: str, *, double: bool = False
+    program: Program,
+    given: Sequence[str],
+    number: str,
+    *,
+    double: bool = False,
+    prefix: str = "x",
+    finite: Container[int] = (),
 ) -> list[str]:
     """The lines that compute the instructions of a program.
 
@@ -445,11 +521,15 @@ def _computed(
         given: what its inputs, and then its given values, are called.
         number: the type of its numbers.
         double: whether that is double.
+        prefix: what the names of its results begin with.
+        finite: the registers that never hold an infinity.
     """
-    names = _registers(program, given, number)
+    names = _registers(program, given, number, prefix=prefix, finite=finite)
     suffix = "" if double else "f"
     lines = []
     for instruction in program.instructions:
+        if names[instruction.out] == names[instruction.args[0]]:
+            continue  # there is nothing to be done
         node = program.nodes[instruction.out]
         kind = "int" if node.boolean else "uint32_t" if node.word else number
         operands = [names[register] for register in instruction.args]
@@ -463,11 +543,21 @@ def _result(program: Program, given: Sequence[str]) -> str:
     return _registers(program, given, "float")[program.outputs[0]]
 
 
-def _registers(program: Program, given: Sequence[str], number: str) -> list[str]:
+def _registers(
+    program: Program,
+    given: Sequence[str],
+    number: str,
+    *,
+    prefix: str = "x",
+    finite: Container[int] = (),
+) -> list[str]:
     """What each register is called; a constant is its literal."""
-    constants = [_literal(value, number) for value in program.constants]
-    results = [f"x{position}" for position in range(len(program.instructions))]
-    return [*given, *constants, *results]
+    names = [*given, *(_literal(value, number) for value in program.constants)]
+    for position, instruction in enumerate(program.instructions):
+        first = instruction.args[0]
+        same = instruction.op == "finite" and first in finite
+        names.append(names[first] if same else f"{prefix}{position}")
+    return names
 
 
 def _literal(value: float, number: str) -> str:

@@ -1,0 +1,205 @@
+"""Formats: every backend stores the reference's bits, and a step is right but for its rounding.
+
+Oracles: the reference backend, bit for bit; and torch.optim in float64, from what is decoded.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+import stepforge
+from stepforge.entries import Kept, kept
+from tests.conformance.table import (
+    BACKENDS,
+    FAST,
+    FORMATS,
+    OPTIMIZERS,
+    VARIANTS,
+    assert_same_bits,
+    contiguous,
+    extreme,
+    forced,
+    normal,
+    outcome,
+    parameter,
+    run,
+    transposed,
+)
+
+INF, NAN = float("inf"), float("nan")
+
+#: Rows of one block and a rest, of less than a block, of whole blocks; one row; none; and what is
+#: too small for codes. All others have 4,096 elements or more.
+SHAPES = [(17, 257), (64, 100), (4, 3, 384), (1, 4100), (0, 300), (5000,), ()]
+STEPS = 7  # RAdam's form changes at its sixth
+
+
+def gradient(kind: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Gradients; of the extreme ones some blocks meet an infinity or NaN in turn."""
+    if kind == "normal":
+        return normal(shape, dtype, seed)
+    values = extreme(shape, dtype, seed)
+    if values.numel() > 1000:
+        values.view(-1)[seed % 900] = (INF, -INF, NAN)[seed // 1000 % 3]
+    return values
+
+
+@functools.lru_cache(maxsize=4)  # the reference's serve for every other backend
+def outcomes(backend: str, variant: str, format_: str, kind: str) -> list[dict[str, torch.Tensor]]:
+    """Every parameter with its states after every other step."""
+    name, options = VARIANTS[variant]
+    dtype, storage = FORMATS[format_]
+    values = normal if kind == "normal" else extreme
+    parameters = [parameter(values(s, dtype, i)) for i, s in enumerate(SHAPES)]
+    found = []
+    with forced(backend):
+        optimizer = OPTIMIZERS[name].ours(parameters, **options, **storage)
+        for step in range(STEPS):
+            row = [
+                None if step % 3 == i else gradient(kind, tuple(p.shape), dtype, 1000 * step + i)
+                for i, p in enumerate(parameters)
+            ]
+            run(optimizer, parameters, [row])
+            if step % 2 == 0:
+                found += [
+                    {key: contiguous(x) for key, x in outcome(optimizer, p).items()}
+                    for p in parameters
+                ]
+    return found
+
+
+#: The plain variant of each rule with every format, and every variant with the fullest one.
+FULLEST = "bfloat16, 24 bits, int8 states"
+CASES = [
+    (kind, variant, format_, backend)
+    for kind, variant, format_ in itertools.product(["normal", "extreme"], VARIANTS, FORMATS)
+    if variant.endswith("-plain") or format_ == FULLEST
+    for backend in BACKENDS
+    if backend != "reference"
+    if backend in FAST or (kind == "extreme" and variant.endswith("-plain"))
+]
+
+
+@pytest.mark.parametrize(("kind", "variant", "format_", "backend"), CASES)
+def test_a_backend_stores_the_bits_of_the_reference(
+    kind: str, variant: str, format_: str, backend: str
+) -> None:
+    found = outcomes(backend, variant, format_, kind)
+    wanted = outcomes("reference", variant, format_, kind)
+    for index, (got, oracle) in enumerate(zip(found, wanted, strict=True)):
+        where = f"observation {index // len(SHAPES)}, shape {SHAPES[index % len(SHAPES)]}:"
+        assert_same_bits(got, oracle, where)
+
+
+def test_the_inputs_above_reach_the_corners_they_are_meant_for() -> None:
+    ends = outcomes("reference", "Adam-plain", "float32, int8 states", "extreme")
+    scales = torch.cat([end[k].flatten() for end in ends for k in end if k.endswith("_scale")])
+    codes = torch.cat(
+        [end[k].flatten() for end in ends for k in end if end[k].dtype == torch.uint8]
+    )
+    assert scales.isnan().any()
+    assert scales[scales > 0].min() == 2.0**-95
+    assert set(codes.tolist()) == set(range(256))
+    full = [end for end in ends if "exp_avg" in end and end["exp_avg"].dtype == torch.float32]
+    assert {tuple(end["p"].shape) for end in full} == {(0, 300), (5000,), ()}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("format_", [FULLEST, "bfloat16 at random, int8 states"])
+def test_layouts_change_nothing(format_: str, backend: str) -> None:
+    """Blocks and random bits follow the index of an element, wherever its memory is."""
+    dtype, storage = FORMATS[format_]
+    ends = []
+    for layout in ("contiguous", "transposed", "with_gaps"):
+        p = parameter(normal((40, 300), dtype, 1), layout)
+        with forced(backend):
+            optimizer = stepforge.AdamW([p], **storage)
+            for step in range(3):
+                run(optimizer, [p], [[transposed(normal((40, 300), dtype, 2 + step))]])
+        ends.append({key: contiguous(x) for key, x in outcome(optimizer, p).items()})
+    for end in ends[1:]:
+        assert_same_bits(end, ends[0])
+
+
+def decoded(what: Kept, column: str, p: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
+    """The numbers of a state, or of the parameter for ``p``."""
+    format_ = what.storage.formats.get(column)
+    slots = {slot.part.name: slot.key for slot in what.slots if slot.column == column}
+    if format_ is None:
+        return (p.detach() if column == "p" else entry[slots[""]]).double()
+    parts = {part.name: entry[slots[part.name]] for part in format_.parts if part.name in slots}
+    return format_.read({"": p.detach(), **parts} if column == "p" else parts).double()
+
+
+def rounding(
+    what: Kept, column: str, x: torch.Tensor, entry: Mapping[str, Any], dtype: torch.dtype
+) -> torch.Tensor:
+    """How far what is stored for numbers may be from them: a format's own rounding.
+
+    A code has three bits of fraction: to nearest it errs by a sixteenth at most, at random by an
+    eighth. Below the smallest code, 1.125 / 2**15 or 1.125 / 2**31 of the scale, it errs by that.
+    """
+    format_ = what.storage.formats.get(column)
+    relative = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+    if format_ is not None and format_.in_blocks:
+        key = what.states[column].key
+        scale = entry[f"{key}_scale"].double().repeat_interleave(128, 1)
+        scale = scale[:, : x[0].numel()].reshape(x.shape)
+        octaves, step = (31, 1 / 8) if what.states[column].unsigned else (15, 1 / 16)
+        return torch.maximum(x.abs() * step, scale * 1.125 * 2.0**-octaves)
+    if column == "p" and "low_bits" in entry:
+        bits = 2.0**-16 if entry["low_bits"].dtype == torch.int8 else 2.0**-24
+        return x.abs() * bits
+    stored = dtype if column == "p" else what.storage.dtypes[column]
+    at_random = 2 if format_ is not None else 1
+    smallest = 2.0**-24 if stored == torch.float16 else 0.0  # a subnormal's last bit
+    return at_random * (x.abs() * relative.get(stored, 0.0) + smallest)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.endswith("-plain")])
+def test_a_step_is_one_in_float64_but_for_the_rounding_of_what_it_stores(
+    variant: str, format_: str
+) -> None:
+    """Beside that rounding, the arithmetic of a step in float32 errs by some of its units.
+
+    A parameter moves by at most about 0.1 here, computed by a dozen operations that each err by
+    2**-24 of numbers of that size or less: 2**-20 of the larger of the parameter and the step.
+    States are sums of two terms: 2**-20 of the larger of them.
+    """
+    name, options = VARIANTS[variant]
+    dtype, storage = FORMATS[format_]
+    p = parameter(normal((24, 300), dtype, 1))
+    optimizer = OPTIMIZERS[name].ours([p], lr=0.05, **options, **storage)
+    for step in range(STEPS):
+        what = kept(optimizer._rule, optimizer.param_groups[0], p)
+        entry = optimizer.state.get(p, {})
+        twin_p = torch.nn.Parameter(decoded(what, "p", p, entry) if entry else p.detach().double())
+        twin = OPTIMIZERS[name].theirs([twin_p], lr=0.05, **options)
+        if entry:
+            start = {key: x.clone() for key, x in entry.items() if not x.dim()}
+            for letter, state in what.states.items():
+                if not state.scalar:
+                    start[state.key] = decoded(what, letter, p, entry)
+            packed = twin.state_dict() | {"state": {0: start}}
+            twin.load_state_dict(packed)
+        p.grad = normal((24, 300), dtype, 100 + step)
+        twin_p.grad = p.grad.double()
+        optimizer.step()
+        twin.step()
+        entry = optimizer.state[p]
+        for column in dict.fromkeys(["p", *(slot.column for slot in what.slots)]):
+            exact = (
+                twin_p if column == "p" else twin.state[twin_p][what.states[column].key]
+            ).detach()
+            allowed = rounding(what, column, exact, entry, dtype)
+            error = (decoded(what, column, p, entry) - exact).abs()
+            arithmetic = 2.0**-20 * torch.maximum(exact.abs(), p.grad.abs().double() ** 2 + 0.1)
+            over = error - (allowed + arithmetic)
+            assert (over <= 0).all(), (column, step, float(over.max()))
