@@ -104,6 +104,7 @@ UNSIGNED: Mapping[str, Tensor] = {
     "square root": power(2, 256),
     "fourth root": power(4, 256),
     "sixth root": power(6, 256),
+    "eighth root": power(8, 256),
     "dynamic map": dynamic(2),
     "float, 2 bits of fraction": floating(2, 256),
     "float, 4 bits of fraction": floating(4, 256),

@@ -166,7 +166,12 @@ class LanguageModel:
         """Trains once."""
         chosen = next(a for a in self.arms if a.name == arm)
         config = dataclasses.replace(
-            self.config, optimizer=optimizer, options=dict(chosen.options), seed=seed
+            self.config,
+            optimizer=optimizer,
+            options=dict(chosen.options),
+            seed=seed,
+            # The others would add it to gradients, of which it then is the larger part.
+            weight_decay=self.config.weight_decay if optimizer == "AdamW" else 0.0,
         )
         run = StoredRun(config, chosen.weights)
         for _ in range(config.steps):
