@@ -233,7 +233,7 @@ def converted(what: Kept, p: torch.Tensor, entry: Mapping[str, Any]) -> dict[str
             if format_ is None:
                 parts[""].copy_(x)
             else:
-                format_.write(parts, x.float().to(parts[""].device))
+                format_.write(parts, x.float().to(parts[""].device) + 0.0)  # and no -0
         new |= made
     return new
 

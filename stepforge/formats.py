@@ -60,6 +60,7 @@ __all__ = [
 #: that is sharded along it is cut between blocks, not through one.
 BLOCK = 128
 
+_ALL = 0xFFFFFFFF
 _INFINITY = 0x7F800000
 _NAN = 0x7FC00000
 _SIGN = 0x80000000
@@ -241,6 +242,9 @@ def _draw(index: Word, key: Word) -> Word:
     Multiples of the golden ratio's fraction fill the words as evenly as can be; the key, another
     word at random in every step, turns them all by as much. So what each element is given is
     uniform and new in every step, and the mean of many errs by less than if each had its own.
+
+    As it is a sum, elements may be counted from any other: what is drawn for the index of that is
+    their key.
     """
     return (index * 0x9E3779B9 + key) & 0xFFFFFFFF
 
@@ -278,37 +282,54 @@ def random_words(shape: torch.Size, start: int, key: Any, device: torch.device) 
 
 #: By how many bits a float32 is shifted to leave three of its fraction.
 _SHIFT = 20
-#: Where a fraction of 1.875, all that three bits can be, stands above that of 1.
-_FULL = 7
 #: A scale of 2**-95: below it the smallest codes would be subnormal numbers.
 _SMALLEST_SCALE = 0x10000000
 #: What is larger than 1.875 * 2**127 counts as infinite.
 _LARGEST = 0x7F700000
 
 
-def _size(x: Value) -> Word:
-    # As patterns of bits infinity is more than any number, and NaN more than infinity.
-    return bits(abs(x))
+def _size_unsigned(x: Value) -> Word:
+    # As patterns of bits infinity is more than any number, and NaN and what has a sign even more.
+    return bits(x)
+
+
+def _size_signed(x: Value) -> Word:
+    return bits(x) & (_SIGN - 1)
 
 
 def _scale(largest: Word) -> Value:
     """The power of two below the largest, or above it if the largest is more than 1.875 of that.
 
-    NaN if there is an infinity or NaN in the block, all of which then is NaN.
+    NaN if there is an infinity or NaN in the block, or below 0 what must not be.
     """
     power = (largest + ((1 << _SHIFT) - 1)) & _INFINITY
-    power = where(power < _SMALLEST_SCALE, _SMALLEST_SCALE, power)
+    power = _at_least(power, _SMALLEST_SCALE)
     return from_bits(where(largest > _LARGEST, _NAN, power))
 
 
-def _origin(scale: Value, top: int) -> Word:
-    """The bits of what the code 0 would be, if ``top`` is the code of 1.875 times the scale."""
-    return bits(scale) - (top - _FULL << _SHIFT)
+def _origin(scale: Value, one: int) -> Word:
+    """The bits of what the code 0 would be, if ``one`` is the code of the scale itself."""
+    return bits(scale) - (one << _SHIFT)
+
+
+def _code(size: Word, scale: Value, one: int, least: int) -> Word:
+    """The code of bits, those that are cut off included; ``least`` if they are below it.
+
+    Where the scale is NaN it is ``one``, which reads as the scale: patterns of NaN differ between
+    processors, and are not looked at.
+    """
+    is_number = scale == scale
+    end = where(is_number, _origin(scale, one) + (least << _SHIFT), _ALL)
+    origin = where(is_number, _origin(scale, one), _ALL - (one << _SHIFT))
+    return (_at_least(size, end) >> _SHIFT) - (origin >> _SHIFT)
+
+
+#: The codes of the scale itself: 1.875 times the scale is the largest code.
+_ONE_UNSIGNED, _ONE_SIGNED = 255 - 7, 127 - 7
 
 
 def _decode_unsigned(stored: Word, scale: Value) -> Value:
-    size = where(stored > 0, (stored << _SHIFT) + _origin(scale, 255), 0)
-    return from_bits(size) + (scale - scale)  # which is NaN for a scale that is NaN
+    return from_bits(where(stored > 0, (stored << _SHIFT) + _origin(scale, _ONE_UNSIGNED), 0))
 
 
 def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
@@ -316,24 +337,21 @@ def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
 
     A number that is not zero never becomes zero: an update would be divided by it.
     """
-    origin = _origin(scale, 255)
-    size = _at_least(bits(x) + (random >> (32 - _SHIFT)), origin + (1 << _SHIFT))
-    return where(x > 0, (size - origin) >> _SHIFT, 0)
+    size = bits(x) + (random >> (32 - _SHIFT))
+    return where(bits(x) > 0, _code(size, scale, _ONE_UNSIGNED, least=1), 0)
 
 
 def _decode_signed(stored: Word, scale: Value) -> Value:
     code = stored & 0x7F
-    size = where(code > 0, (code << _SHIFT) + _origin(scale, 127), 0)
-    return from_bits(size | ((stored & 0x80) << 24)) + (scale - scale)
+    size = where(code > 0, (code << _SHIFT) + _origin(scale, _ONE_SIGNED), 0)
+    return from_bits(size | ((stored & 0x80) << 24))
 
 
 def _encode_signed(x: Value, scale: Value) -> Word:
     """Rounded to nearest, as a first moment moves by more than a step."""
-    # NaN has one pattern here and another there: where there is no scale there are no codes.
-    found = where(scale == scale, bits(x), 0)
-    origin = _origin(scale, 127)
-    size = _at_least((found & (_SIGN - 1)) + (1 << _SHIFT - 1), origin)
-    return (size - origin) >> _SHIFT | ((found >> 24) & 0x80)
+    size = (bits(x) & (_SIGN - 1)) + (1 << _SHIFT - 1)
+    sign = where(scale == scale, 0x80, bits(scale) & 0)  # that of NaN differs too
+    return _code(size, scale, _ONE_SIGNED, least=0) | ((bits(x) >> 24) & sign)
 
 
 def _at_least(w: Word, least: Word) -> Word:
@@ -358,7 +376,7 @@ def codes(unsigned: bool) -> Format:
         encode=_traced(_encode_unsigned, "x", "scale", "random_word")
         if unsigned
         else _traced(_encode_signed, "x", "scale"),
-        size=_traced(_size, "x"),
+        size=_traced(_size_unsigned if unsigned else _size_signed, "x"),
         scale=_traced(_scale, "largest_word"),
     )
 

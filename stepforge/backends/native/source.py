@@ -199,46 +199,57 @@ def _elements(format_: Format) -> list[Part]:
     return [part for part in format_.parts if not part.of_block]
 
 
-@dataclass(frozen=True)
-class _Parameters:
-    """What a function of elements is given beside how many there are: declarations by name."""
+def _functions(
+    name: str,
+    parameters: Mapping[str, str],
+    body: Sequence[str],
+    *,
+    blocks: bool,
+    usual: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The function of some elements, and one for a whole block.
 
-    declared: Mapping[str, str]
-
-    def functions(self, name: str, body: Sequence[str], *, blocks: bool) -> str:
-        """The function, and if wanted another for a whole block."""
-        declared = _joined(list(self.declared.values()), ",")
-        if not blocks:
-            return f"""\
-static APART void {name}(
-    int64_t count,
+    Args:
+        name: its name.
+        parameters: the declarations of what it is given, by name; the first is how many there are.
+        body: its lines.
+        blocks: whether there are blocks.
+        usual: what is usually given, by name of the parameter: for a block, that is told to the
+            compiler, which leaves out what has no effect then.
+    """
+    declared, given = _joined(list(parameters.values()), ","), list(parameters)
+    function = f"""\
+static {"INLINE" if blocks else "APART"} void {name}{"_inline" if blocks else ""}(
     {declared}
 ) {{
     {_joined(body)}
 }}
 """
-        given, inner = ", ".join(self.declared), f"{name}_inline"
-        return f"""\
-static INLINE void {inner}(
-    int64_t count,
-    {declared}
-) {{
-    {_joined(body)}
-}}
-
+    if not blocks:
+        return function
+    of_block = _joined(list(parameters.values())[1:], ",")
+    whole = f"{name}_inline(BLOCK, {', '.join(given[1:])});"
+    if usual:
+        test = " && ".join(f"{parameter} == {value}" for parameter, value in usual.items())
+        short = ", ".join(usual.get(parameter, parameter) for parameter in given[1:])
+        whole = f"if ({test})\n        {name}_inline(BLOCK, {short});\n    else\n        {whole}"
+    return f"""\
+{function}
 static APART void {name}(
-    int64_t count,
     {declared}
 ) {{
-    {inner}(count, {given});
+    {name}_inline({", ".join(given)});
 }}
 
 static APART void {name}_block(
-    {declared}
+    {of_block}
 ) {{
-    {inner}(BLOCK, {given});
+    {whole}
 }}
 """
+
+
+_COUNT = {"count": "int64_t count"}
 
 
 def _draw() -> str:
@@ -264,27 +275,29 @@ static inline float scale_of(uint32_t largest) {{
 
 def _write_function(column: str, format_: Format) -> str:
     """The function that encodes a block of numbers."""
-    parameters = {"from": "const float *restrict from", "scale": "float scale"}
+    parameters = _COUNT | {"from": "const float *restrict from", "scale": "float scale"}
     parameters |= _RANDOM if format_.is_random else {}
     to = {part: part.name or "stored" for part in _elements(format_)}
     for part, name in to.items():
         parameters[name] = f"{STORAGE[part.dtype].element} *restrict {name}"
-    lines = ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
-    lines += [
-        f"    {line}" for line in _encoded(format_, {p: f"{n}[i]" for p, n in to.items()}, "key")
-    ]
-    lines.append("}")
-    written = _Parameters(parameters).functions(f"write_{column}", lines, blocks=True)
+    lines = ["uint32_t word = draw(index, key);"] if format_.is_random else []
+    lines += ["for (int64_t i = 0; i < count; i++) {", "    const float x = from[i];"]
+    encoded = _encoded(format_, {p: f"{n}[i]" for p, n in to.items()}, "word")
+    lines += [*(f"    {line}" for line in encoded), "}"]
+    written = _functions(f"write_{column}", parameters, lines, blocks=True)
     return f"/* {format_.name}: what is stored of numbers. */\n{written}"
 
 
 _RANDOM = {"index": "uint32_t index", "key": "uint32_t key"}
 
 
-def _encoded(format_: Format, to: Mapping[Part, str], key: str) -> list[str]:
-    """The lines that store what a format makes of ``x``, which is element ``i`` from ``index``."""
+def _encoded(format_: Format, to: Mapping[Part, str], word: str) -> list[str]:
+    """The lines that store what a format makes of ``x``, of which a variable has random bits."""
     program = format_.encode
-    lines = [f"const uint32_t random = draw(index + (uint32_t)i, {key});"] * format_.is_random
+    lines = []
+    if format_.is_random:
+        # From one element to the next, what is drawn grows by the same.
+        lines = [f"const uint32_t random = {word};", f"{word} += draw(1, 0);"]
     lines += _computed(program, program.inputs, "float", prefix="f")
     results = _registers(program, program.inputs, "float", prefix="f")
     for (part, place), register in zip(to.items(), program.outputs):
@@ -322,7 +335,9 @@ def _step_elements(
 ) -> str:
     """The loop over elements: each operation of the program once."""
     program = graph.varying
-    parameters = {"c": "const number *c", "unscale": "number unscale"}
+    parameters = _COUNT | {"c": "const number *c", "unscale": "number unscale"}
+    choices = {f"c{n}": "1" for n, node in enumerate(program.given) if node.boolean}
+    parameters |= {name: f"int {name}" for name in choices}
     parameters |= _RANDOM if record.random else {}
     for name in record.tensors:
         column, _, part = name.partition(".")
@@ -339,9 +354,12 @@ def _step_elements(
         parameters["largest"] = "uint32_t *restrict largest"
     lines: list[str] = []
     for position, node in enumerate(program.given):
-        kind, test = ("int", " != 0") if node.boolean else ("number", "")
-        lines.append(f"const {kind} c{position} = c[{position}]{test};  /* {_shown(node)} */")
+        if not node.boolean:
+            lines.append(f"const number c{position} = c[{position}];  /* {_shown(node)} */")
     lines += [f"uint32_t {column}_largest = 0;" for column in scaled]
+    for position, column in enumerate(graph.results):
+        if column in formats and formats[column].is_random and column not in scaled:
+            lines.append(f"uint32_t {column}_word = draw(index, key + {position});")
     lines.append("for (int64_t i = 0; i < count; i++) {")
     for column in program.inputs:
         if column in formats:
@@ -358,11 +376,12 @@ def _step_elements(
     lines += [f"    {line}" for line in computed]
     results = _registers(program, names, "number", finite=finite)
     for column, register in zip(graph.results, program.outputs):
-        stored = _stored(column, results[register], dtypes, formats, graph)
+        stored = _stored(column, results[register], dtypes, formats)
         lines += [f"    {line}" for line in stored]
     lines.append("}")
     lines += [f"largest[{n}] = {column}_largest;" for n, column in enumerate(scaled)]
-    return _Parameters(parameters).functions("step_elements", lines, blocks=record.length)
+    usual = {"unscale": "1", **choices}
+    return _functions("step_elements", parameters, lines, blocks=record.length, usual=usual)
 
 
 def _stored(
@@ -370,7 +389,6 @@ def _stored(
     value: str,
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, Format],
-    graph: Graph,
 ) -> list[str]:
     """The lines that store a result, or keep it until the scale of its block is known."""
     if column not in formats:
@@ -385,7 +403,7 @@ def _stored(
         ]
     else:
         to = {p: f"{_in_c(tensor_name(column, p))}_at[i]" for p in _elements(format_)}
-        lines = _encoded(format_, to, f"key + {graph.results.index(column)}")
+        lines = _encoded(format_, to, f"{column}_word")
     return [f"{{ const float x = (float){value};", *(f"    {line}" for line in lines), "}"]
 
 
@@ -410,7 +428,10 @@ def _step_row(
             "const uint32_t start = (uint32_t)(random >> 32), key = (uint32_t)random;",
         ]
     first = "i" if record.length or widened else "low"
-    given = ["c", "unscale", *([f"start + (uint32_t){first}", "key"] if record.random else [])]
+    choices = {n: node for n, node in enumerate(graph.varying.given) if node.boolean}
+    lines += [f"const int c{n} = c[{n}] != 0;  /* {_shown(x)} */" for n, x in choices.items()]
+    given = ["c", "unscale", *(f"c{n}" for n in choices)]
+    given += [*([f"start + (uint32_t){first}", "key"] if record.random else [])]
     for name, c in names.items():
         if name.endswith(".scale"):
             given.append(f"{c}_at[block]")
