@@ -1,6 +1,6 @@
 """Measures what low precision costs, and puts tables and pictures into docs/low-precision.md.
 
-    python docs/make_low_precision.py           # five minutes
+    python docs/make_low_precision.py           # three minutes
     python docs/make_low_precision.py --anew    # trains everything again: twenty minutes more
 
 Training, by far the longest, is kept in docs/low_precision/results.json; runs that are missing
