@@ -14,10 +14,19 @@ from typing import Any, NamedTuple
 import torch
 
 from stepforge.declare import EXECUTION_FLAGS, Hyperparameter, Rule, State
-from stepforge.entries import converted, kept, mismatch
+from stepforge.entries import converted, kept, mismatch, placed
 from stepforge.ops import scalar_dtype
+from stepforge.saving import full_precision_weights, pack, to_torch
 
-__all__ = ["LoadResult", "Loading", "apply", "examine", "pack"]
+__all__ = [
+    "LoadResult",
+    "Loading",
+    "apply",
+    "examine",
+    "full_precision_weights",
+    "pack",
+    "to_torch",
+]
 
 
 class LoadResult(NamedTuple):
@@ -54,6 +63,7 @@ class Loading:
         in_place: for each param group, the options of those that are tensors to write into.
         names: for each param group, the parameters' names to adopt, or None.
         result: what does not fit.
+        reasons: of what in that needs one, why it does not.
     """
 
     state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
@@ -62,27 +72,7 @@ class Loading:
     in_place: list[frozenset[str]] = field(default_factory=list)
     names: list[list[str] | None] = field(default_factory=list)
     result: LoadResult = field(default_factory=lambda: LoadResult([], [], []))
-
-
-def pack(
-    groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The state dict: parameters are replaced by their numbers; tensors are not copied."""
-    numbers: dict[int, int] = {}
-    packed_groups = []
-    start = 0
-    for group in groups:
-        for number, p in enumerate(group["params"], start):
-            numbers.setdefault(id(p), number)
-        packed = {name: value for name, value in group.items() if name != "params"}
-        packed["params"] = [numbers[id(p)] for p in group["params"]]
-        packed_groups.append(packed)
-        start += len(group["params"])
-    packed_state = {
-        (numbers[id(key)] if isinstance(key, torch.Tensor) else key): value
-        for key, value in state.items()
-    }
-    return {"state": packed_state, "param_groups": packed_groups}
+    reasons: dict[str, str] = field(default_factory=dict)
 
 
 def examine(
@@ -127,7 +117,7 @@ def examine(
             _examine_parameter(rule, renewed, member, state_dict["state"], loading)
     _examine_leftovers(matches, saved_groups, state_dict["state"], loading)
     if strict and any(loading.result):
-        raise ValueError(_complaint(loading.result))
+        raise ValueError(_complaint(loading.result, loading.reasons))
     return loading
 
 
@@ -330,8 +320,8 @@ def _examine_parameter(
             found[key] = scalar_state(entry[key], member.p, group)
     for column, _, slots in what.columns():
         declared = what.states.get(column)  # None for what is kept of the parameter itself
-        _examine_state(declared, slots[0].key, member, entry, found, loading.result)
-    known = {*found, *what.keys, *_of_other_formats(rule, entry)}
+        _examine_state(declared, slots[0].key, member, entry, found, loading)
+    known = {*found, *what.scalars, *_of_any_format(rule, entry)}
     unexpected = [f"{member.label}.{key}" for key in entry if key not in known]
     loading.result.unexpected_keys.extend(unexpected)
     # Half a state is worse than none: a large step count with empty moments explodes.
@@ -346,37 +336,38 @@ def _examine_state(
     member: _Match,
     entry: Mapping[str, Any],
     found: dict[str, Any],
-    result: LoadResult,
+    loading: Loading,
 ) -> None:
     """Copies a state into what was found, in the format in which it was saved."""
-    label = f"{member.label}.{key}"
+    label, scale = f"{member.label}.{key}", entry.get(f"{key}_scale")
     if key not in entry:
         if declared is not None and declared.when is None:
-            result.missing_keys.append(label)
-    elif not _fits(entry[key], member.p):
-        result.mismatched_keys.append(label)
-    elif declared is not None and entry[key].dtype == torch.uint8:
-        scale = entry.get(f"{key}_scale")
-        if scale is None:
-            result.missing_keys.append(f"{label}_scale")
-        elif mismatch(entry[key], scale, member.p):
-            result.mismatched_keys.append(f"{label}_scale")
-        else:
-            found[key] = _copied(entry[key], member.p)
-            found[f"{key}_scale"] = _copied(scale, member.p)
-    else:
-        found[key] = _copied(entry[key], member.p)
+            loading.result.missing_keys.append(label)
+        return
+    if not _fits(entry[key], member.p):
+        loading.result.mismatched_keys.append(label)
+        return
+    if declared is None and entry[key].dtype not in (torch.int8, torch.int16):
+        loading.result.mismatched_keys.append(label)
+        loading.reasons[label] = f"{key} is of {entry[key].dtype}, which must be int8 or int16"
+        return
+    in_codes = declared is not None and entry[key].dtype == torch.uint8
+    problem = mismatch(entry[key], scale, member.p) if in_codes else None
+    if problem:
+        keys = loading.result.missing_keys if scale is None else loading.result.mismatched_keys
+        keys.append(f"{label}_scale")
+        loading.reasons[f"{label}_scale"] = f"{key} {problem}"
+        return
+    found[key] = placed(entry[key], member.p)
+    if in_codes and scale is not None:
+        found[f"{key}_scale"] = placed(scale, member.p)
 
 
-def _of_other_formats(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
-    """The keys of an entry that are right though an optimizer with other options has none such."""
+def _of_any_format(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
+    """The keys of an entry that are right in some format: scales only beside codes."""
     states = rule.states.values()
     coded = [s.key for s in states if getattr(entry.get(s.key), "dtype", None) == torch.uint8]
     return {"low_bits", *(s.key for s in states), *(f"{key}_scale" for key in coded)}
-
-
-def _copied(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    return x.detach().to(p.device, copy=True)
 
 
 def _is_number(value: Any) -> bool:
@@ -424,11 +415,12 @@ def _examine_leftovers(
             loading.extra[key] = copy.deepcopy(value)
 
 
-def _complaint(result: LoadResult) -> str:
+def _complaint(result: LoadResult, reasons: Mapping[str, str]) -> str:
     parts = []
     for label, keys in zip(("missing", "unexpected", "of another shape or kind"), result):
         if keys:
-            shown = ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            named = [f"{key} ({reasons[key]})" if key in reasons else key for key in keys[:5]]
+            shown = ", ".join(named) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
             parts.append(f"{label}: {shown}")
     return (
         f"the state dict does not fit this optimizer ({'; '.join(parts)}); nothing was loaded, "

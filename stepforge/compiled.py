@@ -87,17 +87,31 @@ def _once_a_trace(function: _Function) -> _Function:
     return cast(_Function, decorated)
 
 
+def _outside_of_graphs(function: _Function) -> _Function:
+    """Marks what the compiler must not trace but run."""
+    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
 @_once_a_trace
 def _is_traceable(optimizer: Optimizer) -> bool:
     """Makes an optimizer ready to be traced; False if its step must run outside of the graph.
 
-    This runs when the compiler traces, not in the steps that follow. The states have to exist then,
-    and not to share memory: a compiler may not write to tensors that others alias.
+    This runs when the compiler traces, not in the steps that follow.
+    """
+    return _made_ready(optimizer)
+
+
+@_outside_of_graphs  # where a compiler has given up the step's frame, it tries those within
+def _made_ready(optimizer: Optimizer) -> bool:
+    """As :func:`_is_traceable`.
+
+    The states have to exist when the compiler traces, and not to share memory: a compiler may not
+    write to tensors that others alias.
     """
     try:
         members = stepping(optimizer.param_groups, optimizer.state)
         rows = checked_rows(optimizer._rule, members, refuses_sparse=optimizer._refuses_sparse())
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, ValueError):
         return False  # the step outside of the graph says what is wrong
     if any(row.group["differentiable"] or not all(map(_is_plain, _tensors(row))) for row in rows):
         return False
@@ -108,11 +122,6 @@ def _is_traceable(optimizer: Optimizer) -> bool:
                 row.state[key] = tensor.clone()
     optimizer._traced = Traced(optimizer)
     return True
-
-
-def _outside_of_graphs(function: _Function) -> _Function:
-    """Marks what the compiler must not trace but run."""
-    return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
 @_outside_of_graphs
@@ -167,6 +176,11 @@ def _step(
         )
     ]
     rows = checked_rows(stepped._rule, members, refuses_sparse=stepped._refuses_sparse())
+    if any(row.state is not member.entry for row, member in zip(rows, members)):
+        raise RuntimeError(
+            "the options of a param group ask for other states than when the step was compiled: "
+            "call torch.compiler.reset()"
+        )
     with torch.no_grad():
         for launch in plan.launches(stepped._rule, rows):
             launch.run()

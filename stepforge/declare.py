@@ -60,7 +60,7 @@ class Interval:
         return bool(self.low <= value) and (self.high == math.inf or bool(value < self.high))  # type: ignore[operator]
 
     def __str__(self) -> str:
-        return f">= {self.low:g}" + ("" if self.high == math.inf else f" and < {self.high:g}")
+        return f">= {self.low:g}" + ("" if self.high == math.inf else f" and < {self.high:.10g}")
 
 
 #: A number from 0 up.
@@ -213,7 +213,7 @@ class Hyperparameter:
             raise ValueError(
                 f"Invalid {label or f'{name} value'}: {shown}; it must be a number {self.interval}"
             )
-        return value
+        return int(value) if self.annotation is int else value
 
 
 def _without_dimensions(value: Any) -> Any:

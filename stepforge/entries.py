@@ -20,11 +20,15 @@ __all__ = [
     "Slot",
     "completed",
     "converted",
+    "decoded",
+    "dtypes",
     "first_index",
     "initial_state",
+    "joined_weight",
     "kept",
     "local",
     "mismatch",
+    "placed",
 ]
 
 #: Parameters with fewer elements keep their states in full: all of them together are little, and
@@ -69,7 +73,7 @@ class Kept:
         scalars: the keys of its numbers, that of the step first.
         slots: its tensors, those of a column one after the other.
         storage: how they and the parameter are stored.
-        as_found: whether states in another dtype than theirs stay in it, as torch.optim's do when
+        as_found: whether states in a longer dtype than theirs stay in it, as torch.optim's do when
             their parameter has changed its own.
         full: why states are in full precision though the group asks for int8; None if they are not.
     """
@@ -160,11 +164,11 @@ def _why_full(dtype: torch.dtype, shape: tuple[int, ...], is_cut: bool) -> str |
     if dtype.is_complex:
         return "complex numbers have no codes of 8 bits"
     if math.prod(shape) < SMALLEST:
-        return f"it has fewer than {SMALLEST} elements"
+        return f"fewer than {SMALLEST:,} elements"
     if math.prod(shape[1:]) < SHORTEST:
-        return f"a row of its dimension 0 has fewer than {SHORTEST} elements"
+        return f"fewer than {SHORTEST} elements in a row of dimension 0"
     if is_cut:
-        return "it is sharded along another dimension than 0, where shards would cut blocks"
+        return "sharded along another dimension than 0, where shards would cut blocks"
     return None
 
 
@@ -238,6 +242,26 @@ def converted(what: Kept, p: torch.Tensor, entry: Mapping[str, Any]) -> dict[str
     return new
 
 
+def dtypes(
+    what: Kept, group: Mapping[str, Any], entry: Mapping[str, Any]
+) -> dict[str, torch.dtype]:
+    """The dtypes that the tensors of an entry have once it is completed, by their keys.
+
+    Args:
+        what: what it should hold.
+        group: the options of the parameter's group.
+        entry: what there is; nothing before the first step.
+    """
+    changing = {column for column, _, _ in _columns_to_change(what, entry)}
+    numbers = {
+        key: entry[key].dtype if key in entry else _number_dtype(group) for key in what.scalars
+    }
+    return numbers | {
+        slot.key: slot.part.dtype if slot.column in changing else entry[slot.key].dtype
+        for slot in what.slots
+    }
+
+
 def _columns_to_change(
     what: Kept, entry: Mapping[str, Any]
 ) -> Iterator[tuple[str, Format | None, list[Slot]]]:
@@ -245,13 +269,22 @@ def _columns_to_change(
     for column, format_, slots in what.columns():
         found = [entry.get(slot.key) for slot in slots]
         if format_ is None and what.as_found and found[0] is not None:
-            is_right = found[0].dtype != torch.uint8
+            is_right = _holds(found[0].dtype, slots[0].part.dtype)
         else:
             is_right = all(
                 x is not None and x.dtype == slot.part.dtype for x, slot in zip(found, slots)
             )
         if not is_right:
             yield column, format_, slots
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether every number of another dtype is one of this, or no number is one of both."""
+    return (
+        dtype == other
+        or dtype.is_complex != other.is_complex
+        or torch.promote_types(dtype, other) == dtype
+    )
 
 
 def _left_over(what: Kept) -> set[str]:
@@ -269,7 +302,10 @@ def _numbers(
         return local(tensor)
     problem = mismatch(tensor, scale, p)
     if problem or scale is None:
-        raise RuntimeError(f"a parameter of shape {tuple(p.shape)} has a state {key} {problem}")
+        raise RuntimeError(
+            f"of a parameter of shape {tuple(p.shape)} the state {key} {problem}: delete "
+            "optimizer.state[p] to begin anew"
+        )
     return codes(unsigned).read({"": local(tensor), "scale": local(scale)})
 
 
@@ -277,12 +313,49 @@ def mismatch(tensor: torch.Tensor, scale: Any, p: torch.Tensor) -> str | None:
     """What codes of 8 bits and their scales disagree in; None if they agree."""
     wanted = Part("scale", torch.float32, of_block=True).shape(p.shape) if p.dim() else ()
     if tensor.shape != p.shape:
-        return f"of codes of shape {tuple(tensor.shape)}"
+        return f"has codes of shape {tuple(tensor.shape)}"
     if not isinstance(scale, torch.Tensor):
-        return "of codes without scales"
-    if tuple(scale.shape) != wanted or not scale.is_floating_point():
-        return f"of codes with scales of shape {tuple(scale.shape)}, which must be {wanted}"
+        return f"has codes without scales, which must be of shape {wanted}"
+    if tuple(scale.shape) != wanted:
+        return f"has codes with scales of shape {tuple(scale.shape)}, which must be {wanted}"
+    if not scale.is_floating_point():
+        return f"has codes with scales of {scale.dtype}, which must be torch.float32"
     return None
+
+
+def decoded(state: State, entry: Mapping[str, Any], p: torch.Tensor) -> torch.Tensor:
+    """A state as plain numbers: a new tensor, sharded as the parameter is.
+
+    Its dtype is the parameter's, or a longer one that the state has more bits than.
+
+    Args:
+        state: which one.
+        entry: what there is of the parameter.
+        p: the parameter.
+
+    Raises:
+        RuntimeError: its codes and scales disagree.
+    """
+    x = _numbers(entry, state.key, p, unsigned=state.unsigned)
+    dtype = torch.promote_types(x.dtype, p.dtype)
+    if entry[state.key].dtype == torch.uint8:
+        return _sharded_as(p, x.to(dtype), p.shape)
+    found: torch.Tensor = entry[state.key].detach()
+    return found.to(dtype, copy=True)
+
+
+def joined_weight(p: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor | None:
+    """The weight that is stepped, in float32, if some of its bits are in the state, else None.
+
+    Args:
+        p: the parameter.
+        entry: what there is of it.
+    """
+    low = entry.get("low_bits")
+    if p.dtype not in SHORT or not isinstance(low, torch.Tensor):
+        return None
+    format_ = joined(p.dtype, 24 if low.dtype == torch.int8 else 32)
+    return _sharded_as(p, format_.read({"": local(p.detach()), "low": local(low)}), p.shape)
 
 
 def _low_of_width(low: torch.Tensor, dtype: torch.dtype, weight: torch.dtype) -> torch.Tensor:
@@ -325,21 +398,49 @@ def _full(p: torch.Tensor, slot: Slot, value: complex) -> torch.Tensor:
         order = torch.preserve_format if is_plain else torch.contiguous_format
         return torch.full_like(p.detach(), value, dtype=dtype, memory_format=order)
     here = local(p.detach())
-    made = here.new_full((here.shape[0], slot.shape[1]), value, dtype=dtype)
+    return _sharded_as(
+        p, here.new_full((here.shape[0], slot.shape[1]), value, dtype=dtype), slot.shape
+    )
+
+
+def _sharded_as(p: torch.Tensor, here: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A tensor of that shape, of which this is the part that belongs to what is here of p."""
     if not hasattr(p, "placements"):
-        return made
+        return here
     from torch.distributed.tensor import DTensor
 
     assert isinstance(p, DTensor)
-
+    strides = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(
-        made, p.device_mesh, p.placements, run_check=False, shape=torch.Size(slot.shape),
-        stride=(slot.shape[1], 1),
+        here.contiguous(), p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape),
+        stride=strides,
     )  # fmt: skip
 
 
+def placed(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """A state from elsewhere, where and sharded as its parameter is; a copy.
+
+    Args:
+        x: the state, or its scales: whole, the same in all processes; or sharded.
+        p: the parameter.
+    """
+    copied = x.detach().to(p.device, copy=True)
+    if hasattr(p, "placements") == hasattr(x, "placements"):
+        return copied
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if isinstance(copied, DTensor):
+        return copied.full_tensor()
+    assert isinstance(p, DTensor)
+    return distribute_tensor(copied, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def first_index(p: torch.Tensor) -> int:
-    """The index of the first element that is here, of a parameter sharded between rows."""
+    """The index of the first element that is here, from which the others are counted on.
+
+    Of a parameter sharded between rows of dimension 0 it is that in the whole. Shards along other
+    dimensions have not the indices of the whole, but no two have the same.
+    """
     if not hasattr(p, "placements"):
         return 0
     from torch.distributed.tensor import DTensor
@@ -347,18 +448,25 @@ def first_index(p: torch.Tensor) -> int:
 
     assert isinstance(p, DTensor)
 
-    _, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    return int(offsets[0]) * math.prod(p.shape[1:])
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return sum(
+        offset * math.prod(sizes[:dim]) * math.prod(p.shape[dim + 1 :])
+        for dim, offset in enumerate(offsets)
+    )
 
 
 def _number(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
     """The initial value of a scalar state; of the step number for None."""
-    # A generated kernel or a captured graph keeps numbers on the device, in float32.
-    dtype = torch.float32 if group["fused"] else scalar_dtype()
     value = declared.init if declared else 0.0
+    # A generated kernel or a captured graph keeps numbers on the device.
     device = p.device if group["capturable"] or group["fused"] else torch.device("cpu")
     # torch.tensor, as torch.zeros has no known value under FakeTensorMode.
-    return torch.tensor(value, dtype=dtype, device=device)
+    return torch.tensor(value, dtype=_number_dtype(group), device=device)
+
+
+def _number_dtype(group: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of scalar states and of the step number: float32 where a kernel reads them."""
+    return torch.float32 if group["fused"] else scalar_dtype()
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

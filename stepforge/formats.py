@@ -13,7 +13,7 @@ Three kinds:
 
 Where rounding is random, its bits come from a counter: they follow from a key, which holds seed,
 step and parameter, and from the element's index. So they are the same for every backend, number of
-threads and sharding.
+threads and sharding between rows.
 """
 
 from __future__ import annotations
@@ -329,7 +329,8 @@ _ONE_UNSIGNED, _ONE_SIGNED = 255 - 7, 127 - 7
 
 
 def _decode_unsigned(stored: Word, scale: Value) -> Value:
-    return from_bits(where(stored > 0, (stored << _SHIFT) + _origin(scale, _ONE_UNSIGNED), 0))
+    size = stored << _SHIFT
+    return from_bits(where(size > 0, size + _origin(scale, _ONE_UNSIGNED), 0))
 
 
 def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
@@ -342,9 +343,9 @@ def _encode_unsigned(x: Value, scale: Value, random: Word) -> Word:
 
 
 def _decode_signed(stored: Word, scale: Value) -> Value:
-    code = stored & 0x7F
-    size = where(code > 0, (code << _SHIFT) + _origin(scale, _ONE_SIGNED), 0)
-    return from_bits(size | ((stored & 0x80) << 24))
+    size = (stored << _SHIFT) & (0x7F << _SHIFT)
+    size = where(size > 0, size + _origin(scale, _ONE_SIGNED), 0)
+    return from_bits(size | ((stored << 24) & _SIGN))
 
 
 def _encode_signed(x: Value, scale: Value) -> Word:

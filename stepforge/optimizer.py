@@ -87,7 +87,7 @@ class Optimizer(_Declared):
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
             small steps are not lost on average.
         rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same
-            bits on every backend, number of threads and sharding.
+            bits on every backend, number of threads and sharding between rows of dimension 0.
 
     Attributes:
         param_groups: a list of dicts, one a group: ``"params"`` and every hyperparameter.
@@ -266,7 +266,8 @@ class Optimizer(_Declared):
         Returns:
             A dict with ``"state"``, the states of each parameter by its number, and
             ``"param_groups"``, the options of each group with its parameters' numbers. Tensors
-            are the optimizer's own: copy what has to outlive the next step.
+            are the optimizer's own: copy what has to outlive the next step. For torch.optim
+            there is :func:`stepforge.checkpoint.to_torch`, as it knows no formats.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -281,11 +282,15 @@ class Optimizer(_Declared):
         """Loads what :meth:`state_dict`, or that of the torch.optim twin, has returned.
 
         Everything is checked before anything changes. Tensors are copied to their parameter's
-        device and keep their dtype. The options of the groups are loaded, except ``foreach``,
-        ``fused``, ``capturable`` and ``differentiable``, which stay as they are here, and a flag
-        that adds a state, such as ``amsgrad``, which is on if it is on in either. A learning rate
-        that is a tensor is updated in place. If both sides have names for all parameters, they
-        are matched by name, whatever their order; otherwise by order.
+        device, sharded as it is, and brought into the format that its group asks for here,
+        rounded to nearest; where that is theirs already, bit for bit. Without a ``state_format``
+        they keep their dtype, unless the parameter's is longer. The options of the groups are
+        loaded, except those that say how a step runs and what is stored (``foreach``, ``fused``,
+        ``capturable``, ``differentiable``, ``state_format``, ``master_weight_bits``,
+        ``stochastic_rounding``, ``rounding_seed``), which stay as they are here, and a flag that
+        adds a state, such as ``amsgrad``, which is on if it is on in either. A learning rate that
+        is a tensor is updated in place. If both sides have names for all parameters, they are
+        matched by name, whatever their order; otherwise by order.
 
         Args:
             state_dict: the state dict. It is not changed.

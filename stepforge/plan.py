@@ -125,7 +125,7 @@ def lay_out(
         The launches, and the plan to keep for the steps that follow, if one can be kept.
 
     Raises:
-        RuntimeError, TypeError: as :func:`~stepforge.rows.checked_rows` does.
+        RuntimeError, TypeError, ValueError: as :func:`~stepforge.rows.checked_rows` does.
     """
     rows = checked_rows(rule, stepping(groups, state), refuses_sparse=refuses_sparse)
     batches = _batches(rows)

@@ -11,7 +11,7 @@ import torch
 
 from stepforge.backends import Choice, choose
 from stepforge.declare import Rule, is_off
-from stepforge.entries import Kept, completed, kept
+from stepforge.entries import Kept, completed, kept, local
 from stepforge.expr import Graph
 
 
@@ -77,11 +77,13 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
     Raises:
         RuntimeError: a gradient is sparse and may not be, a gradient or a state has another shape
             or device than its parameter, or no backend can do what was asked for.
+        ValueError: an option that was set by hand has none of the values it may have.
         TypeError: a parameter is neither real nor complex floating point.
     """
     rows: list[Row] = []
     for _, of_one_group in itertools.groupby(members, key=lambda member: id(member.group)):
         alike = list(of_one_group)
+        _check_choices(rule, alike[0].group)
         graph = rule.graph(alike[0].group)
         choices: dict[Any, Choice] = {}
         for number, p, g, group, entry in alike:
@@ -131,6 +133,13 @@ def _coalesced(
     return g.coalesce()
 
 
+def _check_choices(rule: Rule, group: Mapping[str, Any]) -> None:
+    """Raises if an option that has a list of values has another, set by hand."""
+    for name, declared in rule.hyperparameters.items():
+        if declared.choices is not None:
+            declared.checked(group[name])
+
+
 def _check_dtypes(p: torch.Tensor, g: torch.Tensor) -> None:
     if not (p.is_floating_point() or p.is_complex()):
         raise TypeError(
@@ -153,13 +162,19 @@ def _check_shapes(row: Row) -> None:
         if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
             raise RuntimeError(
                 f"a parameter of shape {tuple(row.p.shape)} and {row.p.dtype} has a state "
-                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}: delete "
-                "optimizer.state[p] to begin anew"
+                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}, which must be of "
+                f"shape {slot.shape}: delete optimizer.state[p] to begin anew"
             )
         if found.device != row.p.device:
             raise RuntimeError(
                 f"a parameter on {row.p.device} has a state {slot.key} on {found.device}: move it "
                 "there, or delete optimizer.state[p] to begin anew"
+            )
+        if local(found).shape != slot.part.shape(local(row.p).shape):
+            raise RuntimeError(
+                f"a parameter of which {tuple(local(row.p).shape)} is here has a state {slot.key} "
+                f"of which {tuple(local(found).shape)} is: shard it as the parameter is, or delete "
+                "optimizer.state[p] to begin anew"
             )
     if row.group["differentiable"] and row.state["step"].requires_grad:
         raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")

@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo | bench | doctor | prebuild``."""
+"""The command line: ``stepforge demo | bench | doctor | plan | prebuild``."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.bench import bench
     from stepforge.cli.demo import demo
     from stepforge.cli.doctor import doctor
+    from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
 
     app = typer.Typer(
@@ -43,6 +44,6 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
 
-    for command in (demo, bench, doctor, prebuild):
+    for command in (demo, bench, doctor, plan, prebuild):
         app.command()(command)
     return app

@@ -42,6 +42,7 @@ from stepforge.cli.measure import (
 from stepforge.cli.place import Place, place_of
 from stepforge.cli.probe import PROCESSES, ProbeError, extra_memory, time_first_step
 from stepforge.cli.scores import Result
+from stepforge.cli.stored import FULL, INT8_TARGET, has_codes, measure_stored
 from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
 
 __all__ = ["bench"]
@@ -88,6 +89,13 @@ def bench(
         int | None,
         typer.Option(min=2, help="Compare one param group with so many, instead of the arms."),
     ] = None,
+    formats: Annotated[
+        bool,
+        typer.Option(
+            "--formats",
+            help="Compare ways to store weights and states with float32, instead of the arms.",
+        ),
+    ] = False,
     first_step: Annotated[
         bool,
         typer.Option(
@@ -101,7 +109,7 @@ def bench(
         bool,
         typer.Option(
             "--all",
-            help=f"The arms, {_MANY_GROUPS} groups, the first step and memory; takes minutes.",
+            help=f"The arms, {_MANY_GROUPS} groups, formats, the first step and memory: minutes.",
         ),
     ] = False,
     json_: Annotated[
@@ -130,9 +138,14 @@ def bench(
         raise typer.BadParameter(
             f"no workload has {groups} tensors to split.", param_hint="--groups"
         )
-    steps = everything or not (groups or first_step or memory)
-    if steps or split:
-        _check_memory(chosen if steps else split, names, place)
+    coded = [w for w in chosen if (formats or everything) and has_codes(w)]
+    if formats and not coded and not everything:
+        raise typer.BadParameter(
+            "no workload has a parameter that is large enough for them.", param_hint="--formats"
+        )
+    steps = everything or not (groups or formats or first_step or memory)
+    if steps or split or coded:
+        _check_memory(chosen if steps else split + coded, names, place)
 
     console = Console(highlight=False)
     machine = describe() | {"numpy": np.__version__} | devices.describe(place.device)
@@ -156,6 +169,8 @@ def bench(
         report["steps"] = list(_steps(screen, place, chosen, names, rounds))
     if split and groups is not None:
         report["groups"] = list(_groups(screen, place, split, names, rounds, groups))
+    if coded:
+        report["formats"] = list(_formats(screen, place, coded, names, rounds))
     try:
         if first_step or everything:
             report["first_step"] = list(_first_steps(screen, place, chosen, names))
@@ -435,6 +450,35 @@ def _groups(
                     kept["arms"][arm.name] = {"seconds": times[arm.name], "ratio": many / one}
                 yield kept
         screen.show(f"{workload}: one param group or {groups}", table)
+
+
+def _formats(
+    screen: _Screen, place: Place, workloads: Sequence[Workload], names: Sequence[str], rounds: int
+) -> Iterator[dict[str, Any]]:
+    for workload in workloads:
+        table = _table(["optimizer", "weights and states"], ["ms", "of float32", "at most"])
+        gradients = make_gradients(workload.shapes, place.device)
+        with screen.over(f"{workload.name}, formats", names, WARM_UPS + rounds) as start:
+            for name in names:
+                times = measure_stored(
+                    name, gradients, rounds=rounds, clock=place.clock, tick=start(name)
+                )
+                full = statistics.median(times[FULL.name])
+                kept: dict[str, Any] = {"workload": workload.name, "optimizer": name, "ways": {}}
+                for way, seconds in times.items():
+                    ratio = statistics.median(seconds) / full
+                    limit = INT8_TARGET.get((workload.name, way))
+                    table.add_row(
+                        name if way == FULL.name else "",
+                        way,
+                        _number(statistics.median(seconds), 1e3),
+                        _marked(ratio, _at_most(ratio, limit)),
+                        _number(limit),
+                    )
+                    kept["ways"][way] = {"seconds": seconds, "ratio": ratio}
+                table.add_section()
+                yield kept
+        screen.show(f"{workload}: step() by what is stored", table)
 
 
 def _first_steps(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import stepforge
+from stepforge.accounting import account
 from stepforge.backends.native import Kernel
 from stepforge.expr import Graph, Trace
 
@@ -112,8 +113,9 @@ def bytes_per_element(optimizer: str) -> int:
         >>> bytes_per_element("Adam"), bytes_per_element("Adagrad")
         (28, 20)
     """
-    graph = traffic(optimizer)
-    return 4 * (len(graph.varying.inputs) + len(graph.results))
+    p = torch.zeros(1)
+    made = getattr(stepforge, optimizer)([p])
+    return account(made._rule, made.param_groups[0], p).moved
 
 
 def traffic(optimizer: str) -> Graph:

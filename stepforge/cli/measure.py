@@ -30,6 +30,7 @@ __all__ = [
     "TORCH",
     "WARM_UPS",
     "Arm",
+    "Stepped",
     "make_gradients",
     "measure",
     "measure_arms",
@@ -46,20 +47,27 @@ OPTIMIZERS = ("Adagrad", "Adam", "AdamW", "NAdam", "RAdam")
 _HOST = HostClock()
 
 
-class _Stepped:
-    """Parameters with an optimizer."""
+class Stepped:
+    """Parameters with an optimizer.
+
+    Args:
+        params: the parameters.
+        optimizer: what steps them.
+    """
 
     def __init__(self, params: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
         self.params = params
         self.optimizer = optimizer
 
     def feed(self, gradients: Sequence[Tensor]) -> None:
+        """Gives every parameter a fresh copy of its gradient in its own dtype; not timed."""
         # The old gradient is let go of after the new one has its memory, so that no two steps in
         # turn find gradients in the same place.
         for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.clone()
+            p.grad = gradient.to(p.dtype, copy=True)
 
     def step(self) -> object:
+        """Steps; timed."""
         return self.optimizer.step()
 
 
@@ -106,12 +114,12 @@ class Arm:
             return self.bound(optimizer, params)
         make = cast(Callable[..., torch.optim.Optimizer], getattr(self.library, optimizer))
         if groups == 1:
-            return _Stepped(params, make(params, **self.flags))
+            return Stepped(params, make(params, **self.flags))
         split = [
             {"params": params[start::groups], "lr": 1e-3 * (1 - start / groups / 2)}
             for start in range(groups)
         ]
-        return _Stepped(params, make(split, **self.flags))
+        return Stepped(params, make(split, **self.flags))
 
 
 LIMIT = Arm(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stepforge
 from stepforge.backends.batch import arithmetic
 from stepforge.backends.native.source import c_source, columns_of
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.storage import NUMBERS
 from stepforge.cli.measure import OPTIMIZERS
 
 __all__ = ["sources"]
@@ -21,6 +21,6 @@ def sources() -> list[str]:
     found = (
         c_source(graph, dict.fromkeys(columns_of(graph), dtype), arithmetic(dtype))
         for graph in graphs
-        for dtype in STORAGE
+        for dtype in NUMBERS
     )
     return list(dict.fromkeys(found))

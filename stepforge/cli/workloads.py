@@ -78,7 +78,7 @@ _MODEL: tuple[Shape, ...] = (
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("large", ((50_000_000,),)),
+        Workload("large", ((3125, 16_000),)),
         Workload("model", _MODEL),
         Workload("small", 1000 * ((1000,),)),
     )

@@ -3,9 +3,9 @@ Stochastic Optimization", Figure 1, the diagonal case with no constraint and no 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from stepforge.declare import Decay, LearningRate, NonNegative, full
+from stepforge.declare import Decay, LearningRate, NonNegative, Seed, full
 from stepforge.ops import Value, sqrt
 from stepforge.optimizer import Optimizer, ParamsT
 
@@ -32,8 +32,9 @@ class Adagrad(Optimizer, rule=adagrad):
         weight_decay: the L2 penalty, from 0 up.
         initial_accumulator_value: the initial ``sum``, from 0 up; of a group, if it has its own.
         eps: added to the root, from 0 up.
-        foreach, maximize, capturable, differentiable, fused: as for
-            :class:`stepforge.Optimizer`; ``foreach`` may be given by position.
+        foreach, maximize, capturable, differentiable, fused, state_format, master_weight_bits,
+            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`; ``foreach`` may
+            be given by position.
 
     Raises:
         ValueError: a value is out of its range.
@@ -76,6 +77,10 @@ class Adagrad(Optimizer, rule=adagrad):
             capturable: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
+            state_format: Literal["float32", "bfloat16", "int8"] | None = None,
+            master_weight_bits: Literal[24, 32] | None = None,
+            stochastic_rounding: bool = False,
+            rounding_seed: Seed = 0,
         ) -> None: ...
 
     def share_memory(self) -> None:

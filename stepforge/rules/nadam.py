@@ -39,7 +39,8 @@ class NAdam(Optimizer, rule=nadam):
         momentum_decay: how fast the momentum approaches ``betas[0]``, from 0 up.
         decoupled_weight_decay: take the decay off the parameter instead of adding it to the
             gradient.
-        maximize, foreach, capturable, differentiable, fused: as for :class:`stepforge.Optimizer`.
+        maximize, foreach, capturable, differentiable, fused, state_format, master_weight_bits,
+            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range.

@@ -22,6 +22,7 @@ from stepforge.backends.native.build import BuildError
 from stepforge.cli import bounds, make_app, measure, probe
 from stepforge.cli.measure import ACCESS, ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
 from stepforge.cli.scores import TARGETS, Ratios, Result
+from stepforge.cli.stored import STORED, has_codes
 from stepforge.cli.workloads import WORKLOADS, read_shapes
 
 WITHOUT_FUSED = [arm.name for arm in ARMS if arm.name != "torch fused"]
@@ -271,7 +272,7 @@ def test_workloads_are_shrunk_and_then_have_no_target(tmp_path):
     chosen = ["--workload", "large", "--workload", "model", "--optimizer", "Adagrad"]
     report = report_of(tmp_path, *chosen, "--scale", 1e-4, "--rounds", 1)
     assert [w["tensors"] for w in report["workloads"]] == [1, 148]
-    assert report["workloads"][0] == {"name": "large x 0.0001", "tensors": 1, "elements": 5000}
+    assert report["workloads"][0] == {"name": "large x 0.0001", "tensors": 1, "elements": 16_000}
     assert [step["target"] for step in report["steps"]] == [None, None]
 
 
@@ -430,3 +431,23 @@ def test_more_than_fits_into_memory_is_said_before_measuring():
     result = CliRunner().invoke(make_app(), ["bench", "--workload", "large", "--scale", "1000"])
     assert result.exit_code == 2
     assert "large x 1000 needs about" in result.output.splitlines()[-1]
+
+
+def test_ways_to_store(tmp_path):
+    """Oracle: what each way's optimizer keeps."""
+    shapes = tmp_path / "wide.json"
+    shapes.write_text("[[64, 128], [7]]")
+    chosen = ["--shapes", shapes, "--optimizer", "AdamW", "--rounds", 1]
+    report = report_of(tmp_path, *chosen, "--formats")
+    (kept,) = report["formats"]
+    assert list(kept["ways"]) == [way.name for way in STORED]
+    assert kept["ways"]["float32"]["ratio"] == 1
+    assert all(way["seconds"][0] > 0 for way in kept["ways"].values())
+    assert has_codes(WORKLOADS["large"])
+    assert not has_codes(WORKLOADS["small"])
+
+
+def test_ways_to_store_need_a_parameter_that_is_large_enough(few):
+    result = CliRunner().invoke(make_app(), ["bench", "--shapes", str(few), "--formats"])
+    assert result.exit_code == 2
+    assert "no workload has a parameter that is large" in result.output

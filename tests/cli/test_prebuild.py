@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from stepforge.backends.batch import arithmetic
 from stepforge.backends.native import build, prebuilt
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.storage import NUMBERS
 from stepforge.cli import make_app, variants
 from stepforge.cli.variants import sources
 from tests.conformance.table import VARIANTS
@@ -45,7 +45,7 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
     forms = {
         c_of(graph_of(name, **options), dtype, arithmetic(dtype))
         for name, options in VARIANTS.values()
-        for dtype in STORAGE
+        for dtype in NUMBERS
     }
     assert set(sources()) == forms
     assert len(sources()) == len(forms)

@@ -138,14 +138,82 @@ EXCLUSIONS = {
         ("`fused` and `foreach` cannot be `True` together.",),
     ),
 }
+STATE_FORMATS = ("None, 'float32', 'bfloat16', 'int8'",)
+WEIGHT_BITS = ("None, 24, 32",)
+SEEDS = ("rounding_seed must be a whole number >= 0 and < 4294967296",)
+BAD_FORMATS = {
+    **{
+        f"state_format={value!r}": Bad(
+            {"state_format": value},
+            ValueError,
+            (f"Invalid state_format value: {value!r}", *STATE_FORMATS),
+        )
+        for value in ("int4", "INT8", "", 8, torch.int8)
+    },
+    **{
+        f"master_weight_bits={value!r}": Bad(
+            {"master_weight_bits": value},
+            ValueError,
+            (f"Invalid master_weight_bits value: {value!r}", *WEIGHT_BITS),
+        )
+        for value in (16, 0, 24.0, "24", True)
+    },
+    **{
+        f"rounding_seed={value}": Bad(
+            {"rounding_seed": value},
+            ValueError,
+            (f"Invalid rounding_seed value: {value}", ">= 0 and < 4294967296"),
+        )
+        for value in (-1, 2**32)
+    },
+    **{
+        f"rounding_seed={value!r}": Bad({"rounding_seed": value}, TypeError, (*SEEDS, repr(value)))
+        for value in (1.5, 2.0, NAN)
+    },
+    "rounding_seed=text": Bad({"rounding_seed": "1"}, TypeError, ("rounding_seed must be", "'1'")),
+    "rounding_seed=None": Bad({"rounding_seed": None}, TypeError, ("rounding_seed must be",)),
+    "rounding_seed=tensor": Bad(
+        {"rounding_seed": torch.tensor(1)}, TypeError, ("rounding_seed must be", "tensor")
+    ),
+}
+FORMAT_EXCLUSIONS = {
+    **{
+        f"{name}, differentiable": Bad(
+            {name: value, "differentiable": True},
+            RuntimeError,
+            (f"`{name}` does not support `differentiable`",),
+        )
+        for name, value in (
+            ("state_format", "int8"),
+            ("state_format", "bfloat16"),
+            ("master_weight_bits", 24),
+            ("stochastic_rounding", True),
+        )
+    },
+    "master_weight_bits, stochastic_rounding": Bad(
+        {"master_weight_bits": 32, "stochastic_rounding": True},
+        ValueError,
+        ("`master_weight_bits` and `stochastic_rounding` exclude each other",),
+    ),
+    "master_weight_bits, float32": Bad(
+        {"master_weight_bits": 24},
+        ValueError,
+        ("master_weight_bits=24 is for bfloat16 and float16 parameters", "torch.float32"),
+    ),
+    "stochastic_rounding, float32": Bad(
+        {"stochastic_rounding": True},
+        ValueError,
+        ("stochastic_rounding=True is for bfloat16 and float16 parameters", "torch.float32"),
+    ),
+}
 
 
 def _bad_options(cls: type) -> dict[str, Bad]:
     name = cls.__name__
-    found = dict(BAD_TENSORS | EXCLUSIONS)
+    found = dict(BAD_TENSORS | EXCLUSIONS | BAD_FORMATS | FORMAT_EXCLUSIONS)
     for number in NUMBERS[name]:
         found |= _bad_numbers(number)
-    for flag in ("maximize", "capturable", "differentiable", *FLAGS[name]):
+    for flag in ("maximize", "capturable", "differentiable", "stochastic_rounding", *FLAGS[name]):
         found |= _bad_flag(flag)
     for flag in ("foreach", "fused"):
         found |= _bad_flag(flag, optional=True)
@@ -330,6 +398,15 @@ def _bad_steps(cls: type) -> dict[str, BadStep]:
         refusal = ("weight_decay option is not compatible with sparse gradients",)
         options = {"weight_decay": 0.5}
     found["sparse"] = BadStep(_leaf, _sparse, RuntimeError, refusal, options)
+    if cls is stepforge.Adagrad:
+        for name, words in (("int8", "int8"), ("bfloat16", "rounded at random")):
+            found[f"sparse, {name}"] = BadStep(
+                lambda: torch.ones(64, 64, requires_grad=True),
+                _sparse,
+                RuntimeError,
+                (f"a format ({words}) is not compatible with sparse gradients",),
+                {"state_format": name},
+            )
     return found
 
 
@@ -424,3 +501,67 @@ def test_an_option_that_was_spoiled_by_hand_changes_nothing(
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         optimizer.step()
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False], ids=["fastest", "foreach", "reference"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("state_format", "int4"), ("master_weight_bits", 16)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+def test_a_format_that_was_spoiled_by_hand_changes_nothing(
+    steps: int, name: str, value: Any, foreach: bool | None
+) -> None:
+    params = make_params(dtype=torch.bfloat16)
+    optimizer = stepforge.NAdam([{"params": params[:2]}, {"params": params[2:]}], foreach=foreach)
+    run(optimizer, params, range(steps))
+    give_gradients(params, steps)
+    optimizer.param_groups[1][name] = value
+    before = frozen(optimizer)
+    words = (f"Invalid {name} value: {value!r}", "it must be one of None")
+    assert_refused(optimizer.step, ValueError, words)
+    assert_unchanged(optimizer, before)
+    optimizer.param_groups[1][name] = None
+    optimizer.step()
+
+
+def _without_scale(entry: dict[str, Any]) -> None:
+    del entry["exp_avg_sq_scale"]
+
+
+def _of_another_shape(entry: dict[str, Any]) -> None:
+    entry["exp_avg_sq_scale"] = torch.ones(64, 2)
+
+
+def _of_another_dtype(entry: dict[str, Any]) -> None:
+    entry["exp_avg_sq_scale"] = entry["exp_avg_sq_scale"].int()
+
+
+def _codes_cut_short(entry: dict[str, Any]) -> None:
+    entry["exp_avg_sq"] = entry["exp_avg_sq"][:32]
+
+
+SPOILED_CODES = {
+    "no scales": (_without_scale, "exp_avg_sq has codes without scales"),
+    "scales of another shape": (_of_another_shape, r"of shape \(64, 2\).*must be.*\(64, 1\)"),
+    "scales of another dtype": (_of_another_dtype, r"scales of torch.int32.*torch.float32"),
+    "codes of another shape": (_codes_cut_short, r"\(32, 64\)"),
+}
+
+
+@pytest.mark.parametrize("then", ["int8", "bfloat16", None])
+@pytest.mark.parametrize(("spoil", "words"), SPOILED_CODES.values(), ids=SPOILED_CODES)
+def test_codes_that_were_spoiled_by_hand_change_nothing(
+    spoil: Callable[[dict[str, Any]], None], words: str, then: str | None
+) -> None:
+    params = make_params([(3,), (64, 64)])
+    optimizer = stepforge.Adam(params, state_format="int8")
+    run(optimizer, params, range(2))
+    spoil(optimizer.state[params[1]])
+    optimizer.param_groups[0]["state_format"] = then
+    give_gradients(params, 2)
+    before = frozen(optimizer)
+    with pytest.raises(RuntimeError, match=words):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    optimizer.state[params[1]].clear()
+    optimizer.step()

@@ -17,7 +17,9 @@ import stepforge
 from .twins import (
     LR,
     OPTIMIZERS,
+    SHAPES,
     assert_identical,
+    assert_unchanged,
     each_optimizer,
     frozen,
     give_gradients,
@@ -39,8 +41,15 @@ def _fresh_compiler() -> Iterator[None]:
 class Pair:
     """An optimizer whose step is compiled, and its copy that runs plainly."""
 
-    def __init__(self, cls: type, backend: str = "aot_eager", **options: Any) -> None:
-        self.params, self.plain_params = make_params(), make_params()
+    def __init__(
+        self,
+        cls: type,
+        backend: str = "aot_eager",
+        dtype: torch.dtype = torch.float32,
+        shapes: Any = SHAPES,
+        **options: Any,
+    ) -> None:
+        self.params, self.plain_params = make_params(shapes, dtype), make_params(shapes, dtype)
         self.compiled = cls(self.params, **options)
         self.plain = cls(self.plain_params, **options)
         self.step = torch.compile(self.compiled.step, backend=backend, fullgraph=True)
@@ -96,19 +105,60 @@ def test_every_backend_can_be_behind_the_operator(
     Pair(stepforge.RAdam, lr=LR).advance(range(2))
 
 
-def test_the_operator_keeps_its_promises_to_the_compiler() -> None:
+BFLOAT16 = torch.bfloat16
+FORMATS: dict[str, dict[str, Any]] = {
+    "int8": {"state_format": "int8"},
+    "bfloat16": {"state_format": "bfloat16"},
+    "int8 and 24 bits": {
+        "state_format": "int8",
+        "master_weight_bits": 24,
+        "dtype": BFLOAT16,
+    },
+    "32 bits": {"master_weight_bits": 32, "dtype": BFLOAT16},
+    "stochastic rounding": {"stochastic_rounding": True, "dtype": BFLOAT16},
+}
+#: The first has codes with ``state_format="int8"``.
+LARGE = ((33, 130), *SHAPES)
+
+
+@pytest.mark.parametrize("options", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("cls", [stepforge.AdamW, stepforge.Adagrad])
+def test_states_and_weights_may_have_formats(cls: type, options: dict[str, Any]) -> None:
+    pair = Pair(cls, shapes=LARGE, lr=LR, **options)
+    pair.advance(range(1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pair.advance(range(1, 4))
+
+
+@pytest.mark.parametrize("change", [{"state_format": "int8"}, {"amsgrad": True}], ids=str)
+def test_options_that_ask_for_other_states_are_noticed(change: dict[str, Any]) -> None:
+    pair = Pair(stepforge.AdamW, shapes=LARGE, lr=LR)
+    pair.advance(range(1))
+    give_gradients(pair.params, 1)
+    pair.compiled.param_groups[0].update(change)
+    before = frozen(pair.compiled)
+    with pytest.raises(RuntimeError, match=r"other states than when .*call .*reset\(\)"):
+        pair.step()
+    assert_unchanged(pair.compiled, before)
+    torch.compiler.reset()
+    pair.plain.param_groups[0].update(change)
+    pair.advance(range(1, 3))
+
+
+@pytest.mark.parametrize("options", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
+def test_the_operator_keeps_its_promises_to_the_compiler(options: dict[str, Any]) -> None:
     """Oracle: torch's own check of schema, mutation and fake implementation."""
-    params = make_params()
-    optimizer = stepforge.Adam(params)
+    params = make_params(LARGE)
+    optimizer = stepforge.Adam(params, **options)
     give_gradients(params, 0)
     torch.compile(optimizer.step, backend="eager", fullgraph=True)()
     traced = optimizer._traced
-    states = [optimizer.state[p][key] for p in params for key in ("step", "exp_avg", "exp_avg_sq")]
+    states = [x for p in params for x in optimizer.state[p].values()]
     gradients = [p.grad for p in params]
     values = [p.detach() for p in params]
     torch.library.opcheck(
         torch.ops.stepforge.step,
-        (values, gradients, states, traced.number, traced.groups),
+        (values, gradients, states, traced.number, traced.groups, list(range(len(params)))),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 
@@ -187,6 +237,17 @@ def test_a_sparse_gradient_is_stepped_outside_of_the_graph() -> None:
         (torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step)()
         results.append(table.weight.detach())
     assert torch.equal(*results)
+
+
+def test_an_option_that_no_state_can_have_is_said_as_without_compilation() -> None:
+    pair = Pair(stepforge.Adam, lr=LR)
+    pair.advance(range(1))
+    pair.compiled.param_groups[0]["state_format"] = "int4"
+    before = frozen(pair.compiled)
+    step = torch.compile(pair.compiled.step, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"Invalid state_format value: 'int4'.*'int8'"):
+        step()
+    assert_unchanged(pair.compiled, before)
 
 
 def test_a_mistake_is_said_as_without_compilation() -> None:

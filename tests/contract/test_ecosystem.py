@@ -18,6 +18,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import stepforge
+from stepforge.declare import EXECUTION_FLAGS
 
 from .twins import (
     LR,
@@ -462,7 +463,7 @@ def test_a_pickle_of_an_older_version_is_completed(cls: type) -> None:
     optimizer = cls(params, lr=LR)
     run(optimizer, params, range(3))
     old = copy.deepcopy(optimizer.__getstate__())
-    for name in ("foreach", "maximize", "capturable", "differentiable", "fused"):
+    for name in (*EXECUTION_FLAGS, "maximize"):
         del old["param_groups"][0][name]
     for entry in old["state"].values():
         entry.update({key: float(x) for key, x in entry.items() if key in ("step", "mu_product")})

@@ -3,7 +3,7 @@
 The oracle is the documented rule: ``foreach=True`` asks for the foreach path, either flag False
 (and the other not True) for the reference, both unset for the fastest that serves, and
 ``STEPFORGE_BACKEND`` overrides all of them. That a step runs what is explained is seen by watching
-the backends run.
+the backends run; that the bytes are right, by asking the tensors after a step.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 
 import stepforge
 from stepforge import backends
+from stepforge.accounting import Account
+from stepforge.explain import InFull
 
 from .twins import assert_unchanged, each_optimizer, frozen, make_params, run, twin_of
 
@@ -208,3 +210,194 @@ def test_explaining_changes_nothing(cls: type) -> None:
 def test_optimizers_of_torch_are_refused_by_name(cls: type) -> None:
     with pytest.raises(TypeError, match=rf"stepforge optimizer, but got {cls.__name__}"):
         stepforge.explain(twin_of(cls)(make_params()))
+
+
+# Bytes. -------------------------------------------------------------------------------------------
+
+#: A matrix, a vector, one without dimensions, a matrix whose rows end in part of a block, an empty
+#: one, and one that is too narrow for codes.
+MANY_SHAPES = ((64, 128), (5000,), (), (65, 5, 41), (0, 3), (500, 10))
+
+FORMATS: list[dict[str, Any]] = [
+    {},
+    {"state_format": "float32"},
+    {"state_format": "bfloat16"},
+    {"state_format": "int8"},
+    {"state_format": "int8", "master_weight_bits": 24},
+    {"master_weight_bits": 32},
+    {"state_format": "int8", "stochastic_rounding": True},
+]
+every_format = pytest.mark.parametrize(
+    "options", FORMATS, ids=lambda x: " ".join(map(str, x.values()))
+)
+
+
+def bytes_of(optimizer: stepforge.Optimizer) -> dict[str, int]:
+    """The bytes of all tensors of an optimizer, told apart by their names."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    found = dict.fromkeys(("states", "scales", "low_bits", "numbers"), 0)
+    for p in params:
+        for key, x in optimizer.state[p].items():
+            kind = (
+                "numbers"
+                if key in ("step", "mu_product")
+                else "scales"
+                if key.endswith("_scale")
+                else "low_bits"
+                if key == "low_bits"
+                else "states"
+            )
+            found[kind] += x.nbytes
+    return found | {
+        "weights": sum(p.nbytes for p in params),
+        "gradients": sum(p.grad.nbytes for p in params if p.grad is not None),
+        "elements": sum(p.numel() for p in params),
+    }
+
+
+def assert_bytes(account: Account, expected: dict[str, int]) -> None:
+    assert {name: getattr(account, name) for name in expected} == expected
+    kinds = ("weights", "gradients", "states", "scales", "low_bits")
+    assert account.total == sum(expected[kind] for kind in kinds)
+    assert account.checkpoint == account.total - expected["gradients"]
+
+
+@every_format
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64])
+@each_optimizer
+def test_bytes_are_those_of_the_tensors(
+    cls: type, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Before a step they are already those after it."""
+    if dtype.itemsize > 2:
+        options = {k: v for k, v in options.items() if k == "state_format"}
+    params = make_params(MANY_SHAPES, dtype)
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **options)
+    before = stepforge.explain(optimizer).account
+    run(optimizer, params, range(1))
+    explained = stepforge.explain(optimizer)
+    assert_bytes(explained.account, bytes_of(optimizer))
+    assert explained.account == before
+    of_groups = [served.account for served in explained.served]
+    assert sum(account.total for account in of_groups) == before.total
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_flag_that_adds_a_state_adds_its_bytes(amsgrad: bool) -> None:
+    optimizer = stepforge.Adam([torch.zeros(10)], amsgrad=amsgrad)
+    assert stepforge.explain(optimizer).account.states == (120 if amsgrad else 80)
+
+
+def test_what_a_step_reads_and_writes() -> None:
+    """By hand: 8192 elements of a bfloat16, its low bits and two codes, in 64 blocks of 128."""
+    p = torch.zeros(64, 128, dtype=torch.bfloat16)
+    optimizer = stepforge.AdamW([p], state_format="int8", master_weight_bits=24)
+    account = stepforge.explain(optimizer).account
+    assert account.written == 8192 * (2 + 1 + 2) + 64 * 4 * 2
+    assert account.read == account.written + 8192 * 2
+    assert account.moved == account.read + account.written
+
+
+def test_a_gradient_of_another_dtype_counts_as_it_is() -> None:
+    p = torch.zeros(10)
+    p.grad_dtype = None  # any
+    p.grad = torch.zeros(10, dtype=torch.bfloat16)
+    assert stepforge.explain(stepforge.Adam([p])).account.gradients == 20
+
+
+def test_a_sparse_gradient_counts_what_it_holds() -> None:
+    """Two indices of two int64 each, and two float32 values."""
+    (p,) = make_params([(100, 3)])
+    p.grad = torch.sparse_coo_tensor([[0, 1], [2, 2]], [1.0, 2.0], (100, 3), check_invariants=True)
+    assert stepforge.explain(stepforge.Adagrad([p])).account.gradients == 4 * 8 + 2 * 4
+
+
+def test_states_that_stay_as_they_are_found() -> None:
+    """Those of a parameter that has become shorter than they are, as torch.optim keeps them."""
+    (p,) = params = make_params([(64, 128)])
+    optimizer = stepforge.Adam(params)
+    run(optimizer, params, range(1))
+    p.data = p.data.bfloat16()
+    p.grad = None
+    for options, states in (({}, 8), ({"state_format": "bfloat16"}, 4)):
+        optimizer.param_groups[0].update(options)
+        explained = stepforge.explain(optimizer).account
+        assert explained.states == states * p.numel()
+        run(optimizer, params, range(1))
+        assert_bytes(stepforge.explain(optimizer).account, bytes_of(optimizer))
+        assert stepforge.explain(optimizer).account == explained
+
+
+def test_a_format_that_the_next_step_changes_to() -> None:
+    params = make_params(MANY_SHAPES)
+    optimizer = stepforge.Adam(params)
+    run(optimizer, params, range(1))
+    optimizer.param_groups[0]["state_format"] = "int8"
+    before = stepforge.explain(optimizer).account
+    assert before.scales > 0
+    run(optimizer, params, range(1))
+    assert_bytes(before, bytes_of(optimizer))
+
+
+def test_numbers_in_another_dtype() -> None:
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        params = make_params()
+        optimizer = stepforge.NAdam(params, foreach=True)
+        assert stepforge.explain(optimizer).account.numbers == len(params) * 2 * 8
+        run(optimizer, params, range(1))
+    finally:
+        torch.set_default_dtype(before)
+    assert_bytes(stepforge.explain(optimizer).account, bytes_of(optimizer))
+
+
+def test_a_parameter_that_is_listed_twice_counts_once() -> None:
+    (p,) = make_params([(10,)])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = stepforge.Adam([p, p])
+    (served,) = stepforge.explain(optimizer).served
+    assert (served.tensors, served.elements, served.account.weights) == (1, 10, 40)
+
+
+def test_parameters_in_full_precision_and_why() -> None:
+    params = make_params(MANY_SHAPES)
+    optimizer = stepforge.Adam(params, state_format="int8", foreach=True)
+    (served,) = stepforge.explain(optimizer).served
+    assert served.in_full == (
+        InFull("fewer than 64 elements in a row of dimension 0", 2, 10000),
+        InFull("fewer than 4,096 elements", 2, 1),
+    )
+    complex_one = stepforge.Adam(make_params([(64, 128)], torch.complex64), state_format="int8")
+    (served,) = stepforge.explain(complex_one).served
+    assert served.in_full == (InFull("complex numbers have no codes of 8 bits", 1, 8192),)
+
+
+@pytest.mark.parametrize("options", [{}, {"state_format": "bfloat16"}])
+def test_nothing_is_in_full_that_was_not_to_be_in_int8(options: dict[str, Any]) -> None:
+    optimizer = stepforge.Adam(make_params(MANY_SHAPES), **options)
+    assert [served.in_full for served in stepforge.explain(optimizer).served] == [()]
+
+
+def test_the_text_tells_bytes_an_element() -> None:
+    """By hand: 8 + 2 of codes and 2 * 4 / 128 of scales, and 8 + 8 of the vectors in full."""
+    matrix, *vectors = make_params([(1024, 128), (128,), (128,)])
+    optimizer = stepforge.AdamW(
+        [{"params": [matrix]}, {"params": vectors, "weight_decay": 0.0}],
+        state_format="int8",
+        foreach=True,
+    )
+    assert str(stepforge.explain(optimizer)).splitlines() == [
+        "AdamW",
+        "group 0: foreach (1 parameter, 131,072 elements, float32 on cpu)",
+        "  10.06 bytes an element: weights 4, gradients 4, states 2, scales 0.06",
+        "group 1: foreach (2 parameters, 256 elements, float32 on cpu)",
+        "  16 bytes an element: weights 4, gradients 4, states 8",
+        "  not int8 for 2 parameters, 256 elements: fewer than 4,096 elements",
+        "in all 10.07 bytes an element: weights 4, gradients 4, states 2.01, scales 0.06",
+    ]
+
+
+def test_the_text_tells_no_bytes_of_nothing() -> None:
+    text = str(stepforge.explain(stepforge.Adam([torch.zeros(0, 3)], foreach=True)))
+    assert text == "Adam\ngroup 0: foreach (1 parameter, 0 elements, float32 on cpu)"

@@ -19,6 +19,7 @@ import torch
 
 import stepforge
 from stepforge import LoadResult
+from stepforge.declare import EXECUTION_FLAGS
 
 from .twins import (
     LR,
@@ -255,6 +256,8 @@ FLAGS = [
     {"fused": False},
     {"capturable": True},
     {"differentiable": True},
+    {"state_format": "int8", "rounding_seed": 7},
+    {"state_format": "bfloat16"},
 ]
 
 
@@ -263,7 +266,7 @@ FLAGS = [
 def test_how_this_optimizer_runs_is_kept(cls: type, flags: dict[str, bool]) -> None:
     optimizer = cls(make_params(), **flags)
     optimizer.load_state_dict(trained(cls)[0].state_dict())
-    for name in ("foreach", "fused", "capturable", "differentiable"):
+    for name in EXECUTION_FLAGS:
         assert optimizer.param_groups[0][name] is optimizer.defaults[name]
         assert optimizer.param_groups[0][name] is flags.get(name, cls(make_params()).defaults[name])
 
@@ -819,14 +822,7 @@ def test_amsgrad_stays_on_if_the_checkpoint_has_it_on(cls: type) -> None:
 def test_older_dicts_without_newer_flags_load(cls: type, as_step: Callable[..., Any]) -> None:
     source, source_params = trained(cls)
     saved = copy.deepcopy(source.state_dict())
-    for name in (
-        "foreach",
-        "maximize",
-        "capturable",
-        "differentiable",
-        "fused",
-        "decoupled_weight_decay",
-    ):
+    for name in (*EXECUTION_FLAGS, "maximize", "decoupled_weight_decay"):
         saved["param_groups"][0].pop(name, None)
     for entry in saved["state"].values():
         entry["step"] = as_step(entry["step"])

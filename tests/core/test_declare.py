@@ -44,6 +44,10 @@ def test_the_constructor_is_what_the_body_declares() -> None:
         "capturable",
         "differentiable",
         "fused",
+        "state_format",
+        "master_weight_bits",
+        "stochastic_rounding",
+        "rounding_seed",
     ]
     assert inspect.signature(Momentum.__init__).parameters["lr"].default == 0.1
     assert signature.parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY

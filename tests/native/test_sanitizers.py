@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stepforge.backends.native import build
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.storage import NUMBERS
 from tests.conformance.table import OPTIMIZERS
 from tests.native.graphs import c_of, graph_of, run_compiler
 
@@ -142,7 +142,7 @@ def kernel_and_widths(
 CASES: list[tuple[str, torch.dtype, dict[str, bool]]] = [
     *((name, torch.float32, {}) for name in OPTIMIZERS),
     ("Adam", torch.float32, {"amsgrad": True}),
-    *(("NAdam", stored, {}) for stored in STORAGE if stored != torch.float32),
+    *(("NAdam", stored, {}) for stored in NUMBERS if stored != torch.float32),
 ]
 
 
@@ -168,7 +168,7 @@ MISTAKES = {
     "an element too many": ("i < count; i++", "i <= count; i++", "heap-buffer-overflow"),
     "an element too early": ("int64_t i = 0; ", "int64_t i = -1; ", "heap-buffer-overflow"),
     "a row too many": ("w->starts[row + 1] <", "w->starts[row + 2] <", "heap-buffer-overflow"),
-    "a step of rows too wide": ("row * COLUMNS", "row * (COLUMNS + 1)", "heap-buffer-overflow"),
+    "a step of rows too wide": ("row * RECORD", "row * (RECORD + 1)", "heap-buffer-overflow"),
     "an overflow": ("int64_t part = ", "int64_t part = INT64_MAX + ", "signed integer overflow"),
 }
 

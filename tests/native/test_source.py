@@ -13,10 +13,22 @@ import pytest
 import torch
 
 from stepforge.backends.native import build
-from stepforge.backends.native.source import OPERATIONS, c_source, columns_of
-from stepforge.backends.native.storage import STORAGE
+from stepforge.backends.native.expressions import OPERATIONS
+from stepforge.backends.native.source import c_source, columns_of
+from stepforge.backends.native.storage import NUMBERS
 from stepforge.expr import Expr, Graph
-from stepforge.ops import finite, maximum, minimum, sign, sqrt, where
+from stepforge.ops import (
+    bits,
+    finite,
+    from_bits,
+    maximum,
+    minimum,
+    number,
+    sign,
+    sqrt,
+    where,
+    word,
+)
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, extreme
 from tests.native.graphs import (
     ARITHMETICS,
@@ -76,13 +88,40 @@ RULES: dict[str, list[Callable[[Expr, Expr, Expr], Expr]]] = {
     "ne": [lambda p, g, c: where(p != g, p, 1.0), lambda p, g, c: where(p != c, p, g)],
 }
 
+
+def whole(x: Expr) -> Expr:
+    """A number that a word can be made of."""
+    return where(abs(x) < 1e6, x, 0.0)
+
+
+#: Those on words, of which numbers are made again. Formats compute with them, in float32 alone.
+RULES_OF_WORDS: dict[str, list[Callable[[Expr, Expr, Expr], Expr]]] = {
+    "word_add": [lambda p, g, c: number(bits(p) + bits(g)), lambda p, g, c: number(bits(p) + 77)],
+    "word_sub": [lambda p, g, c: number(bits(p) - bits(g)), lambda p, g, c: number(5 - bits(p))],
+    "word_mul": [lambda p, g, c: number(bits(p) * bits(g)), lambda p, g, c: number(bits(p) * 77)],
+    "and": [lambda p, g, c: number(bits(p) & bits(g)), lambda p, g, c: number(bits(p) & 0xFF00)],
+    "or": [lambda p, g, c: number(bits(p) | bits(g)), lambda p, g, c: number(bits(p) | 2**31)],
+    "xor": [lambda p, g, c: number(bits(p) ^ bits(g)), lambda p, g, c: number(bits(p) ^ 2**31)],
+    "shift_left": [lambda p, g, c: number(bits(p) << 7)],
+    "shift_right": [lambda p, g, c: number(bits(p) >> 7)],
+    "bits": [lambda p, g, c: number(bits(p)), lambda p, g, c: where(bits(p) < bits(g), p, g)],
+    "from_bits": [
+        lambda p, g, c: from_bits(bits(p) ^ 2**31),
+        lambda p, g, c: from_bits(where(bits(p) < 2**31, bits(g), 0)),
+    ],
+    "number": [lambda p, g, c: number(where(p < g, bits(p), bits(g)))],
+    "word": [lambda p, g, c: number(word(whole(p)) + word(whole(g * 1000)))],
+}
+
 Rule = Callable[[Expr, Expr, Expr], dict[str, Expr]]
 
 
 def together(*ops: str) -> Rule:
     """One rule with a result for each of the rules of these operations."""
     return lambda p, g, c: {
-        f"{op}_{number}": rule(p, g, c) for op in ops for number, rule in enumerate(RULES[op])
+        f"{op}_{position}": rule(p, g, c)
+        for op in ops
+        for position, rule in enumerate((RULES | RULES_OF_WORDS)[op])
     }
 
 
@@ -99,8 +138,8 @@ def assert_as_the_reference(graph: Graph, arithmetic: torch.dtype) -> None:
 
 
 def test_every_operation_of_c_is_in_the_rules_above() -> None:
-    assert list(RULES) == list(OPERATIONS)
-    for op in RULES:
+    assert list(RULES | RULES_OF_WORDS) == list(OPERATIONS)
+    for op in RULES | RULES_OF_WORDS:
         graph = traced(together(op), "c")
         assert op in {instruction.op for instruction in graph.varying.instructions}
 
@@ -109,6 +148,12 @@ def test_every_operation_of_c_is_in_the_rules_above() -> None:
 @pytest.mark.parametrize("op", RULES)
 def test_an_operation_computes_what_the_reference_does(op: str, arithmetic: torch.dtype) -> None:
     assert_as_the_reference(traced(together(op), "c"), arithmetic)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS, indirect=True)
+@pytest.mark.parametrize("op", RULES_OF_WORDS)
+def test_an_operation_on_words_computes_what_the_reference_does(op: str, isa: str) -> None:
+    assert_as_the_reference(traced(together(op), "c"), torch.float32)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS.values(), ids=INSTRUCTION_SETS, indirect=True)
@@ -163,7 +208,7 @@ def step_of_three(p: Expr, g: Expr, c: Expr) -> dict[str, Expr]:
 
 def mixes() -> list[tuple[torch.dtype, ...]]:
     """Dtypes of p, g and m, every pair of dtypes in every two of the three."""
-    kinds = list(STORAGE)
+    kinds = list(NUMBERS)
     indices = itertools.product(range(len(kinds)), repeat=2)
     return [(kinds[i], kinds[j], kinds[(i + j) % len(kinds)]) for i, j in indices]
 
@@ -327,7 +372,7 @@ def test_c_is_readable(name: str) -> None:
 
 @every_optimizer
 def test_c_is_free_of_what_a_strict_compiler_warns_of(name: str, tmp_path: Path) -> None:
-    for stored in STORAGE:
+    for stored in NUMBERS:
         arithmetic = torch.float64 if stored == torch.float64 else torch.float32
         c_file = tmp_path / "kernel.c"
         c_file.write_text(c_of(graph_of(name), stored, arithmetic))
@@ -344,12 +389,12 @@ def test_the_same_rule_has_the_same_c(name: str) -> None:
 
 def test_c_depends_on_the_dtypes_of_all_columns() -> None:
     graph = traced(step_of_three, "c")
-    mixes_of_three = itertools.product(STORAGE, repeat=3)
+    mixes_of_three = itertools.product(NUMBERS, repeat=3)
     sources = [
         c_source(graph, dict(zip(columns_of(graph), mix, strict=True)), torch.float32)
         for mix in mixes_of_three
     ]
-    assert len(set(sources)) == len(STORAGE) ** 3
+    assert len(set(sources)) == len(NUMBERS) ** 3
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import stepforge
 
 PUBLIC_MODULES = [
     "stepforge",
+    "stepforge.accounting",
     "stepforge.checkpoint",
     "stepforge.declare",
     "stepforge.explain",

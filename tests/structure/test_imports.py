@@ -18,7 +18,7 @@ LAYERS = [
     ["stepforge.backends", "stepforge.entries"],
     ["stepforge.rows", "stepforge.coefficients"],
     ["stepforge.plan"],
-    ["stepforge.checkpoint", "stepforge.explain"],
+    ["stepforge.checkpoint", "stepforge.explain", "stepforge.saving", "stepforge.accounting"],
     ["stepforge.optimizer", "stepforge.compiled"],
     ["stepforge.rules"],
     ["stepforge"],

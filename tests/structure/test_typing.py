@@ -19,6 +19,8 @@ stepforge.Adam([("w", params[0])], betas=(torch.tensor(0.9), torch.tensor(0.99))
 stepforge.AdamW([{"params": params, "lr": 1e-2}], weight_decay=0.1)
 stepforge.NAdam(params, 1e-3, (0.9, 0.99), 1e-8, 0.0, 4e-3, True, foreach=False)
 stepforge.RAdam(params, decoupled_weight_decay=True, capturable=False)
+stepforge.Adagrad(params, state_format="int8", rounding_seed=1)
+stepforge.AdamW(params, state_format="bfloat16", master_weight_bits=24)
 result: stepforge.LoadResult = stepforge.RAdam(params).load_state_dict({}, strict=False)
 loss: float = stepforge.RAdam(params).step(lambda: 1.0)
 
@@ -36,6 +38,8 @@ Mine(params, 1e-3, betas=(0.5, 0.6), maximize=True)
 WRONG = {
     "unknown argument": "stepforge.Adam(params, momentum=0.9)",
     "wrong type": "stepforge.Adam(params, lr='fast')",
+    "unknown format": "stepforge.Adagrad(params, state_format='int4')",
+    "unknown width": "stepforge.NAdam(params, master_weight_bits=16)",
     "wrong tuple": "stepforge.NAdam(params, betas=(0.9, 0.99, 0.999))",
     "keyword-only by position": "stepforge.Adam(params, 1e-3, (0.9, 0.99), 1e-8, 0.0, False, True)",
     "no parameters": "stepforge.RAdam()",

@@ -1,11 +1,12 @@
 """All of this folder runs kernels of Triton: interpreted on a CPU, compiled on a GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from stepforge.backends.batch import LossScale
 from stepforge.backends.triton.kernel import is_interpreted
 from tests.triton.kernels import DEVICES
 
@@ -34,3 +35,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Says whether a graph is being captured, of which a CPU knows nothing."""
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+
+    def say(now: bool) -> None:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
+
+    say(False)
+    return say
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a scaler says is on a device, out of sight: reading it fails."""
+
+    def read(self: LossScale) -> LossScale:
+        raise AssertionError("waits for the device")
+
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    monkeypatch.setattr(LossScale, "on_host", property(lambda self: False))
+    with monkeypatch.context() as patch:
+        patch.setattr(LossScale, "read", read)
+        yield

@@ -16,6 +16,7 @@ import stepforge
 from stepforge.backends.triton.kernel import BLOCK
 from tests.conformance.table import (
     DTYPES,
+    FORMATS,
     OPTIMIZERS,
     VARIANTS,
     assert_same_bits,
@@ -93,11 +94,13 @@ def test_a_gpu_stores_the_bits_of_a_cpu(variant: str, dtype: torch.dtype, kind: 
         assert_same_bits(got, oracle)
 
 
-def built(name: str, dtypes: Any = (torch.float32,), **options: Any) -> stepforge.Optimizer:
+def built(
+    name: str, dtypes: Any = (torch.float32,), shapes: Any = SHAPES, **options: Any
+) -> stepforge.Optimizer:
     """An optimizer of two groups on the GPU; the dtypes take turns."""
     params = [
         torch.nn.Parameter(values(shape, dtypes[k % len(dtypes)], k).to(GPU))
-        for k, shape in enumerate(SHAPES)
+        for k, shape in enumerate(shapes)
     ]
     groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
     return OPTIMIZERS[name].ours(groups, **options)
@@ -113,8 +116,57 @@ def fill_gradients(optimizer: stepforge.Optimizer, step: int, factor: float = 1.
             p.grad.copy_(g)
 
 
-def capturable(name: str, **options: Any) -> stepforge.Optimizer:
-    return built(name, lr=torch.tensor(0.01, device=GPU), capturable=True, **options)
+def capturable(
+    name: str, dtypes: Any = (torch.float32,), shapes: Any = SHAPES, **options: Any
+) -> stepforge.Optimizer:
+    lr = torch.tensor(0.01, device=GPU)
+    return built(name, dtypes, shapes, lr=lr, capturable=True, **options)
+
+
+#: Chunks that are all whole, and that are not; one row; what is too small for codes; no elements.
+BLOCKY = [(64, 256), (17, 257), (1, 4 * BLOCK + 4), (7, 5), (0, 300)]
+every_format = pytest.mark.parametrize("format_", FORMATS)
+
+
+@every_format
+@every_optimizer
+def test_a_gpu_stores_formats_as_a_cpu_does(name: str, format_: str) -> None:
+    dtype, storage = FORMATS[format_]
+
+    def train(place: str) -> list[dict[str, torch.Tensor]]:
+        params = [
+            torch.nn.Parameter(values(shape, dtype, k).to(place)) for k, shape in enumerate(BLOCKY)
+        ]
+        optimizer = OPTIMIZERS[name].ours(params, **storage)
+        found = []
+        for step in range(STEPS):
+            for k, p in enumerate(params):
+                p.grad = gradient("extreme", tuple(p.shape), dtype, 1000 * step + k).to(place)
+            optimizer.step()
+            found += outcomes(optimizer)
+        if place == GPU:
+            served = stepforge.explain(optimizer).served
+            assert {x.backend for x in served} == {"triton"}, stepforge.explain(optimizer)
+        return found
+
+    with forced("reference"):
+        wanted = train("cpu")
+    for got, oracle in zip(train(GPU), wanted, strict=True):
+        assert_same_bits(got, oracle)
+
+
+@every_format
+def test_keys_of_the_device_give_the_reference_s_bits(format_: str) -> None:
+    dtype, storage = FORMATS[format_]
+    optimizer, oracle = (capturable("Adam", (dtype,), BLOCKY, **storage) for _ in range(2))
+    for step in range(3):
+        fill_gradients(optimizer, step)
+        with by_kernels_only():
+            optimizer.step()
+        fill_gradients(oracle, step)
+        with forced("reference"):
+            oracle.step()
+        assert_equal(optimizer, oracle, f"step {step}")
 
 
 def set_lr(optimizer: stepforge.Optimizer, lr: float) -> None:
@@ -209,6 +261,24 @@ def test_replays_are_steps(name: str, before: Callable[..., None], dtypes: Any) 
         assert_equal(optimizer, oracle, f"step {step}")
 
 
+@every_format
+def test_replays_draw_new_random_bits(format_: str) -> None:
+    """Oracle: the same steps without a graph."""
+    dtype, storage = FORMATS[format_]
+    optimizer, oracle = (capturable("NAdam", (dtype,), BLOCKY, **storage) for _ in range(2))
+    for each in (optimizer, oracle):
+        warmed_up(each, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(3, 6):
+        fill_gradients(optimizer, step)
+        graph.replay()
+        fill_gradients(oracle, step)
+        oracle.step()
+        assert_equal(optimizer, oracle, f"step {step}")
+
+
 def test_a_graph_stays_right_while_memory_of_the_host_is_used_anew() -> None:
     """A copy from the host that a graph replays would bring what is there by then."""
     optimizer, oracle = (capturable("NAdam") for _ in range(2))
@@ -294,14 +364,20 @@ def unwaiting() -> Iterator[Callable[[str], None]]:
     "options", [{}, {"capturable": True}, {"fused": True}], ids=["default", "capturable", "fused"]
 )
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("storage", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
 @every_optimizer
 def test_no_step_waits_for_the_device(
-    name: str, scaled: bool, options: dict[str, bool], unwaiting: Callable[[str], None]
+    name: str,
+    storage: dict[str, str],
+    scaled: bool,
+    options: dict[str, bool],
+    unwaiting: Callable[[str], None],
 ) -> None:
     """Of several tables, by a kept plan and by a new one."""
     if scaled and not (options.get("fused") or options.get("capturable")):
         pytest.skip("step counts are the host's, which has to know whether to count")
-    optimizer = built(name, dtypes=(torch.float32, torch.bfloat16), **options)
+    shapes = BLOCKY if storage else SHAPES
+    optimizer = built(name, (torch.float32, torch.bfloat16), shapes, **options, **storage)
     fill_gradients(optimizer, 0)
     scale, nothing = torch.tensor(4.0, device=GPU), torch.tensor(0.0, device=GPU)
     for step in range(4):

@@ -4,6 +4,7 @@ between dtypes. No tolerance: every operation is correctly rounded.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from stepforge.backends import triton
 from stepforge.backends.native.source import columns_of
 from stepforge.backends.triton.kernel import BLOCK, is_interpreted
 from stepforge.expr import Expr
-from stepforge.ops import minimum, where
+from stepforge.ops import bits, from_bits, minimum, number, where, word
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     LAYOUTS,
@@ -49,8 +50,50 @@ from tests.triton.kernels import by_kernel, by_kernels_only
 every_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
 
 
+#: Rules that end in each operation on words, which formats are made of.
+WORD_RULES: dict[str, list[Callable[[Expr, Expr], Expr]]] = {
+    "word_add": [lambda p, g: bits(p) + bits(g), lambda p, g: bits(p) + 0xFFFFFFFF],
+    "word_sub": [lambda p, g: bits(p) - bits(g), lambda p, g: 0x7F000000 - bits(p)],
+    "word_mul": [lambda p, g: bits(p) * bits(g), lambda p, g: bits(p) * 0x9E3779B9],
+    "and": [lambda p, g: bits(p) & bits(g), lambda p, g: bits(p) & 0x80000000],
+    "or": [lambda p, g: bits(p) | bits(g), lambda p, g: bits(p) | 0x80000000],
+    "xor": [lambda p, g: bits(p) ^ bits(g), lambda p, g: bits(p) ^ 0xFFFFFFFF],
+    "shift_left": [lambda p, g, by=by: bits(p) << by for by in (0, 1, 31)],
+    "shift_right": [lambda p, g, by=by: bits(p) >> by for by in (0, 1, 31)],
+    # No pattern of a NaN that was computed, which processors choose.
+    "bits": [lambda p, g: bits(p), lambda p, g: where(p * g == p * g, bits(p * g), 7)],
+    "from_bits": [lambda p, g: where(from_bits(bits(p) + 1) < g, bits(p), bits(g))],
+    "number": [lambda p, g: bits(number(bits(p))), lambda p, g: bits(number(bits(p) >> 8))],
+    "word": [lambda p, g: word(where(abs(p) < 2.0**31, p, 0.0))],
+    "lt": [lambda p, g: where(bits(p) < bits(g), bits(p), 7)],
+    "le": [lambda p, g: where(bits(p) <= bits(g), bits(p), 7)],
+    "eq": [lambda p, g: where(bits(p) == bits(g), bits(p), 7)],
+    "ne": [lambda p, g: where(bits(p) != bits(g), bits(p), 7)],
+}
+
+
 def test_every_operation_of_triton_is_in_the_rules() -> None:
-    assert list(RULES) == list(triton.OPERATIONS)
+    assert list(triton.OPERATIONS) == list(RULES | WORD_RULES)
+
+
+@pytest.mark.parametrize("op", WORD_RULES)
+def test_an_operation_on_words_computes_what_the_reference_does(
+    op: str, device: torch.device
+) -> None:
+    """Every pair of special numbers, as patterns of bits. A result is a number again: its upper
+    and its lower half, neither of which is NaN.
+    """
+
+    def rule(p: Expr, g: Expr) -> dict[str, Expr]:
+        words = [function(p, g) for function in WORD_RULES[op]]
+        halves = [half for w in words for half in (w >> 16, w & 0xFFFF)]
+        return {f"half_{k}": number(half) for k, half in enumerate(halves)}
+
+    graph = traced(rule)
+    p, g = every_pair(special(torch.float32))
+    rows = [with_results(graph, {"p": p, "g": g})]
+    (got,) = by_kernel(graph, rows, [[]], torch.float32, device)
+    assert_same_bits(got, by_reference(graph, rows, [[]], torch.float32)[0])
 
 
 @every_arithmetic

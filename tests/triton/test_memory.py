@@ -16,6 +16,7 @@ import stepforge
 from stepforge.backends import triton
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
+from stepforge.formats import Storage
 from stepforge.rows import Member, checked_rows
 from tests.conformance.table import (
     LAYOUTS,
@@ -220,7 +221,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_devices(forced_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFORGE_BACKEND", forced_name)
     p = torch.nn.Parameter(torch.ones(3, device="meta"))
-    why = triton.refuses(p, None, {"differentiable": False}, None)  # type: ignore[arg-type]
+    why = triton.refuses(p, None, {"differentiable": False}, None, Storage({}, {}))  # type: ignore[arg-type]
     assert why is not None
     assert "meta" in why
 
@@ -250,7 +251,7 @@ def test_a_gradient_on_another_device_is_refused() -> None:
     """torch refuses most ways to bring one there, but not all: a parameter's data can move."""
     p = parameter(torch.ones(3))
     optimizer = stepforge.Adam([p])
-    member = Member(p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
+    member = Member(0, p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
     with pytest.raises(RuntimeError, match="a parameter on cpu has a gradient on meta"):
         checked_rows(optimizer._rule, [member], refuses_sparse=None)
 

@@ -6,7 +6,7 @@ tolerance, on the CPU; where kernels are compiled test_gpu.py compares within a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -181,19 +181,6 @@ def test_a_kept_plan_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 # A graph that is captured keeps the addresses of numbers, and sends nothing from the host.
 
 
-@pytest.fixture
-def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Says whether a graph is being captured, of which a CPU knows nothing."""
-    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-
-    def say(now: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
-
-    say(False)
-    return say
-
-
 @pytest.mark.parametrize("steps_before", [0, 2])
 @every_optimizer
 def test_a_captured_step_sends_nothing_and_keeps_nothing(
@@ -242,20 +229,6 @@ def test_numbers_stay_where_a_captured_graph_knows_them(
 
 
 # What a gradient scaler says.
-
-
-@pytest.fixture
-def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a scaler says is on a device, out of sight: reading it fails."""
-
-    def read(self: LossScale) -> LossScale:
-        raise AssertionError("waits for the device")
-
-    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    monkeypatch.setattr(LossScale, "on_host", property(lambda self: False))
-    with monkeypatch.context() as patch:
-        patch.setattr(LossScale, "read", read)
-        yield
 
 
 def scaled_step(

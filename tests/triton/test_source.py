@@ -17,9 +17,11 @@ import torch
 from stepforge.backends.native.source import columns_of
 from stepforge.backends.triton import kernel
 from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
-from stepforge.backends.triton.source import STORAGE, triton_source
+from stepforge.backends.triton.source import NUMBERS, named, tensors_of_graph, triton_source
+from stepforge.entries import kept
 from stepforge.expr import Graph
-from tests.conformance.table import OPTIMIZERS, normal, parameter
+from stepforge.formats import Storage
+from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
 from tests.native.graphs import graph_of, in_new_process, traced
 from tests.native.test_source import RULES, together
 from tests.triton.kernels import tables
@@ -30,6 +32,33 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 def source_of(graph: Graph, stored: torch.dtype, dims: int = 0) -> str:
     arithmetic = torch.float64 if stored == torch.float64 else torch.float32
     return triton_source(graph, dict.fromkeys(columns_of(graph), stored), arithmetic, dims)
+
+
+def stored_as(name: str, format_: str) -> tuple[Storage, dict[str, torch.dtype]]:
+    """How a step of an optimizer stores a parameter, and the dtypes of all tensors of it."""
+    dtype, options = FORMATS[format_]
+    p = torch.zeros(64, 64, dtype=dtype)
+    optimizer = OPTIMIZERS[name].ours([p], **options)
+    storage = kept(optimizer._rule, optimizer.param_groups[0], p).storage
+    names = tensors_of_graph(graph_of(name), storage.formats)
+    return storage, {x: dtype if x == "g" else storage.dtypes[x] for x in names}
+
+
+@pytest.mark.parametrize("dims", [0, 2])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_formats_are_readable(format_: str, dims: int) -> None:
+    """What is stored, what is read of it and what becomes of it have names of their own."""
+    storage, dtypes = stored_as("Adam", format_)
+    text = triton_source(graph_of("Adam"), dtypes, torch.float32, dims, storage.formats)
+    for name in dtypes.keys() - {"g"}:
+        assert f"tl.store({named(name, 'at')}, " in text
+        is_part = name.partition(".")[0] in storage.formats
+        assert is_part == (f" {named(name, 'stored')} = " in text)
+        assert is_part == (f"{named(name, 'new')} = " in text.replace(", ", " = "))
+    for format_name in {x.name for x in storage.formats.values()}:
+        assert f'"""{format_name}: a number of what is stored."""' in text
+    assert max(map(len, text.splitlines())) <= 100
+    compile(text, "step.py", "exec")
 
 
 @pytest.mark.parametrize("dims", [0, 2])
@@ -52,12 +81,15 @@ def test_triton_is_readable(name: str, dims: int) -> None:
 
 def test_triton_depends_on_the_dtypes_and_dimensions() -> None:
     graph = graph_of("Adam")
-    sources = {source_of(graph, stored, dims) for stored in STORAGE for dims in range(3)}
-    assert len(sources) == 3 * len(STORAGE)
+    sources = {source_of(graph, stored, dims) for stored in NUMBERS for dims in range(3)}
+    assert len(sources) == 3 * len(NUMBERS)
     assert source_of(graph, torch.float32) == source_of(graph_of("Adam"), torch.float32)
 
 
-def test_a_kernel_is_made_once(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
+def test_a_kernel_is_made_once(
+    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its steps differ in nothing that would have it compiled again."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     launches: list[dict[str, Any]] = []
@@ -65,14 +97,15 @@ def test_a_kernel_is_made_once(device: torch.device, monkeypatch: pytest.MonkeyP
 
     def launch(self: Kernel, *args: Any) -> None:
         _, *tensors, aligned, _ = args
-        kinds = [(x.dtype, x.data_ptr() % 16) for x in tensors]
+        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
         launches.append({"kernel": id(self), "kinds": kinds, "aligned": aligned})
         inner(self, *args)
 
     monkeypatch.setattr(Kernel, "launch", launch)
-    params = [parameter(normal((size,), torch.float32, size)) for size in (5, 0, BLOCK + 1)]
+    shapes = [(40, 130), (64, 64)] if options else [(5,), (0,), (BLOCK + 1,)]
+    params = [parameter(normal(shape, torch.float32, 1)) for shape in shapes]
     params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
-    optimizer = OPTIMIZERS["NAdam"].ours(params)
+    optimizer = OPTIMIZERS["NAdam"].ours(params, **options)
     compiled = []
     for step in range(4):
         for p in params:
@@ -113,6 +146,14 @@ CASES: dict[str, tuple[str, torch.dtype, int]] = {
     "all operations": ("", torch.float32, 0),
     "all operations in double": ("", torch.float64, 0),
 }
+#: Of the optimizer, in the format, for tensors of so many dimensions.
+FORMAT_CASES: dict[str, tuple[str, str, int]] = {
+    "int8": ("Adam", "float32, int8 states", 0),
+    "24 bits": ("RAdam", "bfloat16, 24 bits, int8 states", 0),
+    "32 bits of float16, strided": ("NAdam", "float16, 32 bits, int8 states", 2),
+    "double, int8": ("Adagrad", "float64, int8 states", 0),
+    "at random": ("Adam", "float16 at random", 0),
+}
 
 
 def print_instructions(folder: str) -> None:
@@ -140,19 +181,26 @@ def print_instructions(folder: str) -> None:
             for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))
         ]
 
-    for case, (name, stored, dims) in CASES.items():
-        graph = graph_of(name) if name else traced(together(*RULES), "c")
+    for case in [*CASES, *FORMAT_CASES]:
+        if case in CASES:
+            name, stored, dims = CASES[case]
+            graph = graph_of(name) if name else traced(together(*RULES), "c")
+            formats, dtypes = {}, dict.fromkeys(columns_of(graph), stored)
+        else:
+            name, format_, dims = FORMAT_CASES[case]
+            storage, dtypes = stored_as(name, format_)
+            graph, formats, stored = graph_of(name), storage.formats, dtypes["p"]
         arithmetic = torch.float64 if stored == torch.float64 else torch.float32
         number = "*fp64" if arithmetic == torch.float64 else "*fp32"
-        columns = columns_of(graph)
-        function = Kernel(graph, (stored,) * len(columns), arithmetic, dims)._step
+        made = Kernel(graph, tuple(dtypes.values()), arithmetic, dims, formats)
+        function = made._step
         signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
-        signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32"}
+        signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32", "keys": "*i64"}
         constants: dict[str, Any] = {"SCALED": True, "BLOCK": BLOCK}
         if case == "NAdam":
             constants |= {"SCALED": False, "unscale": None, "found_inf": None}
         if not dims:
-            constants |= {f"{column}_aligned": 16 for column in columns}
+            constants |= {named(x, "aligned"): 16 for x in made.record.elements}
         cuda, hip = compiled(function, signature, constants)
         opcode = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][a-z0-9_.:]+) ", re.M)
         found[case] = {
@@ -179,14 +227,14 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(printed)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES])
 def test_every_operation_is_rounded_by_itself_and_nothing_is_flushed(
     case: str, instructions: Any
 ) -> None:
     """No fused multiply-add, no approximate division or root, no denormal taken for zero."""
     opcodes = instructions[case]["ptx"]
     assert not [x for x in opcodes if re.search(r"\bfma|\.ftz|approx|div\.full|\bmad\.f", x)]
-    kind = "f64" if CASES[case][1] == torch.float64 else "f32"
+    kind = "f64" if "double" in case else "f32"
     for operation in ("div", "sqrt", "add", "mul"):
         assert opcodes[f"{operation}.rn.{kind}"]
     assert not any(instructions[case]["llvm"])
@@ -202,6 +250,12 @@ def test_whole_words_are_moved(case: str, instructions: Any) -> None:
     words = BLOCK // (32 * WARPS) * stored.itemsize // 16  # of each thread, in each column
     assert opcodes[f"ld.global.{form}"] == words * len(graph.varying.inputs)
     assert opcodes[f"st.global.{form}"] == words * len(graph.results)
+
+
+def test_codes_are_moved_by_the_eight(instructions: Any) -> None:
+    """As many as a thread has elements: two columns of codes are two words of 8 bytes each way."""
+    opcodes = instructions["int8"]["ptx"]
+    assert opcodes["ld.global.v2.b32"] == opcodes["st.global.v2.b32"] == 2
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -66,7 +66,7 @@ def test_a_row_beyond_the_reach_of_32_bits(device: torch.device) -> None:
     """
     graph = traced(lambda p, g: p - g)
     kernel = Kernel(graph, (torch.float32,) * 2, torch.float32, 0)
-    assert kernel.columns == ("p", "g")
+    assert kernel.tensors == ("p", "g")
     skipped = (2**31 + 2**20) // BLOCK
     p, g = (normal((BLOCK + 3,), torch.float32, k).to(device) for k in range(2))
     wanted = p - g
@@ -80,6 +80,7 @@ def test_a_row_beyond_the_reach_of_32_bits(device: torch.device) -> None:
         torch.from_numpy(record).to(device),
         torch.tensor([g.data_ptr() - 4 * skipped * BLOCK], device=device),
         torch.zeros(1, 0, device=device),
+        None,
         {"p": 4, "g": 4},
     )
     assert torch.equal(p, wanted)

@@ -16,8 +16,9 @@ import torch
 from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch, arithmetic
 from stepforge.backends.memory import overlaps, stored_dtypes, unreadable
+from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
-from stepforge.backends.native.source import OPERATIONS, Record
+from stepforge.backends.native.source import Record
 from stepforge.backends.native.storage import NUMBERS
 from stepforge.backends.native.table import Table
 from stepforge.expr import Graph

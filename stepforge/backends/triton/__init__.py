@@ -19,9 +19,13 @@ import torch
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
 from stepforge.backends.memory import Spans, overlaps, stored_dtypes, unreadable
-from stepforge.backends.native.source import columns_of
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
-from stepforge.backends.triton.source import OPERATIONS, STORAGE
+from stepforge.backends.triton.source import (
+    NUMBERS,
+    OPERATIONS,
+    elements_of_graph,
+    tensors_of_graph,
+)
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
 from stepforge.expr import Graph
@@ -53,14 +57,13 @@ def refuses(
         return why_not
     if group["differentiable"]:
         return "autograd does not go through a compiled kernel"
-    if storage.formats:
-        return "TODO"
-    why_not = unreadable(p, g, STORAGE)
+    why_not = unreadable(p, g, NUMBERS)
     if why_not:
         return why_not
     dtype, gradient = stored_dtypes(p, g)
-    dtypes = tuple(gradient if column == "g" else dtype for column in columns_of(graph))
-    kernel = kernel_for(graph, dtypes, arithmetic(dtype))
+    names = tensors_of_graph(graph, storage.formats)
+    dtypes = tuple(gradient if name == "g" else storage.real_dtype(name) for name in names)
+    kernel = kernel_for(graph, dtypes, arithmetic(dtype), formats=storage.formats)
     return kernel if isinstance(kernel, str) else None
 
 
@@ -113,13 +116,15 @@ class Tables:
     """
 
     def __init__(self, batch: Batch) -> None:
-        names = columns_of(batch.graph)
+        graph, formats, columns = batch.graph, batch.formats, batch.columns
+        dtypes = ([x.dtype for x in columns[name]] for name in tensors_of_graph(graph, formats))
+        rows = zip(*(columns[name] for name in elements_of_graph(graph, formats)))
+        dense = (_is_dense(row, in_order=bool(formats)) for row in rows)
         alike: dict[Any, list[int]] = {}
-        for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
-            kind = (tuple(x.dtype for x in row), _is_dense(row))
+        for index, kind in enumerate(zip(zip(*dtypes), dense)):
             alike.setdefault(kind, []).append(index)
-        self._kept = Spans([x for key, c in batch.columns.items() if key != "g" for x in c])
-        self.tables = [Table(batch, members, dense=dense) for (_, dense), members in alike.items()]
+        self._kept = Spans([x for key, c in columns.items() if key != "g" for x in c])
+        self.tables = [Table(batch, members, dense=kind[1]) for kind, members in alike.items()]
 
     def aim(self, gradients: list[torch.Tensor]) -> None:
         """Takes other gradients of the same layouts.
@@ -168,12 +173,32 @@ def _run_in_order(batch: Batch) -> None:
 
 
 def _needs_order(batch: Batch) -> bool:
-    """Whether tensors share memory that is written, or stand for the negative of what it holds."""
-    kept = [x for name in batch.graph.results for x in batch.columns[name]]
+    """Whether a kernel would not find in memory what tensors are.
+
+    They share memory that is written, or stand for the negative of what it holds, or are scales
+    that do not lie one behind the other.
+    """
+    kept = [x for name in batch.written for x in batch.columns[name]]
     tensors = [x for column in batch.columns.values() for x in column]
-    return overlaps(batch) or any(map(may_overlap, kept)) or any(x.is_neg() for x in tensors)
+    elements = elements_of_graph(batch.graph, batch.formats)
+    scales = [x for name in batch.written if name not in elements for x in batch.columns[name]]
+    return (
+        overlaps(batch)
+        or any(map(may_overlap, kept))
+        or any(x.is_neg() for x in tensors)
+        or not all(x.is_contiguous() for x in scales)
+    )
 
 
-def _is_dense(row: Sequence[torch.Tensor]) -> bool:
-    """Whether all tensors of a row have their elements in one order without gaps."""
-    return not row[0].numel() or all(x.is_contiguous() for x in row) or not dimensions(row)
+def _is_dense(row: Sequence[torch.Tensor], *, in_order: bool) -> bool:
+    """Whether all tensors of a row have their elements in one order without gaps.
+
+    Args:
+        row: the tensors.
+        in_order: whether it must be the order of a contiguous tensor.
+    """
+    return (
+        not row[0].numel()
+        or all(x.is_contiguous() for x in row)
+        or not dimensions(row, in_order=in_order)
+    )

@@ -11,15 +11,22 @@ import tempfile
 import types
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
 from stepforge.backends.native import build
-from stepforge.backends.native.source import columns_of
-from stepforge.backends.triton.source import Record, triton_source, writer_source
+from stepforge.backends.triton.source import (
+    Record,
+    named,
+    tensors_of_graph,
+    triton_source,
+    writer_source,
+)
 from stepforge.expr import Graph
+from stepforge.formats import Format
 
 #: How many elements a program of a launch steps. A launch can have 2**31 programs, which is more
 #: elements than any memory holds. Four warps of 32 then have two words of 16 bytes of float32 in
@@ -40,9 +47,10 @@ class Kernel:
 
     Args:
         graph: what it computes.
-        dtypes: the dtype of each of the graph's columns, in order.
+        dtypes: the dtype of each of :func:`tensors_of_graph`, in order.
         arithmetic: float32 or float64.
         dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
+        formats: of the columns that have one.
 
     Raises:
         BuildError: its source cannot be kept.
@@ -50,13 +58,18 @@ class Kernel:
     """
 
     def __init__(
-        self, graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, dims: int
+        self,
+        graph: Graph,
+        dtypes: tuple[torch.dtype, ...],
+        arithmetic: torch.dtype,
+        dims: int,
+        formats: Mapping[str, Format] = MappingProxyType({}),
     ) -> None:
-        self.columns = columns_of(graph)
-        self.record = Record.of(graph, dims)
+        self.tensors = tensors_of_graph(graph, formats)
+        self.record = Record.of(graph, dims, formats)
         self.dtype = arithmetic
-        stored = dict(zip(self.columns, dtypes))
-        self._step = load(triton_source(graph, stored, arithmetic, dims)).step
+        stored = dict(zip(self.tensors, dtypes, strict=True))
+        self._step = load(triton_source(graph, stored, arithmetic, dims, formats)).step
 
     def launch(
         self,
@@ -65,6 +78,7 @@ class Kernel:
         rows: torch.Tensor,
         gradients: torch.Tensor,
         numbers: torch.Tensor,
+        keys: torch.Tensor | None,
         aligned: Mapping[str, int],
         scaling: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
@@ -76,12 +90,17 @@ class Kernel:
             rows: int64 of rows x numbers: the records of the rows.
             gradients: int64 of rows: where their gradients begin.
             numbers: of rows x coefficients, or of 1 x coefficients if they are those of all rows.
-            aligned: for each column the bytes that its addresses are multiples of.
+            keys: int64 of rows: the words from which their random bits follow; None if rounding
+                takes none.
+            aligned: for each tensor the bytes that its addresses are multiples of.
             scaling: what gradients are multiplied by, in the dtype of the arithmetic, and a number
                 that is not zero if nothing is to be changed; an element each.
         """
         stride = numbers.shape[1] if len(numbers) > 1 else 0
-        widths = {} if self.record.dims else {f"{k}_aligned": v for k, v in aligned.items()}
+        elements = () if self.record.dims else self.record.elements
+        given: dict[str, Any] = {named(x, "aligned"): aligned[x] for x in elements}
+        if keys is not None:
+            given["keys"] = keys
         with _device(rows.device):
             self._step[(blocks,)](
                 owners,
@@ -90,7 +109,7 @@ class Kernel:
                 numbers,
                 stride,
                 *(scaling or (None, None)),
-                **widths,
+                **given,
                 SCALED=scaling is not None,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
@@ -168,17 +187,22 @@ def _writer() -> types.ModuleType:
 
 
 def kernel_for(
-    graph: Graph, dtypes: tuple[torch.dtype, ...], arithmetic: torch.dtype, dims: int = 0
+    graph: Graph,
+    dtypes: tuple[torch.dtype, ...],
+    arithmetic: torch.dtype,
+    dims: int = 0,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> Kernel | str:
     """The kernel; or why it cannot be had.
 
     Args:
         graph: what it computes.
-        dtypes: the dtype of each of the graph's columns, in order.
+        dtypes: the dtype of each of :func:`tensors_of_graph`, in order.
         arithmetic: float32 or float64.
         dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
+        formats: of the columns that have one.
     """
-    return _kernel_for(graph, dtypes, arithmetic, dims, is_interpreted())
+    return _kernel_for(graph, dtypes, arithmetic, dims, tuple(formats.items()), is_interpreted())
 
 
 @functools.cache
@@ -187,10 +211,11 @@ def _kernel_for(
     dtypes: tuple[torch.dtype, ...],
     arithmetic: torch.dtype,
     dims: int,
+    formats: tuple[tuple[str, Format], ...],
     _interpreted: bool,
 ) -> Kernel | str:
     try:
-        return Kernel(graph, dtypes, arithmetic, dims)
+        return Kernel(graph, dtypes, arithmetic, dims, dict(formats))
     except build.BuildError as error:
         return str(error)
     except ImportError as error:

@@ -12,11 +12,16 @@ import torch
 Dimensions: TypeAlias = list[tuple[int, tuple[int, ...]]]
 
 
-def dimensions(tensors: Sequence[torch.Tensor]) -> Dimensions:
-    """The fewest dimensions that describe tensors of one shape, in any order of their elements.
+def dimensions(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Dimensions:
+    """The fewest dimensions that describe tensors of one shape.
+
+    Args:
+        tensors: the tensors.
+        in_order: whether elements are to follow one another as those of a contiguous tensor do,
+            not in any order.
 
     Returns:
-        None at all if every tensor has its elements in the same order without gaps.
+        None at all if every tensor has its elements in the same such order without gaps.
 
     Example:
         >>> x = torch.zeros(2, 3, 4)
@@ -24,12 +29,16 @@ def dimensions(tensors: Sequence[torch.Tensor]) -> Dimensions:
         []
         >>> dimensions([x, torch.zeros(3, 2, 4).transpose(0, 1)])
         [(2, (12, 4)), (3, (4, 8)), (4, (1, 1))]
+        >>> dimensions([x.transpose(0, 2)])
+        []
+        >>> dimensions([x.transpose(0, 2)], in_order=True)
+        [(4, (1,)), (3, (4,)), (2, (12,))]
     """
     if all(x.is_contiguous() for x in tensors) or not tensors[0].numel():
         return []
-    lengths, strides = tensors[0].shape, zip(*(x.stride() for x in tensors))
+    dims: Dimensions = list(zip(tensors[0].shape, zip(*(x.stride() for x in tensors))))
     found: Dimensions = []
-    for length, steps in sorted(zip(lengths, strides), key=lambda dim: dim[1], reverse=True):
+    for length, steps in dims if in_order else sorted(dims, key=lambda d: d[1], reverse=True):
         if length == 1:
             continue
         if found and all(outer == length * inner for outer, inner in zip(found[-1][1], steps)):

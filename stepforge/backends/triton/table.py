@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import torch
 
 from stepforge.backends.batch import Batch, is_capturing
 from stepforge.backends.memory import addresses, extent
-from stepforge.backends.native.source import columns_of
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
+from stepforge.backends.triton.source import elements_of_graph, tensors_of_graph
 from stepforge.backends.triton.strides import dimensions
+from stepforge.formats import BLOCK as CHUNK
 
 
 class Table:
@@ -23,58 +25,67 @@ class Table:
         batch: holds the rows; they may be aimed at other gradients, and run with other
             coefficients.
         members: which of its rows they are.
-        dense: whether all tensors of each row have their elements in one order without gaps.
+        dense: whether all tensors of each row have their elements in one order without gaps, which
+            must be that of a contiguous tensor if there are formats.
 
     Raises:
         RuntimeError: there is no kernel for them, or a tensor has no memory.
     """
 
     def __init__(self, batch: Batch, members: Sequence[int], *, dense: bool) -> None:
-        graph = batch.graph
-        names = columns_of(graph)
+        graph, formats = batch.graph, batch.formats
+        self._members = list(members)
+        names = tensors_of_graph(graph, formats)
         columns = {name: [batch.columns[name][index] for index in members] for name in names}
-        rows = list(zip(*columns.values()))
-        shapes = [[] if dense else dimensions(row) for row in rows]
+        rows = list(zip(*(columns[name] for name in elements_of_graph(graph, formats))))
+        shapes = [[] if dense else dimensions(row, in_order=bool(formats)) for row in rows]
         dims = max(map(len, shapes))
-        dtypes = tuple(x.dtype for x in rows[0])
-        kernel = kernel_for(graph, dtypes, batch.dtype, dims)
+        dtypes = tuple(columns[name][0].dtype for name in names)
+        kernel = kernel_for(graph, dtypes, batch.dtype, dims, formats)
         if isinstance(kernel, str):
             raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
         self.kernel = kernel
         self.device = rows[0][0].device
-        self.written = [x for name in graph.results for x in columns[name]]
+        self.written = [x for name in batch.written for x in columns[name]]
         sizes = np.array([row[0].numel() for row in rows], np.int64)
         self.occupied = sizes > 0
+        record = kernel.record
+        if record.in_blocks:
+            lengths = np.array([math.prod(row[0].shape[1:]) for row in rows], np.int64)
+            sizes = np.array([len(row[0]) for row in rows]) * (-(-lengths // CHUNK) * CHUNK)
         blocks = -(-sizes // BLOCK)
         self.blocks = int(blocks.sum())
-        record = kernel.record
         self._records = np.zeros((len(rows), record.width), np.int64)
         self._records[:, record.first] = np.cumsum(blocks) - blocks
         self._records[:, record.size] = sizes
         for name in record.kept:
             self._records[:, record.address(name)] = self._addresses(columns[name])
         for position, shape in enumerate(shapes):
-            padded = [(1, (0,) * len(names))] * (dims - len(shape)) + shape
+            padded = [(1, (0,) * len(record.elements))] * (dims - len(shape)) + shape
             for dim, (length, steps) in enumerate(padded):
                 self._records[position, record.extent(dim)] = length
-                for name, step in zip(names, steps):
+                for name, step in zip(record.elements, steps):
                     self._records[position, record.stride(name, dim)] = step
-        self._members = list(members)
+        if record.in_blocks:
+            self._records[:, record.length] = lengths
+        if record.is_random:
+            assert batch.starts is not None
+            self._records[:, record.start] = batch.starts[self._members]
         gradients = [batch.columns["g"][index] for index in members]
         self._gradients = self._addresses(gradients)
         self._extents = np.fromiter(map(extent, gradients), np.int64, len(gradients))
         self._aligned = {
             name: _alignment(self._records[:, record.address(name)]) for name in record.kept
         }
-        self.rows, self.gradients, self.numbers, self.members = (
-            Mirror(self.device) for _ in range(4)
+        self.rows, self.gradients, self.numbers, self.keys, self.members = (
+            Mirror(self.device) for _ in range(5)
         )
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
         if not is_capturing():  # memory that is lacking should be so before any step
             self._owners_of(self.rows.show(self._records))
             self.gradients.show(self._gradients)
-            if self.device.type == "cuda" and _has_device_values(batch):
-                kernels.load_writer(self.device)  # the next step may be captured
+            if self.device.type == "cuda" and _is_captured(batch):
+                kernels.load_writer(self.device)  # the next step may be
 
     def aim(self, gradients: Sequence[torch.Tensor]) -> None:
         """Takes other gradients of the same layouts, one for each row of the batch.
@@ -103,6 +114,7 @@ class Table:
             rows,
             self.gradients.show(self._gradients),
             self._numbers_of(batch),
+            self._keys_of(batch),
         )
         scale = batch.loss_scale
         self.kernel.launch(
@@ -115,26 +127,40 @@ class Table:
         # A write through a pointer is unknown to autograd, which must refuse a stale backward.
         torch.autograd.graph.increment_version(self.written)
 
-    def _keep_until_done(self, tables: Sequence[torch.Tensor]) -> None:
+    def _keep_until_done(self, tables: Sequence[torch.Tensor | None]) -> None:
         """Has their memory outlive a launch on a stream other than that they were made on."""
         if self.device.type != "cpu" and not is_capturing():
             stream = torch.get_device_module(self.device).current_stream(self.device)
             for table in tables:
-                table.record_stream(stream)
+                if table is not None:
+                    table.record_stream(stream)
 
     def _numbers_of(self, batch: Batch) -> torch.Tensor:
         """The coefficients: of each row, or in one row those of all."""
         is_whole = len(self._members) == len(batch)
         if _has_device_values(batch):
             columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
-            given = torch.stack([c.to(batch.dtype) for c in columns], dim=1)
-            return given if is_whole else given[self.members.show(np.array(self._members))]
+            return self._of_members(torch.stack([c.to(batch.dtype) for c in columns], dim=1))
         count = len(batch) if any(isinstance(c, np.ndarray) for c in batch.coefficients) else 1
         dtype = np.float64 if batch.dtype == torch.float64 else np.float32
         numbers = np.empty((count, len(batch.coefficients)), dtype)
         for position, value in enumerate(batch.coefficients):
             numbers[:, position] = value
         return self.numbers.show(numbers if is_whole or count == 1 else numbers[self._members])
+
+    def _keys_of(self, batch: Batch) -> torch.Tensor | None:
+        """The words from which the random bits of each row follow; None if rounding takes none."""
+        if batch.keys is None or not self.kernel.record.is_random:
+            return None
+        if isinstance(batch.keys, np.ndarray):
+            return self.keys.show(batch.keys[self._members])
+        return self._of_members(batch.keys)
+
+    def _of_members(self, given: torch.Tensor) -> torch.Tensor:
+        """Of what the device has for each row of a batch, what is of these."""
+        if len(self._members) == len(given):
+            return given
+        return given[self.members.show(np.array(self._members))]
 
     def _owners_of(self, rows: torch.Tensor) -> torch.Tensor:
         """The row of each block; computed where the rows are, when they are new."""
@@ -226,6 +252,11 @@ def _on_device(
 def _has_device_values(batch: Batch) -> bool:
     """Whether coefficients are only known to the device."""
     return any(isinstance(c, (torch.Tensor, list)) for c in batch.coefficients)
+
+
+def _is_captured(batch: Batch) -> bool:
+    """Whether a graph may be captured of such a batch, whose numbers then are on the device."""
+    return _has_device_values(batch) or isinstance(batch.keys, torch.Tensor)
 
 
 def _alignment(addresses: np.ndarray[Any, Any]) -> int:

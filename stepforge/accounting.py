@@ -1,0 +1,155 @@
+"""What parameters and their states take in memory, and what a step of them moves.
+
+All of it follows from what decides it in a run: the tensors that an entry of ``optimizer.state``
+holds, and the inputs and results of the rule's graph. No table of bytes stands anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepforge.declare import Rule
+from stepforge.entries import dtypes, kept
+from stepforge.formats import tensors_of
+
+__all__ = ["Account", "account"]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of some parameters; accounts add up.
+
+    Of a parameter that is sharded they are those on all devices together.
+
+    Attributes:
+        elements: how many elements the parameters have.
+        weights: the parameters themselves.
+        gradients: their gradients.
+        states: the states, and the codes of those that are stored in 8 bits.
+        scales: the scales of the codes.
+        low_bits: what 16-bit weights lack of longer ones.
+        numbers: what there is one of for a whole tensor, such as the number of the step. It
+            depends on how many tensors there are, not on their size, and no sum includes it.
+        read: what a step reads if no gradient is sparse.
+        written: what such a step writes.
+
+    Example:
+        >>> Account(elements=2, weights=8) + Account(elements=1, weights=4, gradients=4)
+        Account(elements=3, weights=12, gradients=4, states=0, scales=0, low_bits=0, ...)
+    """
+
+    elements: int = 0
+    weights: int = 0
+    gradients: int = 0
+    states: int = 0
+    scales: int = 0
+    low_bits: int = 0
+    numbers: int = 0
+    read: int = 0
+    written: int = 0
+
+    def __add__(self, other: Account) -> Account:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+        return Account(*(one + another for one, another in pairs))
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """What lies in memory between steps, by what it is; the gradients too."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "states": self.states,
+            "scales": self.scales,
+            "low bits": self.low_bits,
+        }
+
+    @property
+    def total(self) -> int:
+        """All of :attr:`memory`."""
+        return sum(self.memory.values())
+
+    @property
+    def checkpoint(self) -> int:
+        """What a checkpoint keeps: all but the gradients."""
+        return self.total - self.gradients
+
+    @property
+    def moved(self) -> int:
+        """What a step reads and writes; nothing can be faster than memory moves it."""
+        return self.read + self.written
+
+    def __str__(self) -> str:
+        each = {name: size / max(self.elements, 1) for name, size in self.memory.items()}
+        shown = ", ".join(f"{name} {_short(size)}" for name, size in each.items() if size)
+        return f"{_short(sum(each.values()))} bytes an element: {shown}"
+
+
+def account(
+    rule: Rule,
+    group: Mapping[str, Any],
+    p: torch.Tensor,
+    g: torch.Tensor | None = None,
+    entry: Mapping[str, Any] | None = None,
+) -> Account:
+    """The account of one parameter, as it is after its next step.
+
+    Args:
+        rule: the rule that steps it.
+        group: the options of its param group.
+        p: the parameter; one on the device ``meta`` will do.
+        g: its gradient. None counts one in the parameter's dtype.
+        entry: its entry of ``optimizer.state``, if it was stepped before.
+
+    Example:
+        >>> import stepforge
+        >>> p = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
+        >>> optimizer = stepforge.AdamW([p], state_format="int8", master_weight_bits=24)
+        >>> print(account(optimizer._rule, optimizer.param_groups[0], p))
+        7.06 bytes an element: weights 2, gradients 2, states 2, scales 0.06, low bits 1
+    """
+    what, graph = kept(rule, group, p), rule.graph(group)
+    kinds = dtypes(what, group, entry or {})
+    states = {slot: math.prod(slot.shape) * kinds[slot.key].itemsize for slot in what.slots}
+    sizes = {"p": _size(p), "g": _size(p if g is None else g)}
+    sizes |= {slot.name: size for slot, size in states.items()}
+
+    def of(columns: Iterable[str]) -> int:
+        names = [name for column in columns for name in tensors_of(column, what.storage.formats)]
+        return sum(sizes[name] for name in names)
+
+    low_bits = sum(size for slot, size in states.items() if slot.column == "p")
+    scales = sum(size for slot, size in states.items() if slot.part.of_block)
+    return Account(
+        elements=p.numel(),
+        weights=sizes["p"],
+        gradients=sizes["g"],
+        states=sum(states.values()) - scales - low_bits,
+        scales=scales,
+        low_bits=low_bits,
+        numbers=sum(kinds[key].itemsize for key in what.scalars),
+        read=of(graph.varying.inputs),
+        written=of(graph.results),
+    )
+
+
+def _size(x: torch.Tensor) -> int:
+    """The bytes of a tensor's elements, of those that are kept if it is sparse."""
+    if x.is_sparse:
+        return _size(x._indices()) + _size(x._values())
+    return x.numel() * x.element_size()
+
+
+def _short(size: float) -> str:
+    """With at most two decimals.
+
+    Example:
+        >>> _short(2.0), _short(2.0625), _short(12.5)
+        ('2', '2.06', '12.5')
+    """
+    return f"{size:.2f}".rstrip("0").rstrip(".")

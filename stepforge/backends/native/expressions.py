@@ -1,0 +1,115 @@
+"""Programs as lines of C, an operation a line.
+
+Numbers are ``float`` (``double`` where rules compute in float64), words ``uint32_t`` and
+comparisons ``int``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Sequence
+
+from stepforge.expr import Program
+
+__all__ = ["OPERATIONS", "computed", "results"]
+
+#: What an operation is in C; operands are names of variables, or numbers. ``{number}`` is the type
+#: of the arithmetic, and ``{f}`` the suffix of its functions: ``f``, or nothing for double.
+OPERATIONS: dict[str, str] = {
+    "add": "{0} + {1}",
+    "sub": "{0} - {1}",
+    "mul": "{0} * {1}",
+    "div": "{0} / {1}",
+    "neg": "-{0}",
+    "abs": "fabs{f}({0})",
+    "sqrt": "sqrt{f}({0})",
+    "sign": "({number})(({0} > 0) - ({0} < 0))",
+    "maximum": "({0} >= {1} || {0} != {0} ? {0} : {1}) + 0",
+    "minimum": "({0} <= {1} || {0} != {0} ? {0} : {1}) + 0",
+    "finite": "{0} > LARGEST ? LARGEST : {0} < -LARGEST ? -LARGEST : {0}",
+    "where": "{0} ? {1} : {2}",
+    "lt": "{0} < {1}",
+    "le": "{0} <= {1}",
+    "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
+    "word_add": "{0} + {1}",
+    "word_sub": "{0} - {1}",
+    "word_mul": "{0} * {1}",
+    "and": "{0} & {1}",
+    "or": "{0} | {1}",
+    "xor": "{0} ^ {1}",
+    "shift_left": "{0} << {1}",
+    "shift_right": "{0} >> {1}",
+    "bits": "to_bits({0})",
+    "from_bits": "from_bits({0})",
+    "number": "({number})(int32_t){0}",
+    "word": "(uint32_t)(int32_t){0}",
+}
+
+
+def computed(
+    program: Program,
+    given: Sequence[str],
+    *,
+    number: str = "float",
+    double: bool = False,
+    prefix: str = "f",
+    finite: Container[int] = (),
+) -> list[str]:
+    """The lines that compute the instructions of a program.
+
+    Args:
+        program: what to compute.
+        given: what its inputs, and then its given values, are called.
+        number: the type of its numbers.
+        double: whether that is double.
+        prefix: what the names of its registers begin with.
+        finite: the registers that never hold an infinity.
+    """
+    names = _registers(program, given, number, prefix, finite)
+    suffix = "" if double else "f"
+    lines = []
+    for instruction in program.instructions:
+        if names[instruction.out] == names[instruction.args[0]]:
+            continue  # there is nothing to be done
+        node = program.nodes[instruction.out]
+        kind = "int" if node.boolean else "uint32_t" if node.word else number
+        operands = [names[register] for register in instruction.args]
+        value = OPERATIONS[instruction.op].format(*operands, number=number, f=suffix)
+        lines.append(f"const {kind} {names[instruction.out]} = {value};")
+    return lines
+
+
+def results(
+    program: Program,
+    given: Sequence[str],
+    *,
+    number: str = "float",
+    prefix: str = "f",
+    finite: Container[int] = (),
+) -> list[str]:
+    """What the results are called after the lines of :func:`computed`."""
+    names = _registers(program, given, number, prefix, finite)
+    return [names[register] for register in program.outputs]
+
+
+def _registers(
+    program: Program, given: Sequence[str], number: str, prefix: str, finite: Container[int]
+) -> list[str]:
+    """What each register is called; a constant is its literal."""
+    names = [*given, *(_literal(value, number) for value in program.constants)]
+    for position, instruction in enumerate(program.instructions):
+        first = instruction.args[0]
+        same = instruction.op == "finite" and first in finite
+        names.append(names[first] if same else f"{prefix}{position}")
+    return names
+
+
+def _literal(value: float, number: str) -> str:
+    if isinstance(value, int):
+        return f"UINT32_C({value:#x})"
+    if math.isfinite(value):
+        return f"({number}){value.hex()}"
+    if math.isnan(value):
+        return f"({number})NAN"
+    return f"({'-' if value < 0 else ''}({number})INFINITY)"

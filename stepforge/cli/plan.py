@@ -1,0 +1,329 @@
+"""``stepforge plan``: what a training takes of memory and time, before a machine is rented."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import stepforge
+from stepforge.accounting import Account, account
+from stepforge.cli.measure import OPTIMIZERS
+from stepforge.entries import SHORT
+from stepforge.formats import BLOCK
+
+__all__ = ["Budget", "plan"]
+
+_DECLARED = stepforge.Optimizer._hyperparameters
+
+
+def _choices(name: str) -> list[tuple[str, str]]:
+    """The values that an option of the optimizers has beside None."""
+    return [(str(choice), str(choice)) for choice in _DECLARED[name].choices or ()]
+
+
+#: The names that the options take.
+OptimizerName = StrEnum("OptimizerName", [(name, name) for name in OPTIMIZERS])  # type: ignore[misc]
+StateFormat = StrEnum("StateFormat", _choices("state_format"))  # type: ignore[misc]
+MasterWeightBits = StrEnum("MasterWeightBits", _choices("master_weight_bits"))  # type: ignore[misc]
+DtypeName = StrEnum(  # type: ignore[misc]
+    "DtypeName", [(name, name) for name in ("float64", "float32", "bfloat16", "float16")]
+)
+
+_ADAMW = OptimizerName("AdamW")
+
+#: A matrix whose rows are whole blocks stands for all parameters.
+_MATRIX = (64 * BLOCK, 64 * BLOCK)
+
+_NOT_COUNTED = """\
+All parameters count as large matrices, evenly sharded. Small ones and vectors keep their states in
+full precision; stepforge.explain counts those of a model. Not counted: activations, copies in other
+dtypes as autocast makes, buffers of communication, and what an allocator wastes."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What training takes.
+
+    Attributes:
+        bytes_per_parameter: by what it is for, with ``total``, ``checkpoint``, and ``moved``: what
+            a step reads and writes.
+        bytes_per_device: the same but for the checkpoint.
+        checkpoint_bytes: of all devices together.
+        step_seconds: how long memory needs for what a step moves.
+    """
+
+    bytes_per_parameter: dict[str, float]
+    bytes_per_device: dict[str, float]
+    checkpoint_bytes: float
+    step_seconds: float
+
+    @classmethod
+    def of(cls, one: Account, params: int, world_size: int, bandwidth: float) -> Budget:
+        """That of parameters like those of an account.
+
+        Args:
+            one: the account.
+            params: how many elements all parameters have.
+            world_size: on how many devices parameters, gradients and states are sharded.
+            bandwidth: what the memory of a device moves, in bytes a second.
+
+        Example:
+            >>> one = Account(elements=2, weights=4, gradients=4, states=8, read=16, written=12)
+            >>> budget = Budget.of(one, params=1000, world_size=10, bandwidth=700.0)
+            >>> budget.bytes_per_parameter["total"], budget.bytes_per_device["total"]
+            (8.0, 800.0)
+            >>> budget.checkpoint_bytes, budget.step_seconds
+            (6000.0, 2.0)
+        """
+        whole = {**one.memory, "total": one.total, "moved": one.moved}
+        each = {name.replace(" ", "_"): size / one.elements for name, size in whole.items()}
+        on_device = {name: size * params / world_size for name, size in each.items()}
+        checkpoint = one.checkpoint / one.elements
+        return cls(
+            each | {"checkpoint": checkpoint},
+            on_device,
+            checkpoint * params,
+            on_device["moved"] / bandwidth,
+        )
+
+
+def plan(
+    params: Annotated[float, typer.Option(help="How many parameters the model has: 8e9.")],
+    optimizer: Annotated[
+        OptimizerName, typer.Option(case_sensitive=False, help="The optimizer.")
+    ] = _ADAMW,
+    state_format: Annotated[
+        StateFormat | None,
+        typer.Option(help="How states are stored; in the dtype of the weights if not given."),
+    ] = None,
+    master_weight_bits: Annotated[
+        MasterWeightBits | None,
+        typer.Option(help="How many bits the weights have together with their low bits."),
+    ] = None,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="Of the weights; if not given bfloat16 with --master-weight-bits, else float32."
+        ),
+    ] = None,
+    gradient_dtype: Annotated[
+        DtypeName | None, typer.Option(help="Of the gradients; that of the weights if not given.")
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="An argument more of the optimizer, as amsgrad=True; repeat it for several.",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="How many devices share weights, gradients and states; 1 if each has all of them.",
+        ),
+    ] = 1,
+    bandwidth: Annotated[
+        float,
+        typer.Option(
+            help="Of a device's memory, in GB/s. An H100 SXM has 3350; "
+            "`stepforge bench --device cuda` measures yours."
+        ),
+    ] = 3350.0,
+    json_: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", dir_okay=False, writable=True, help="Where to write all numbers, in bytes."
+        ),
+    ] = None,
+) -> None:
+    """Tells memory, checkpoint and step time of a training, beside those in float32.
+
+    Nothing is allocated or measured: bytes follow from how the optimizer stores its tensors, the
+    time from what a fused step reads and writes, at the speed of memory. A GB has 10**9 bytes.
+    """
+    if not (1 <= params < math.inf and params.is_integer()):
+        raise typer.BadParameter(
+            f"{params:g} is no number of parameters; it must be a whole one from 1 up, as 8e9.",
+            param_hint="--params",
+        )
+    if not 0 < bandwidth < math.inf:
+        raise typer.BadParameter(
+            f"{bandwidth:g} is no speed; it must be a number above 0.", param_hint="--bandwidth"
+        )
+    weights = dtype or DtypeName("bfloat16" if master_weight_bits else "float32")
+    gradients = gradient_dtype or weights
+    if master_weight_bits and _dtype(weights) not in SHORT:
+        raise typer.BadParameter(
+            f"weights in {weights} have no low bits; --dtype must be bfloat16 or float16.",
+            param_hint="--master-weight-bits",
+        )
+    options = _options(option or ())
+    formats: dict[str, Any] = {
+        "state_format": state_format and str(state_format),
+        "master_weight_bits": master_weight_bits and int(master_weight_bits),
+    }
+
+    def budget(weights: str, gradients: str, **options: Any) -> Budget:
+        one = _account(str(optimizer), weights, gradients, options)
+        return Budget.of(one, int(params), world_size, 1e9 * bandwidth)
+
+    planned = budget(weights, gradients, **options, **formats)
+    # As in torch.optim; rounding at random is for shorter weights.
+    float32 = budget("float32", "float32", **options | {"stochastic_rounding": False})
+
+    console = Console(highlight=False)
+    console.print(
+        f"[bold]{optimizer}[/], {int(params):,} parameters on {world_size} "
+        f"device{'' if world_size == 1 else 's'}: {_summary(weights, gradients, **formats)}\n",
+        soft_wrap=True,
+    )
+    console.print(_table(planned, float32))
+    for line in _conclusions(planned, float32, bandwidth):
+        console.print(line, soft_wrap=True)
+    console.print(f"\n{_NOT_COUNTED}", soft_wrap=True)
+    if json_ is not None:
+        report = {
+            "optimizer": optimizer,
+            "parameters": int(params),
+            "world_size": world_size,
+            "bytes_per_second": 1e9 * bandwidth,
+            "dtype": weights,
+            "gradient_dtype": gradients,
+            **formats,
+            "options": options,
+            "planned": dataclasses.asdict(planned),
+            "float32": dataclasses.asdict(float32),
+        }
+        _write(json_, json.dumps(report, indent=1) + "\n")
+        console.print(f"All numbers: [bold]{escape(str(json_))}[/]", soft_wrap=True)
+
+
+# What is asked for. -------------------------------------------------------------------------------
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _options(given: Iterable[str]) -> dict[str, Any]:
+    """The optimizer's arguments that stand as ``name=value``, the value as in Python."""
+    options: dict[str, Any] = {}
+    for text in given:
+        name, separator, value = text.partition("=")
+        own = f"--{name.replace('_', '-')}"
+        if not separator:
+            why = f"{text!r} has no value; it must be as in amsgrad=True."
+        elif name in ("params", "state_format", "master_weight_bits"):
+            why = f"{name} has an option of its own, {own}."
+        else:
+            try:
+                options[name] = ast.literal_eval(value)
+                continue
+            except (ValueError, SyntaxError):
+                why = f"{value!r} is no value of Python such as True, 0.9 or (0.9, 0.99)."
+        raise typer.BadParameter(why, param_hint="--option")
+    return options
+
+
+def _account(optimizer: str, weights: str, gradients: str, options: Mapping[str, Any]) -> Account:
+    """The account of one large matrix, which is nowhere in memory."""
+    p = torch.empty(_MATRIX, dtype=_dtype(weights), device="meta")
+    try:
+        made = getattr(stepforge, optimizer)([p], **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise typer.BadParameter(f"{error}.", param_hint="--option") from None
+    return account(made._rule, made.param_groups[0], p, p.to(_dtype(gradients)))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{path} cannot be written to: {error.strerror}.", param_hint="--json"
+        ) from None
+
+
+# What is said. ------------------------------------------------------------------------------------
+
+
+def _summary(
+    weights: str, gradients: str, *, state_format: str | None, master_weight_bits: int | None
+) -> str:
+    joined = f" of {master_weight_bits} bits" if master_weight_bits else ""
+    return f"weights {weights}{joined}, gradients {gradients}, states {state_format or weights}"
+
+
+def _table(planned: Budget, float32: Budget) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("")
+    for heading in ("bytes a\nparameter", "a device", "bytes in\nfloat32", "a device", "ratio"):
+        table.add_column(heading, justify="right")
+    both = (planned, float32)
+    for name in planned.bytes_per_device:
+        if not any(budget.bytes_per_device[name] for budget in both):
+            continue
+        if name == "total":
+            table.add_section()
+        table.add_row(
+            "a step moves" if name == "moved" else name.replace("_", " "),
+            *(
+                cell
+                for budget in both
+                for cell in (
+                    f"{budget.bytes_per_parameter[name]:.4f}".rstrip("0").rstrip("."),
+                    _with_unit(budget.bytes_per_device[name], "B"),
+                )
+            ),
+            _ratio(*(budget.bytes_per_device[name] for budget in both)),
+            style="bold" if name == "total" else "",
+            end_section=name == "total",
+        )
+    return table
+
+
+def _conclusions(planned: Budget, float32: Budget, bandwidth: float) -> list[str]:
+    checkpoints = planned.checkpoint_bytes, float32.checkpoint_bytes
+    times = planned.step_seconds, float32.step_seconds
+    size, size_in_float32 = (_with_unit(x, "B") for x in checkpoints)
+    time, time_in_float32 = (_with_unit(x, "s") for x in times)
+    return [
+        f"\nA checkpoint has [bold]{size}[/] in all; in float32 {size_in_float32}: "
+        f"{_ratio(*checkpoints)} of it.",
+        f"A step takes at least [bold]{time}[/] at {bandwidth:,.0f} GB/s; in float32 "
+        f"{time_in_float32}: {_ratio(*times)} of it.",
+    ]
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if whole else ""
+
+
+def _with_unit(value: float, unit: str) -> str:
+    """Three digits, with the prefix that needs no more than three before the point.
+
+    Example:
+        >>> _with_unit(56.5e9, "B"), _with_unit(0.00362, "s"), _with_unit(0.0, "B")
+        ('56.5 GB', '3.62 ms', '0 B')
+    """
+    prefixes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ"}
+    fitting = [factor for factor in prefixes if value >= 0.9995 * factor]
+    factor = max(fitting, default=1.0)
+    return f"{value / factor:.3g} {prefixes[factor]}{unit}"
