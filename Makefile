@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check format numerics bench wheel clean
+.PHONY: demo test check format numerics low-precision bench wheel clean
 
 demo: $(READY)
 	$(BIN)/stepforge demo --output out/demo.html
@@ -25,6 +25,10 @@ format: $(READY)
 # Measures the rounding errors and writes docs/numerics.md.
 numerics: $(READY)
 	$(BIN)/python docs/make_numerics.py
+
+# Measures formats, trains what docs/low_precision/results.json lacks, and writes docs/low-precision.md.
+low-precision: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/make_low_precision.py
 
 # Times the step of every optimizer; a few minutes on a machine with nothing else to do.
 bench: $(READY)

@@ -1,0 +1,1 @@
+"""What docs/low-precision.md reports, a module for each thing that is measured."""
