@@ -7,6 +7,7 @@ the device, or row by row in tensors where autograd has to see them.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.batch import Coefficient
+from stepforge.backends.batch import Coefficient, Words
 from stepforge.expr import Graph, Program
+from stepforge.formats import key_of, stream_of
 from stepforge.ops import VOCABULARY
 
 
@@ -118,6 +120,47 @@ def _single(number: float) -> float:
 
 
 _FLOAT = struct.Struct("f")
+
+
+def streams(seeds: np.ndarray[Any, Any], parameters: np.ndarray[Any, Any], device: Any) -> Words:
+    """For each row what its keys follow from in all steps.
+
+    Args:
+        seeds: of random rounding, one a row.
+        parameters: the number of each row's parameter among all of the optimizer.
+        device: where the keys are wanted.
+    """
+    if device.type == "cpu":
+        words: Words = stream_of(seeds, parameters)
+    else:
+        words = stream_of(_made_on(device, seeds), _made_on(device, parameters))
+    return words
+
+
+def keys(of_rows: Words, steps: torch.Tensor) -> Words:
+    """For each row the word from which its random bits in the next step follow.
+
+    Args:
+        of_rows: what :func:`streams` made.
+        steps: the steps that were taken, on the device of that.
+    """
+    if isinstance(of_rows, torch.Tensor):
+        words: Words = key_of(of_rows, steps.long() + 1)
+    else:
+        words = key_of(of_rows, steps.numpy().astype(np.int64) + 1)
+    return words
+
+
+def _made_on(device: torch.device, numbers: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Numbers on a device, made there: a graph that is being captured can copy none from here."""
+    known = list(map(int, numbers))
+    begins = [0, *(i for i in range(1, len(known)) if known[i] != known[i - 1] + 1), len(known)]
+    return torch.cat(
+        [
+            torch.arange(known[begin], known[begin] + end - begin, device=device)
+            for begin, end in itertools.pairwise(begins)
+        ]
+    )
 
 
 def for_each_row(values: Any, count: int) -> list[Any]:

@@ -53,6 +53,7 @@ __all__ = [
     "mixed",
     "random_words",
     "rounded",
+    "stream_of",
     "tensor_name",
     "tensors_of",
 ]
@@ -211,30 +212,33 @@ def mixed(w: Word) -> Word:
     return w ^ (w >> 16)
 
 
-def key_of(seed: Any, parameter: Any, step: Any) -> Any:
-    """The key from which a parameter's random bits in a step follow.
+def stream_of(seed: Any, parameter: Any) -> Any:
+    """What the keys of a parameter follow from in all steps.
 
     Args:
         seed: the seed of the run, from 0 up and below 2**32.
-        parameter: its number among the optimizer's parameters.
-        step: the number of the step, below 2**31. All three may be arrays or tensors of int64.
+        parameter: its number among the optimizer's parameters. Both may be arrays or tensors of
+            int64.
 
     Example:
-        >>> key_of(0, 0, 1) != key_of(0, 0, 2) != key_of(0, 1, 2)
+        >>> stream_of(0, 1) != stream_of(1, 0)
         True
     """
-    return mixed(mixed(mixed(seed) ^ parameter) ^ step)
+    return mixed(mixed(seed) ^ parameter)
 
 
-def _traced(function: Callable[..., Any], *inputs: str) -> Program:
-    """The program of a function of symbols, of which those that end in ``_word`` are words."""
-    trace = Trace()
-    symbols = [
-        trace.input(name.removesuffix("_word"), varying=True, word=name.endswith("_word"))
-        for name in inputs
-    ]
-    results = function(*symbols)
-    return Program.of(list(results) if isinstance(results, tuple) else [results])
+def key_of(stream: Any, step: Any) -> Any:
+    """The key from which a parameter's random bits in a step follow.
+
+    Args:
+        stream: the parameter's, of :func:`stream_of`.
+        step: the number of the step, below 2**31. Both may be arrays or tensors of int64.
+
+    Example:
+        >>> key_of(stream_of(0, 0), step=1) != key_of(stream_of(0, 0), step=2)
+        True
+    """
+    return mixed(stream ^ step)
 
 
 def apart(position: int) -> int:
@@ -258,6 +262,17 @@ def _draw(index: Word, key: Word) -> Word:
     their key.
     """
     return (index * 0x9E3779B9 + key) & 0xFFFFFFFF
+
+
+def _traced(function: Callable[..., Any], *inputs: str) -> Program:
+    """The program of a function of symbols, of which those that end in ``_word`` are words."""
+    trace = Trace()
+    symbols = [
+        trace.input(name.removesuffix("_word"), varying=True, word=name.endswith("_word"))
+        for name in inputs
+    ]
+    results = function(*symbols)
+    return Program.of(list(results) if isinstance(results, tuple) else [results])
 
 
 #: From ``index`` and ``key`` to a random word.

@@ -18,18 +18,19 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend, Batch
-from stepforge.backends.batch import LossScale, arithmetic
+from stepforge.backends.batch import LossScale, Words, arithmetic
 from stepforge.coefficients import (
     device_values,
     differentiable_values,
     for_each_row,
     host_values,
+    keys,
     rounded,
+    streams,
 )
-from stepforge.declare import Rule, is_off
+from stepforge.declare import EXECUTION_FLAGS, Rule, is_off
 from stepforge.entries import first_index, local
 from stepforge.expr import Graph
-from stepforge.formats import key_of
 from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states, stepping
 
@@ -235,7 +236,9 @@ class _Groups:
 
     @classmethod
     def of(cls, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> _Groups:
-        flags = operator.itemgetter(*(n for n, h in rule.hyperparameters.items() if h.static))
+        flags = operator.itemgetter(
+            *(n for n, h in rule.hyperparameters.items() if h.static or n in EXECUTION_FLAGS)
+        )
         params = [group["params"] for group in groups]
         return cls(
             tuple(groups),
@@ -284,7 +287,7 @@ class Lane:
         numbers: the step numbers, then the scalar states: one vector each, of which the rows'
             own tensors are elements.
         groups: the distinct param groups, and for each row the number of its own.
-        parameters: for each row the number of its parameter among all of the optimizer.
+        streams: for each row what its keys follow from; None if nothing is rounded at random.
         on_device: whether its numbers are not to be waited for.
     """
 
@@ -297,7 +300,7 @@ class Lane:
     layout: Any
     numbers: Mapping[str, torch.Tensor]
     groups: _GroupsOfRows
-    parameters: np.ndarray[Any, Any]
+    streams: Words | None
     on_device: bool
 
     @classmethod
@@ -328,7 +331,7 @@ class Lane:
             _layout_check([*tensors, *(row.g for row in rows)]),
             numbers,
             _GroupsOfRows.of(rows),
-            _parameters(rows),
+            None if launch.batch.keys is None else _streams(rule, rows),
             _on_device(rows[0]),
         )
         return launch, lane
@@ -359,9 +362,7 @@ class Lane:
                 batch,
                 columns=batch.columns | {"g": gradients},
                 coefficients=[rounded(c, count, batch.dtype) for c in coefficients],
-                keys=None
-                if batch.keys is None
-                else _keys(self.rule, self.groups, self.parameters, self.numbers["step"]),
+                keys=None if self.streams is None else keys(self.streams, self.numbers["step"]),
             ),
             steps=[self.numbers["step"]],
             scalars=[
@@ -496,7 +497,7 @@ def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
     if any(format_.is_random for format_ in formats.values()):
         batch = replace(
             batch,
-            keys=_keys(rule, _GroupsOfRows.of(rows), _parameters(rows), _steps(rows)),
+            keys=keys(_streams(rule, rows), _steps(rows)),
             starts=np.array([first_index(row.p) for row in rows]),
         )
     return Launch(
@@ -511,40 +512,17 @@ def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
     )
 
 
-def _parameters(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
-    """The number of each row's parameter among all of the optimizer."""
-    return np.array([row.number for row in rows])
+def _streams(rule: Rule, rows: Sequence[Row]) -> Words:
+    """What the keys of each row follow from in all steps."""
+    groups = _GroupsOfRows.of(rows)
+    seeds = np.array(rule.numbers(groups.distinct, "rounding_seed"))[groups.own]
+    device = rows[0].p.device if _on_device(rows[0]) else torch.device("cpu")
+    return streams(seeds, np.array([row.number for row in rows]), device)
 
 
 def _steps(rows: Sequence[Row]) -> torch.Tensor:
-    """The step counts of rows, where they are waited for on no device."""
+    """The step counts of rows as one vector."""
     return torch.stack([row.state["step"].detach().reshape(()) for row in rows])
-
-
-def _keys(
-    rule: Rule, groups: _GroupsOfRows, parameters: np.ndarray[Any, Any], steps: torch.Tensor
-) -> np.ndarray[Any, Any] | torch.Tensor:
-    """The word of each row from which its random bits in a step follow."""
-    seeds = np.array(rule.numbers(groups.distinct, "rounding_seed"))[groups.own]
-    on_host = steps.device.type == "cpu"
-    keys: np.ndarray[Any, Any] | torch.Tensor = (
-        key_of(seeds, parameters, steps.numpy().astype(np.int64) + 1)
-        if on_host
-        else key_of(_runs(seeds, steps.device), _runs(parameters, steps.device), steps.long() + 1)
-    )
-    return keys
-
-
-def _runs(numbers: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """Numbers on a device, made there: a graph that is being captured can copy none from here."""
-    known = list(map(int, numbers))
-    begins = [0, *(i for i in range(1, len(known)) if known[i] != known[i - 1] + 1), len(known)]
-    return torch.cat(
-        [
-            torch.arange(known[begin], known[begin] + end - begin, device=device)
-            for begin, end in itertools.pairwise(begins)
-        ]
-    )
 
 
 def _split(graph: Graph, values: list[Any]) -> tuple[list[Any], list[Any]]:

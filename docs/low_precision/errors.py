@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from low_precision.candidates import Candidate, candidates
-from stepforge.formats import BLOCK, key_of, random_words
+from stepforge.formats import BLOCK, key_of, random_words, stream_of
 
 SEED = 20240229
 #: The moments that are stored are averages of so many gradients.
@@ -102,7 +102,9 @@ def measure(unsigned: bool, blocks: int) -> Iterator[tuple[Candidate, list[Error
     drawn = []
     for number, kind in enumerate(KINDS):
         m, v = moments(kind, shape, SEED + number)
-        words = random_words(torch.Size(shape), 0, key_of(SEED, number, 1), torch.device("cpu"))
+        words = random_words(
+            torch.Size(shape), 0, key_of(stream_of(SEED, number), 1), torch.device("cpu")
+        )
         drawn.append((m, v, words))
     for candidate, careless in zip(
         candidates(unsigned), candidates(unsigned, keeps=False), strict=True

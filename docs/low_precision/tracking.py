@@ -15,7 +15,7 @@ from torch import Tensor
 
 from low_precision.candidates import Candidate, candidates
 from low_precision.errors import BETA1, BETA2, SEED
-from stepforge.formats import BLOCK, key_of, random_words
+from stepforge.formats import BLOCK, key_of, random_words, stream_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,9 @@ def measure(
     for step, g in enumerate(gradients(stream, steps, elements, seed), 1):
         m, v = m + (g - m) * (1 - BETA1), v + (g * g - v) * (1 - BETA2)
         new = g * g if unsigned else g
-        words = random_words(g.view(-1, BLOCK).shape, 0, key_of(seed, 0, step), torch.device("cpu"))
+        words = random_words(
+            g.view(-1, BLOCK).shape, 0, key_of(stream_of(seed, 0), step), torch.device("cpu")
+        )
         for track in tracks:
             moved = track.read + (new - track.read) * rate
             track.read = track.candidate.store(moved.view(-1, BLOCK), words).view(-1)

@@ -26,6 +26,10 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor]"
 
 
+#: A word for each row, as int64, where the coefficients are.
+Words: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+
+
 class Prepared(Protocol):
     """What a backend keeps of a batch for the next step of the same tensors."""
 
@@ -109,8 +113,8 @@ class Batch:
             row, or, where autograd has to see them, a list of tensors without dimensions.
         dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
         formats: of the columns that have one.
-        keys: for each row the word from which its random bits follow: int64, where the
-            coefficients are; None if no format rounds at random.
+        keys: for each row the word from which its random bits follow; None if no format rounds at
+            random.
         starts: for each row the index of its first element, as a word, which is not 0 in a part of
             a tensor; int64.
         differentiable: whether autograd must see the step.
@@ -124,7 +128,7 @@ class Batch:
     coefficients: list[Coefficient]
     dtype: torch.dtype
     formats: Mapping[str, Format] = field(default_factory=dict)
-    keys: np.ndarray[Any, Any] | torch.Tensor | None = None
+    keys: Words | None = None
     starts: np.ndarray[Any, Any] | None = None
     differentiable: bool = False
     loss_scale: LossScale | None = None

@@ -21,6 +21,7 @@ from stepforge.formats import (
     mixed,
     random_words,
     rounded,
+    stream_of,
     tensors_of,
 )
 
@@ -44,7 +45,7 @@ def stored(format_: Format, x: torch.Tensor, random: torch.Tensor | None = None)
 
 
 def drawn(x: torch.Tensor, step: int) -> torch.Tensor:
-    return random_words(x.shape, 0, key_of(3, 5, step), x.device)
+    return random_words(x.shape, 0, key_of(stream_of(3, 5), step), x.device)
 
 
 def spread(octaves: float, seed: int, rows: int = 40, length: int = 300) -> torch.Tensor:
@@ -203,7 +204,10 @@ def test_random_words_are_uniform_and_new_in_every_step() -> None:
     count = 2000
     shape = torch.Size([64])
     words = torch.stack(
-        [random_words(shape, 0, key_of(1, 2, t), torch.device("cpu")) for t in range(count)]
+        [
+            random_words(shape, 0, key_of(stream_of(1, 2), t), torch.device("cpu"))
+            for t in range(count)
+        ]
     )
     u = words.double() / 2**32
     assert u.min() >= 0
@@ -218,7 +222,7 @@ def test_random_words_are_uniform_and_new_in_every_step() -> None:
 
 
 def test_random_words_follow_from_the_index_of_an_element_alone() -> None:
-    key = key_of(0, 0, 1)
+    key = key_of(stream_of(0, 0), 1)
     whole = random_words(torch.Size([4, 100]), 0, key, torch.device("cpu"))
     part = random_words(torch.Size([2, 100]), 200, key, torch.device("cpu"))
     assert torch.equal(whole[2:], part)
