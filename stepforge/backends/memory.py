@@ -1,14 +1,31 @@
-"""What kernels ask of tensors as memory: whether they are that, and whether they share it."""
+"""What generated kernels are given, and ask of it as memory: whether tensors are, and share it."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from stepforge.backends.batch import Batch
+from stepforge.expr import Graph
+from stepforge.formats import Format, tensors_of
+
+
+def columns_of(graph: Graph) -> tuple[str, ...]:
+    """The columns of a kernel: what it reads, then what it only writes."""
+    return tuple(dict.fromkeys([*graph.varying.inputs, *graph.results]))
+
+
+def formats_of(graph: Graph, formats: Mapping[str, Format]) -> dict[str, Format]:
+    """The formats of those that have one, in their order."""
+    return {column: formats[column] for column in columns_of(graph) if column in formats}
+
+
+def tensors_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    """The names of all tensors that a kernel is given for each row."""
+    return tuple(name for column in columns_of(graph) for name in tensors_of(column, formats))
 
 
 def stored_dtypes(p: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype]:

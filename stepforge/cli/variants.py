@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import stepforge
 from stepforge.backends.batch import arithmetic
-from stepforge.backends.native.source import c_source, columns_of
+from stepforge.backends.memory import columns_of
+from stepforge.backends.native.source import c_source
 from stepforge.backends.native.storage import NUMBERS
 from stepforge.cli.measure import OPTIMIZERS
 

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from stepforge.backends import Batch, native, reference
+from stepforge.backends.memory import columns_of
 from stepforge.backends.native import build
-from stepforge.backends.native.source import c_source, columns_of
+from stepforge.backends.native.source import c_source
 from stepforge.expr import Expr, Graph, Trace, evaluate
 from stepforge.ops import VOCABULARY
 from tests.conformance.table import OPTIMIZERS

@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 import stepforge
 from stepforge.backends import native
-from stepforge.backends.native.source import columns_of
+from stepforge.backends.memory import columns_of
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     OPTIMIZERS,

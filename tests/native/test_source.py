@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepforge.backends.memory import columns_of
 from stepforge.backends.native import build
 from stepforge.backends.native.expressions import OPERATIONS
-from stepforge.backends.native.source import c_source, columns_of
+from stepforge.backends.native.source import c_source
 from stepforge.backends.native.storage import NUMBERS
 from stepforge.expr import Expr, Graph
 from stepforge.ops import (

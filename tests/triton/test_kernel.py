@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stepforge.backends import triton
-from stepforge.backends.native.source import columns_of
+from stepforge.backends.memory import columns_of
 from stepforge.backends.triton.kernel import BLOCK, is_interpreted
 from stepforge.expr import Expr, Graph
 from stepforge.ops import minimum, where

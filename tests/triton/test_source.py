@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepforge.backends.native.source import columns_of
+from stepforge.backends.memory import columns_of
 from stepforge.backends.triton import kernel
 from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
 from stepforge.backends.triton.source import NUMBERS, named, tensors_of_graph, triton_source

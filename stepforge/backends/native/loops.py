@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stepforge.backends.memory import columns_of
 from stepforge.backends.native.expressions import computed, results
 from stepforge.backends.native.storage import STORAGE
 from stepforge.expr import Expr, Graph, Program
@@ -92,7 +93,7 @@ def parameters(
     declared |= {name: f"int {name}" for name in _choices(graph)}
     if any(format_.is_random for format_ in formats.values()):
         declared |= {"index": "uint32_t index", "key": "uint32_t key"}
-    for column in dict.fromkeys([*graph.varying.inputs, *graph.results]):
+    for column in columns_of(graph):
         const = "" if column in graph.results else "const "
         for name in tensors_of(column, formats):
             if not name.endswith(".scale"):

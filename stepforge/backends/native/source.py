@@ -14,12 +14,13 @@ from types import MappingProxyType
 
 import torch
 
+from stepforge.backends.memory import formats_of, tensors_of_graph
 from stepforge.backends.native import loops
 from stepforge.backends.native.storage import STORAGE, conversions
 from stepforge.expr import Graph
 from stepforge.formats import BLOCK, Format, tensors_of
 
-__all__ = ["Record", "c_source", "columns_of"]
+__all__ = ["Record", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
@@ -78,11 +79,6 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 """
 
 
-def columns_of(graph: Graph) -> tuple[str, ...]:
-    """What a kernel is given for each row: what it reads, then what it only writes."""
-    return tuple(dict.fromkeys([*graph.varying.inputs, *graph.results]))
-
-
 @dataclass(frozen=True)
 class Record:
     """What a kernel is told of a row: words of 64 bits, in this order.
@@ -101,9 +97,12 @@ class Record:
     @classmethod
     def of(cls, graph: Graph, formats: Mapping[str, Format]) -> Record:
         """The record of a graph's rows."""
-        names = (name for column in columns_of(graph) for name in tensors_of(column, formats))
-        used = [formats[column] for column in columns_of(graph) if column in formats]
-        return cls(tuple(names), any(x.in_blocks for x in used), any(x.is_random for x in used))
+        used = formats_of(graph, formats).values()
+        return cls(
+            tensors_of_graph(graph, formats),
+            any(format_.in_blocks for format_ in used),
+            any(format_.is_random for format_ in used),
+        )
 
     @property
     def width(self) -> int:
@@ -127,7 +126,7 @@ def c_source(
     """
     double = arithmetic == torch.float64
     record = Record.of(graph, formats)
-    used = {column: formats[column] for column in columns_of(graph) if column in formats}
+    used = formats_of(graph, formats)
     words = bool(used) or any(node.word for node in graph.varying.nodes)
     texts = [conversions((dtypes[name] for name in record.tensors), words=words)]
     texts += loops.functions(used)

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends.memory import tensors_of_graph
 from stepforge.backends.native import build
 from stepforge.backends.triton.source import (
     Record,
     named,
-    tensors_of_graph,
     triton_source,
     writer_source,
 )

@@ -20,10 +20,10 @@ from types import MappingProxyType
 
 import torch
 
-from stepforge.backends.native.source import columns_of
+from stepforge.backends.memory import formats_of, tensors_of_graph
 from stepforge.expr import Graph, Instruction, Program
 from stepforge.formats import BLOCK as CHUNK
-from stepforge.formats import DRAW, Format, Part, apart, tensor_name, tensors_of
+from stepforge.formats import DRAW, Format, Part, apart, tensor_name
 
 #: What an operation is in Triton; operands are names of variables, ``{number}`` is the type of the
 #: arithmetic. Triton's ``-x`` is ``0 - x``, and its ``maximum`` leaves the sign of a zero open.
@@ -134,7 +134,7 @@ class Record:
         cls, graph: Graph, dims: int, formats: Mapping[str, Format] = MappingProxyType({})
     ) -> Record:
         """The record of a graph's rows."""
-        used = _used(graph, formats)
+        used = formats_of(graph, formats)
         return cls(
             tuple(name for name in tensors_of_graph(graph, formats) if name != "g"),
             elements_of_graph(graph, formats),
@@ -175,11 +175,6 @@ class Record:
         return self.start + self.is_random
 
 
-def tensors_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
-    """The names of all tensors that a kernel is given for each row."""
-    return tuple(name for column in columns_of(graph) for name in tensors_of(column, formats))
-
-
 def elements_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
     """The names of those that have an element for each element: of all but scales."""
     scales = {
@@ -189,11 +184,6 @@ def elements_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str,
         if part.of_block
     }
     return tuple(name for name in tensors_of_graph(graph, formats) if name not in scales)
-
-
-def _used(graph: Graph, formats: Mapping[str, Format]) -> dict[str, Format]:
-    """The formats of the columns of a graph."""
-    return {column: formats[column] for column in columns_of(graph) if column in formats}
 
 
 @dataclass(frozen=True)
@@ -247,7 +237,7 @@ def triton_source(
         formats: of the columns that have one.
     """
     record = Record.of(graph, dims, formats)
-    design = _Design(graph, dtypes, arithmetic, _used(graph, formats), record)
+    design = _Design(graph, dtypes, arithmetic, formats_of(graph, formats), record)
     stored = ", ".join(f"{tensor} {_bare(dtype)}" for tensor, dtype in dtypes.items())
     about = f'"""A step in {_bare(arithmetic)} on {stored}; written by stepforge."""'
     functions = [*_functions_of_formats(design), _update(design)]
