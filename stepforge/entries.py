@@ -85,10 +85,21 @@ class Kept:
     as_found: bool
     full: str | None
 
-    @property
-    def keys(self) -> list[str]:
+    @functools.cached_property
+    def keys(self) -> tuple[str, ...]:
         """All keys of the entry."""
-        return [*self.scalars, *(slot.key for slot in self.slots)]
+        return (*self.scalars, *(slot.key for slot in self.slots))
+
+    @functools.cached_property
+    def _dtypes(self) -> tuple[torch.dtype, ...]:
+        return tuple(slot.part.dtype for slot in self.slots)
+
+    def is_whole(self, entry: Mapping[str, Any]) -> bool:
+        """Whether an entry has all that it should hold, in just the dtypes in which it should."""
+        found: list[Any] = list(map(entry.get, self.keys))
+        if any(x is None for x in found):
+            return False
+        return tuple(x.dtype for x in found[len(self.scalars) :]) == self._dtypes
 
     def columns(self) -> Iterator[tuple[str, Format | None, list[Slot]]]:
         """The letter of each column with its format and its tensors in the entry."""
@@ -155,6 +166,8 @@ def _full_dtype(dtype: torch.dtype, state_format: str | None) -> torch.dtype:
 
 def _is_cut(p: torch.Tensor) -> bool:
     """Whether a parameter is sharded in another way than between rows of dimension 0."""
+    if type(p) in (torch.Tensor, torch.nn.Parameter):
+        return False
     placements = getattr(p, "placements", ())
     return not all(x.is_replicate() or repr(x) == "Shard(dim=0)" for x in placements)
 
@@ -194,8 +207,8 @@ def completed(
     Raises:
         RuntimeError: what is in another format has another shape than the parameter.
     """
-    if all(key in entry for key in what.scalars) and not any(
-        True for _ in _columns_to_change(what, entry)
+    if what.is_whole(entry) or (
+        all(key in entry for key in what.scalars) and not list(_columns_to_change(what, entry))
     ):
         return entry
     new = converted(what, p, entry)

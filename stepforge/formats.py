@@ -553,6 +553,11 @@ class Storage:
     formats: Mapping[str, Format]
     dtypes: Mapping[str, torch.dtype]
 
+    @functools.cached_property
+    def key(self) -> tuple[tuple[str, Format], ...]:
+        """Equal where the formats are."""
+        return tuple(self.formats.items())
+
     def real_dtype(self, tensor: str) -> torch.dtype:
         """The dtype of a tensor, or of the parts of its complex numbers."""
         dtype = self.dtypes[tensor]

@@ -308,7 +308,7 @@ class Lane:
         """The lane of those rows, whose step numbers and scalar states become views; the launch."""
         declared = [s for s in rule.states.values() if s.on(rows[0].group)]
         states = tuple(row.state for row in rows)
-        keys = tuple(rows[0].kept.keys)
+        keys = rows[0].kept.keys
         numbers = {
             key: _as_one_vector(states, key)
             for key in ("step", *(s.key for s in declared if s.scalar))
@@ -473,7 +473,7 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
         key = (
             row.choice.backend.name,
             id(row.graph),
-            tuple(row.kept.storage.formats.items()),
+            row.kept.storage.key,
             row.p.device,
             arithmetic(row.p.dtype),
             id(row.group) if alone else None,

@@ -86,13 +86,15 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
         _check_choices(rule, alike[0].group)
         graph = rule.graph(alike[0].group)
         choices: dict[Any, Choice] = {}
+        shapes: dict[Any, Kept] = {}
         for number, p, g, group, entry in alike:
-            what = kept(rule, group, p)
+            alike_in_shape = p.dtype, p.shape, getattr(p, "placements", None)
+            what = shapes.get(alike_in_shape) or kept(rule, group, p)
+            shapes[alike_in_shape] = what
             if g.is_sparse:
                 g = _coalesced(g, group, refuses_sparse, what)
             # All that a choice depends on: parameters alike in it are asked about once.
-            formats = tuple(what.storage.formats.items())
-            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), formats)
+            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), what.storage.key)
             if kind not in choices:
                 _check_dtypes(p, g)
                 choices[kind] = choose(p, g, group, graph, what.storage)
@@ -157,6 +159,7 @@ def _check_shapes(row: Row) -> None:
         raise RuntimeError(
             f"a parameter of shape {tuple(row.p.shape)} has a gradient of {tuple(row.g.shape)}"
         )
+    is_sharded = hasattr(row.p, "placements")
     for slot in row.kept.slots:
         found = row.state[slot.key]
         if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
@@ -170,7 +173,9 @@ def _check_shapes(row: Row) -> None:
                 f"a parameter on {row.p.device} has a state {slot.key} on {found.device}: move it "
                 "there, or delete optimizer.state[p] to begin anew"
             )
-        if local(found).shape != slot.part.shape(local(row.p).shape):
+        if (is_sharded or hasattr(found, "placements")) and local(found).shape != slot.part.shape(
+            local(row.p).shape
+        ):
             raise RuntimeError(
                 f"a parameter of which {tuple(local(row.p).shape)} is here has a state {slot.key} "
                 f"of which {tuple(local(found).shape)} is: shard it as the parameter is, or delete "
