@@ -21,6 +21,7 @@ from stepforge.ops import where
 from tests.conformance.table import (
     BACKENDS,
     FAST,
+    FORMATS,
     assert_same_bits,
     extreme,
     forced,
@@ -248,3 +249,22 @@ def test_a_rule_that_does_not_match_its_states_is_refused(rule: Callable[..., An
         class Mistaken(stepforge.Optimizer, rule=rule):
             lr: NonNegative = 0.1
             m = zeros("exp_avg")
+
+
+@pytest.mark.parametrize("format_", ["float32, int8 states", "bfloat16, 24 bits, int8 states"])
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+def test_it_has_formats(backend: str, format_: str) -> None:
+    """Oracle: the reference; and what is kept is in that format."""
+    dtype, options = FORMATS[format_]
+    ends = []
+    for name in ("reference", backend):
+        p = torch.nn.Parameter(normal((17, 257), dtype, 1))
+        optimizer = Lion([p], **options)
+        with forced(name):
+            for step in range(3):
+                p.grad = normal((17, 257), dtype, 2 + step)
+                optimizer.step()
+        ends.append(outcome(optimizer, p))
+    assert_same_bits(*ends)
+    assert ends[0]["exp_avg"].dtype == torch.uint8
+    assert ("low_bits" in ends[0]) == (dtype == torch.bfloat16)
