@@ -6,14 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from stepforge.backends.batch import arithmetic
 from stepforge.backends.native import build, prebuilt
+from stepforge.backends.native.source import c_source
 from stepforge.backends.native.storage import NUMBERS
 from stepforge.cli import make_app, variants
 from stepforge.cli.variants import sources
-from tests.conformance.table import VARIANTS
+from stepforge.entries import kept
+from tests.conformance.table import OPTIMIZERS, VARIANTS
 from tests.native.faults import bears_its_digest, executable
 from tests.native.graphs import c_of, graph_of
 
@@ -47,6 +50,17 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
         for name, options in VARIANTS.values()
         for dtype in NUMBERS
     }
+    for name, options in VARIANTS.values():
+        for dtype, more in (
+            (torch.float32, {}),
+            (torch.bfloat16, {"master_weight_bits": 24}),
+        ):
+            p = torch.zeros(64, 64, dtype=dtype)
+            optimizer = OPTIMIZERS[name].ours([p], state_format="int8", **options, **more)
+            (group,), rule = optimizer.param_groups, optimizer._rule
+            storage, graph = kept(rule, group, p).storage, rule.graph(group)
+            stored = {"g": dtype, **storage.dtypes}
+            forms.add(c_source(graph, stored, torch.float32, storage.formats))
     assert set(sources()) == forms
     assert len(sources()) == len(forms)
 
