@@ -34,7 +34,7 @@ low-precision: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py --all --json out/bench.json
 
-# Makes a wheel in dist/ that carries the kernels of all built-in optimizers; half a minute.
+# Makes a wheel in dist/ that carries the kernels of all built-in optimizers; a minute or two.
 wheel: $(READY)
 	rm -rf build
 	$(BIN)/stepforge prebuild --output build/kernels
