@@ -79,6 +79,16 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 """
 
 
+_FETCH_AHEAD = """\
+/* Asks for a later block: the processor foresees what follows, up to the end of a page. */
+static inline void fetch_ahead(const void *at, uintptr_t size) {
+    uintptr_t begin = (uintptr_t)at + 4 * BLOCK * size;    /* as far as measured the fastest */
+    for (uintptr_t line = 0; line < BLOCK * size; line += 64)
+        __builtin_prefetch((const void *)(begin + line));
+}
+"""
+
+
 @dataclass(frozen=True)
 class Record:
     """What a kernel is told of a row: words of 64 bits, in this order.
@@ -129,6 +139,7 @@ def c_source(
     used = formats_of(graph, formats)
     words = bool(used) or any(node.word for node in graph.varying.nodes)
     texts = [conversions((dtypes[name] for name in record.tensors), words=words)]
+    texts += [_FETCH_AHEAD] if record.length else []
     texts += loops.functions(used)
     texts += [
         loops.loop(stage, graph, dtypes, used, double=double) for stage in loops.stages(graph, used)
@@ -225,6 +236,11 @@ def _in_blocks(
         f"{c}_at_scale_at[block] = new[{with_scales.index(c)}] = scale_of(largest[{n}]);"
         for n, c in enumerate(results)
     ]
+    ahead = [
+        f"fetch_ahead({c}_at + i, sizeof *{c}_at);"
+        for c in map(loops.in_c, record.tensors)
+        if f"{c}_at" in loops.parameters(graph, dtypes, formats)
+    ]
     whole = [_call(f"{name}_whole", arguments) for name in names]
     part = [_call(name, f"count, {arguments}") for name in names]
     return [
@@ -238,6 +254,7 @@ def _in_blocks(
         "    const int64_t i = first + within;",
         "    const int64_t count = length - within < BLOCK ? length - within : BLOCK;",
         f"    const float old[] = {{{old}}};",
+        *_indented(ahead),
         *_widening(graph, dtypes, formats, record),
         "    if (count == BLOCK) {",
         *_indented([*whole[0], *scales, *itertools.chain(*whole[1:])], 8),
