@@ -7,6 +7,7 @@ whole shape, blocks are not cut, and random bits follow from an element's place 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,19 @@ every_case = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they found."""
-    folder = tmp_path_factory.mktemp("ranks")
+    for _ in range(3):
+        folder = tmp_path_factory.mktemp("ranks")
+        codes, said = run_ranks(folder)
+        # A thread of gloo's own dies of a segmentation fault once in some dozens of runs, in none
+        # of our code. What is wrong here would be so every time.
+        if -signal.SIGSEGV not in codes:
+            break
+    assert codes == [0, 0], said
+    return folder
+
+
+def run_ranks(folder: Path) -> tuple[list[int], str]:
+    """What two processes return, and what they say."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.contract.ranks", str(rank), "2", str(folder)],
@@ -72,8 +85,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)
-    return folder
+    return [rank.returncode for rank in ranks], "\n".join(said)
 
 
 @pytest.fixture(scope="module")
