@@ -309,8 +309,9 @@ def test_a_weight_that_somebody_sets_is_what_it_was_set_to_but_for_the_lower_bit
     parts[""].zero_()
     y = format_.read(parts)
     assert y.abs().max() <= 2.0**-25
-    parts[""].fill_(INF)
-    assert torch.equal(format_.read(parts), torch.full_like(x, INF)) or dtype == torch.bfloat16
+    if dtype == torch.float16:  # with a bfloat16 what is kept is below infinity's own bits
+        parts[""].fill_(INF)
+        assert torch.equal(format_.read(parts), torch.full_like(x, INF))
 
 
 @short
