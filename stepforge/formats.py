@@ -121,6 +121,11 @@ class Format:
         return self.size is not None
 
     @property
+    def elements(self) -> tuple[Part, ...]:
+        """The parts that have an element for each element: all but scales."""
+        return tuple(part for part in self.parts if not part.of_block)
+
+    @property
     def is_random(self) -> bool:
         """Whether rounding takes random bits."""
         return "random" in self.encode.inputs
@@ -169,7 +174,7 @@ class Format:
             parts["scale"].copy_(scales)
             inputs["scale"] = _spread(scales, x.shape)
         encoded = evaluate(self.encode, inputs | {"random": random}, (), VOCABULARY)
-        for part, value in zip((part for part in self.parts if not part.of_block), encoded):
+        for part, value in zip(self.elements, encoded):
             # Integers of torch wrap around when they are narrowed, as words do.
             parts[part.name].copy_(value.to(part.dtype))
 

@@ -10,7 +10,7 @@ import torch
 
 from stepforge.backends.batch import Batch
 from stepforge.expr import Graph
-from stepforge.formats import Format, tensors_of
+from stepforge.formats import Format, tensor_name, tensors_of
 
 
 def columns_of(graph: Graph) -> tuple[str, ...]:
@@ -26,6 +26,17 @@ def formats_of(graph: Graph, formats: Mapping[str, Format]) -> dict[str, Format]
 def tensors_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
     """The names of all tensors that a kernel is given for each row."""
     return tuple(name for column in columns_of(graph) for name in tensors_of(column, formats))
+
+
+def elements_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
+    """The names of those that have an element for each element: of all but scales."""
+    scales = {
+        tensor_name(column, part)
+        for column, format_ in formats.items()
+        for part in format_.parts
+        if part.of_block
+    }
+    return tuple(name for name in tensors_of_graph(graph, formats) if name not in scales)
 
 
 def stored_dtypes(p: torch.Tensor, g: torch.Tensor | None) -> tuple[torch.dtype, torch.dtype]:

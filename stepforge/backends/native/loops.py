@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from stepforge.backends.memory import columns_of
+from stepforge.backends.memory import elements_of_graph
 from stepforge.backends.native.expressions import computed, results
 from stepforge.backends.native.storage import STORAGE
 from stepforge.expr import Expr, Graph, Program
-from stepforge.formats import DRAW, Format, Part, apart, tensor_name, tensors_of
+from stepforge.formats import DRAW, Format, apart, tensor_name
 
 __all__ = ["Stage", "functions", "in_c", "loop", "parameters", "scaled", "shown", "stages"]
 
@@ -93,12 +93,10 @@ def parameters(
     declared |= {name: f"int {name}" for name in _choices(graph)}
     if any(format_.is_random for format_ in formats.values()):
         declared |= {"index": "uint32_t index", "key": "uint32_t key"}
-    for column in columns_of(graph):
-        const = "" if column in graph.results else "const "
-        for name in tensors_of(column, formats):
-            if not name.endswith(".scale"):
-                c = f"{in_c(name)}_at"
-                declared[c] = f"{const}{STORAGE[dtypes[name]].element} *restrict {c}"
+    for name in elements_of_graph(graph, formats):
+        const = "" if name.partition(".")[0] in graph.results else "const "
+        c = f"{in_c(name)}_at"
+        declared[c] = f"{const}{STORAGE[dtypes[name]].element} *restrict {c}"
     with_scales = scaled(graph, formats)
     declared |= {f"{c}_numbers": f"number *restrict {c}_numbers" for c in with_scales}
     if any(format_.in_blocks for format_ in formats.values()):
@@ -223,13 +221,12 @@ def _read(
         return [f"const number {column}_in = {read}{' * unscale' if column == 'g' else ''};"]
     format_ = formats[column]
     lines = []
-    for part in _elements(format_):
+    for part in format_.elements:
         kind = "float" if part.dtype.is_floating_point else "uint32_t"
         read = STORAGE[part.dtype].read.format(f"{in_c(tensor_name(column, part))}_at[i]")
         lines.append(f"const {kind} {part.name or 'stored'} = {read};")
     if format_.in_blocks:
-        position = [c for c, f in formats.items() if f.in_blocks].index(column)
-        lines.append(f"const float scale = old[{position}];")
+        lines.append(f"const float scale = old[{_scale_of(column, formats)}];")
     given = format_.decode.inputs
     lines += computed(format_.decode, given)
     lines.append(f"{column}_in = {results(format_.decode, given)[0]};")
@@ -262,18 +259,17 @@ def _written(
         # From one element to the next, what is drawn grows by the same.
         lines += [f"const uint32_t random = {column}_word;", f"{column}_word += draw(1, 0);"]
     if format_.in_blocks:
-        position = [c for c, f in formats.items() if f.in_blocks].index(column)
-        lines.append(f"const float scale = new[{position}];")
+        lines.append(f"const float scale = new[{_scale_of(column, formats)}];")
     lines += computed(program, program.inputs)
-    for part, result in zip(_elements(format_), results(program, program.inputs)):
+    for part, result in zip(format_.elements, results(program, program.inputs)):
         at = f"{in_c(tensor_name(column, part))}_at[i]"
         lines.append(f"{at} = {STORAGE[part.dtype].write.format(result)};")
     return ["{", *(f"    {line}" for line in lines), "}"]
 
 
-def _elements(format_: Format) -> list[Part]:
-    """The parts of a format that have an element for each element."""
-    return [part for part in format_.parts if not part.of_block]
+def _scale_of(column: str, formats: Mapping[str, Format]) -> int:
+    """The number of a column among those that have scales."""
+    return [c for c, format_ in formats.items() if format_.in_blocks].index(column)
 
 
 def in_c(name: str) -> str:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import torch
 
-from stepforge.backends.memory import formats_of, tensors_of_graph
+from stepforge.backends.memory import elements_of_graph, formats_of, tensors_of_graph
 from stepforge.backends.native import loops
 from stepforge.backends.native.storage import STORAGE, conversions
 from stepforge.expr import Graph
@@ -173,6 +173,7 @@ def _step_row(
 ) -> str:
     """What hands a part of a row to the loops: all at once, or in blocks where it must convert."""
     written = {name for column in graph.results for name in tensors_of(column, formats)}
+    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
     widened = [name for name in record.tensors if STORAGE[dtypes[name]].widen]
     lines = []
     for position, name in enumerate(record.tensors):
@@ -191,10 +192,9 @@ def _step_row(
     at = "i" if record.length or widened else "low"
     given = {name: name for name in loops.parameters(graph, dtypes, formats)}
     given |= {"index": f"start + (uint32_t){at}"} if record.random else {}
-    for name in record.tensors:
+    for name in elements_of_graph(graph, formats):
         c = loops.in_c(name)
-        if f"{c}_at" in given:
-            given[f"{c}_at"] = f"{c}_block" if name in widened else f"{c}_at + {at}"
+        given[f"{c}_at"] = f"{c}_block" if name in widened else f"{c}_at + {at}"
     given.pop("count")
     arguments = ", ".join(given.values())
     lines += [f"float {loops.in_c(name)}_block[BLOCK];" for name in widened]
@@ -204,9 +204,9 @@ def _step_row(
         lines += [
             "for (int64_t i = low; i < high; i += BLOCK) {",
             "    const int64_t count = high - i < BLOCK ? high - i : BLOCK;",
-            *_widening(graph, dtypes, formats, record),
+            *_conversions("widen", read, dtypes, record),
             *_indented(_call("step_elements", f"count, {arguments}")),
-            *_narrowing(written, dtypes, record),
+            *_conversions("narrow", written, dtypes, record),
             "}",
         ]
     else:
@@ -230,6 +230,7 @@ def _in_blocks(
     with_scales = [column for column, format_ in formats.items() if format_.in_blocks]
     results = loops.scaled(graph, formats)
     written = {name for column in graph.results for name in tensors_of(column, formats)}
+    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
     names = [stage.name for stage in loops.stages(graph, formats)]
     old = ", ".join(f"{column}_at_scale_at[block]" for column in with_scales)
     scales = [
@@ -238,8 +239,7 @@ def _in_blocks(
     ]
     ahead = [
         f"fetch_ahead({c}_at + i, sizeof *{c}_at);"
-        for c in map(loops.in_c, record.tensors)
-        if f"{c}_at" in loops.parameters(graph, dtypes, formats)
+        for c in map(loops.in_c, elements_of_graph(graph, formats))
     ]
     whole = [_call(f"{name}_whole", arguments) for name in names]
     part = [_call(name, f"count, {arguments}") for name in names]
@@ -255,40 +255,31 @@ def _in_blocks(
         "    const int64_t count = length - within < BLOCK ? length - within : BLOCK;",
         f"    const float old[] = {{{old}}};",
         *_indented(ahead),
-        *_widening(graph, dtypes, formats, record),
+        *_conversions("widen", read, dtypes, record),
         "    if (count == BLOCK) {",
         *_indented([*whole[0], *scales, *itertools.chain(*whole[1:])], 8),
         "    } else {",
         *_indented([*part[0], *scales, *itertools.chain(*part[1:])], 8),
         "    }",
-        *_narrowing(written, dtypes, record),
+        *_conversions("narrow", written, dtypes, record),
         "    within += BLOCK;",
         "    if (within >= length) { within = 0; first += length; }",
         "}",
     ]
 
 
-def _widening(
-    graph: Graph, dtypes: Mapping[str, torch.dtype], formats: Mapping[str, Format], record: Record
+def _conversions(
+    way: str, wanted: Container[str], dtypes: Mapping[str, torch.dtype], record: Record
 ) -> list[str]:
-    """The calls that convert a block of each tensor that a loop reads and cannot convert."""
-    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
-    return [
-        f"    {STORAGE[dtypes[name]].widen}(count, {c}_at + i, {c}_block);"
-        for name, c in zip(record.tensors, map(loops.in_c, record.tensors))
-        if name in read and STORAGE[dtypes[name]].widen
-    ]
-
-
-def _narrowing(
-    written: Container[str], dtypes: Mapping[str, torch.dtype], record: Record
-) -> list[str]:
-    """The calls that convert it back."""
-    return [
-        f"    {STORAGE[dtypes[name]].narrow}(count, {c}_block, {c}_at + i);"
-        for name, c in zip(record.tensors, map(loops.in_c, record.tensors))
-        if name in written and STORAGE[dtypes[name]].narrow
-    ]
+    """The calls that convert a block of each tensor that a loop cannot: to ``widen`` or back."""
+    lines = []
+    for name in record.tensors:
+        function, c = getattr(STORAGE[dtypes[name]], way), loops.in_c(name)
+        if function and name in wanted:
+            ends = [f"{c}_at + i", f"{c}_block"]
+            source, target = ends if way == "widen" else reversed(ends)
+            lines.append(f"    {function}(count, {source}, {target});")
+    return lines
 
 
 def _call(name: str, arguments: str) -> list[str]:

@@ -18,12 +18,18 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
-from stepforge.backends.memory import Spans, overlaps, stored_dtypes, tensors_of_graph, unreadable
+from stepforge.backends.memory import (
+    Spans,
+    elements_of_graph,
+    overlaps,
+    stored_dtypes,
+    tensors_of_graph,
+    unreadable,
+)
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.source import (
     NUMBERS,
     OPERATIONS,
-    elements_of_graph,
 )
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table

@@ -20,7 +20,7 @@ from types import MappingProxyType
 
 import torch
 
-from stepforge.backends.memory import formats_of, tensors_of_graph
+from stepforge.backends.memory import elements_of_graph, formats_of, tensors_of_graph
 from stepforge.expr import Graph, Instruction, Program
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import DRAW, Format, Part, apart, tensor_name
@@ -173,17 +173,6 @@ class Record:
     def width(self) -> int:
         """How many numbers there are."""
         return self.start + self.is_random
-
-
-def elements_of_graph(graph: Graph, formats: Mapping[str, Format]) -> tuple[str, ...]:
-    """The names of those that have an element for each element: of all but scales."""
-    scales = {
-        tensor_name(column, part)
-        for column, format_ in formats.items()
-        for part in format_.parts
-        if part.of_block
-    }
-    return tuple(name for name in tensors_of_graph(graph, formats) if name not in scales)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from stepforge.backends.batch import Batch, is_capturing
-from stepforge.backends.memory import addresses, extent, tensors_of_graph
+from stepforge.backends.memory import addresses, elements_of_graph, extent, tensors_of_graph
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
-from stepforge.backends.triton.source import elements_of_graph
 from stepforge.backends.triton.strides import dimensions
 from stepforge.formats import BLOCK as CHUNK
 
