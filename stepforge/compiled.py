@@ -18,6 +18,7 @@ from stepforge import plan
 from stepforge.backends.batch import is_capturing
 from stepforge.entries import kept
 from stepforge.rows import Member, Row, checked_rows, keep_new_states, stepping
+from stepforge.sharding import is_plain
 
 if TYPE_CHECKING:
     from stepforge.optimizer import Optimizer
@@ -113,7 +114,7 @@ def _made_ready(optimizer: Optimizer) -> bool:
         rows = checked_rows(optimizer._rule, members, refuses_sparse=optimizer._refuses_sparse())
     except (RuntimeError, TypeError, ValueError):
         return False  # the step outside of the graph says what is wrong
-    if any(row.group["differentiable"] or not all(map(_is_plain, _tensors(row))) for row in rows):
+    if any(row.group["differentiable"] or not all(map(_is_traced, _tensors(row))) for row in rows):
         return False
     keep_new_states(rows, optimizer.state)
     for row in rows:
@@ -133,8 +134,8 @@ def _tensors(row: Row) -> list[torch.Tensor]:
     return [row.p, row.g, *(x for x in row.state.values() if isinstance(x, torch.Tensor))]
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_sparse
+def _is_traced(x: torch.Tensor) -> bool:
+    return is_plain(x) and not x.is_sparse
 
 
 _numbers = itertools.count()
@@ -182,8 +183,7 @@ def _step(
             "call torch.compiler.reset()"
         )
     with torch.no_grad():
-        for launch in plan.launches(stepped._rule, rows):
-            launch.run()
+        plan.run(plan.launches(stepped._rule, rows))
 
 
 @_step.register_fake

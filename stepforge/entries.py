@@ -13,6 +13,7 @@ import torch
 from stepforge.declare import Rule, State
 from stepforge.formats import BLOCK, Format, Part, Storage, codes, joined, rounded, tensor_name
 from stepforge.ops import scalar_dtype
+from stepforge.sharding import is_plain, local
 
 __all__ = [
     "SHORT",
@@ -166,7 +167,7 @@ def _full_dtype(dtype: torch.dtype, state_format: str | None) -> torch.dtype:
 
 def _is_cut(p: torch.Tensor) -> bool:
     """Whether a parameter is sharded in another way than between rows of dimension 0."""
-    if type(p) in (torch.Tensor, torch.nn.Parameter):
+    if is_plain(p):
         return False
     placements = getattr(p, "placements", ())
     return not all(x.is_replicate() or repr(x) == "Shard(dim=0)" for x in placements)
@@ -397,8 +398,9 @@ def _first(
         if p.is_complex():
             value = complex(value, value)  # real and imaginary parts are averaged each by itself
         return {slot.key: _full(p, slot, value) for slot in slots}
-    one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype) for x in format_.parts}
-    format_.write(one, torch.full((1, 1), float(value)))
+    like = {"device": torch.device("cpu")}  # whatever the default device is
+    one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype, **like) for x in format_.parts}
+    format_.write(one, torch.full((1, 1), float(value), **like))
     return {slot.key: _full(p, slot, one[slot.part.name].item()) for slot in slots}
 
 
@@ -480,8 +482,3 @@ def _number(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -
 def _number_dtype(group: Mapping[str, Any]) -> torch.dtype:
     """The dtype of scalar states and of the step number: float32 where a kernel reads them."""
     return torch.float32 if group["fused"] else scalar_dtype()
-
-
-def local(x: torch.Tensor) -> torch.Tensor:
-    """The part of a sharded tensor that is here."""
-    return x.to_local() if hasattr(x, "to_local") else x

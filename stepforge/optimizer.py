@@ -315,6 +315,7 @@ class Optimizer(_Declared):
             foreign=_hyperparameters_of_others(self._hyperparameters),
         )
         checkpoint.apply(found, self.param_groups, self.state, strict=strict)
+        self._plan = None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
         return found.result
@@ -359,10 +360,10 @@ class Optimizer(_Declared):
         try:
             if scale is not None and scale.on_host and scale.found_inf:
                 return
-            for launch in self._launches():
-                if scale is not None:
-                    launch = launch.scaled(scale)
-                launch.run()
+            launches = self._launches()
+            if scale is not None:
+                launches = [launch.scaled(scale) for launch in launches]
+            plan.run(launches)
         except BaseException:
             # What was said is about this step only; a gradient scaler would multiply what it says
             # at the next one with what it finds.

@@ -1,8 +1,8 @@
 """The plan of a step: rows laid out once for their backends, and kept while nothing has moved.
 
-Walking over parameters, states and options in Python costs more than a kernel takes. A plan holds
+Walking over parameters, states and options in Python costs more than a kernel takes. A plan knows
 what the last step found; before it is used again it is compared with what is there now, down to
-every tensor's identity, address and layout, by loops that run in C. What differs makes it stale.
+every tensor's address and layout, by loops that run in C. What differs makes it stale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,10 +29,12 @@ from stepforge.coefficients import (
     streams,
 )
 from stepforge.declare import EXECUTION_FLAGS, Rule, is_off
-from stepforge.entries import first_index, local
+from stepforge.entries import first_index
 from stepforge.expr import Graph
 from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states, stepping
+from stepforge.sharding import is_plain, local
+from stepforge.signals import Deferred
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Launch:
             return
         self.backend.run(self.batch)
         skipped = self._skipped()
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.batch.differentiable):
             for state, value in self.scalars:
                 _keep(state, value, skipped)
             more = 1 if skipped is None else torch.where(skipped, 0.0, 1.0)
@@ -97,6 +99,13 @@ def _keep(state: torch.Tensor, value: Any, skipped: torch.Tensor | None) -> None
         state.copy_(value)
     else:
         state.fill_(value)
+
+
+def run(launches: Iterable[Launch]) -> None:
+    """Steps what a step has to step, between two signals' handlers."""
+    with Deferred():
+        for launch in launches:
+            launch.run()
 
 
 def launches(rule: Rule, rows: Sequence[Row]) -> list[Launch]:
@@ -138,13 +147,15 @@ def lay_out(
         _are_vectors(rule, batch) for batch in batches if batch[0].group["capturable"]
     ):
         return prepared, None
-    stepped = set(map(id, (row.p for row in rows)))
-    lanes = [Lane.of(rule, batch, launch) for batch, launch in zip(batches, prepared)]
+    lanes = [
+        Lane.of(rule, groups, state, batch, launch) for batch, launch in zip(batches, prepared)
+    ]
+    stepped = {id(row.p) for row in rows}
     plan = Plan(
         lanes=tuple(lane for _, lane in lanes),
         groups=_Groups.of(rule, groups),
-        idle=tuple(p for group in groups for p in group["params"] if id(p) not in stepped),
-        entries=tuple(state.values()),
+        idle=[id(p) not in stepped for group in groups for p in group["params"]],
+        entries=list(map(id, state)),
         environment=_environment(),
     )
     return [launch for launch, _ in lanes], plan
@@ -152,35 +163,40 @@ def lay_out(
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step was made from, to make the next one of. It holds no gradients.
+    """What a step was made from, to make the next one of.
+
+    It owns no parameter, gradient, state or group, so that those which are dropped are freed at
+    once. It knows parameters by their ids: should another one have come to bear an id, it is read
+    from the groups and the state like any other, and its address and layout are compared.
 
     Attributes:
         lanes: what each launch was made from.
         groups: the param groups as they were.
-        idle: the parameters that had no gradient.
-        entries: the entries of ``optimizer.state``.
+        idle: for each parameter of the groups, in order, whether it had no gradient.
+        entries: the ids of the keys of ``optimizer.state``, in order.
         environment: the variables that choose backends.
     """
 
     lanes: tuple[Lane, ...]
     groups: _Groups
-    idle: tuple[torch.Tensor, ...]
-    entries: tuple[Any, ...]
+    idle: list[bool]
+    entries: list[int]
     environment: tuple[str | None, ...]
 
     def renewed(
         self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
     ) -> list[Launch] | None:
         """The launches of another step, with its gradients and coefficients; None if stale."""
-        if (
-            self.environment != _environment()
-            or not self.groups.hold(groups)
-            or any(p.grad is not None for p in self.idle)
-            or len(state) != len(self.entries)
-            or not all(map(operator.is_, state.values(), self.entries))
-        ):
+        if self.environment != _environment() or list(map(id, state)) != self.entries:
             return None
-        launches = [lane.renewed() for lane in self.lanes]
+        params = self.groups.params_of(groups)
+        if params is None:
+            return None
+        gradients = list(map(_grad, params))
+        if list(map(operator.is_, gradients, itertools.repeat(None))) != self.idle:
+            return None
+        entries = list(state.values())
+        launches = [lane.renewed(groups, params, gradients, entries) for lane in self.lanes]
         return [x for x in launches if x is not None] if all(launches) else None
 
 
@@ -208,7 +224,7 @@ def _is_plain(row: Row) -> bool:
         or row.g.is_sparse
         or step.dtype != (torch.float32 if _on_device(row) else scalar_dtype())
         or (_on_device(row) and step.device != row.p.device)
-        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+        or not all(map(is_plain, tensors))
     )
 
 
@@ -219,16 +235,14 @@ class _Groups:
     Numbers are read anew by the lanes; only what graphs and backends depend on counts here.
 
     Attributes:
-        groups: the groups themselves.
-        members: the parameters of all of them, in order.
+        params: the ids of the parameters of all groups, in order.
         counts: how many each has.
         flags: reads the options of a group that change what runs, whatever their value.
         options: what it read.
         amounts: for each option that changes what runs if it is zero, its value in each group.
     """
 
-    groups: tuple[Mapping[str, Any], ...]
-    members: tuple[torch.Tensor, ...]
+    params: list[int]
     counts: list[int]
     flags: Callable[[Mapping[str, Any]], Any]
     options: list[Any]
@@ -239,24 +253,22 @@ class _Groups:
         flags = operator.itemgetter(
             *(n for n, h in rule.hyperparameters.items() if h.static or n in EXECUTION_FLAGS)
         )
-        params = [group["params"] for group in groups]
+        params = _each(groups, "params")
         return cls(
-            tuple(groups),
-            tuple(itertools.chain.from_iterable(params)),
+            list(map(id, itertools.chain.from_iterable(params))),
             list(map(len, params)),
             flags,
             list(map(flags, groups)),
             {n: _each(groups, n) for n, h in rule.hyperparameters.items() if h.zero_is_off},
         )
 
-    def hold(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether these are the same groups with the same members, and nothing else would run."""
-        if len(groups) != len(self.groups) or not all(map(operator.is_, groups, self.groups)):
-            return False
+    def params_of(self, groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor] | None:
+        """The parameters of groups that have the same ones and run the same; else None."""
         params = _each(groups, "params")
-        return (
+        members = list(itertools.chain.from_iterable(params))
+        is_same = (
             list(map(len, params)) == self.counts
-            and all(map(operator.is_, itertools.chain.from_iterable(params), self.members))
+            and list(map(id, members)) == self.params
             and list(map(self.flags, groups)) == self.options
             and all(
                 list(map(is_off, _each(groups, name))) == list(map(is_off, known))
@@ -264,6 +276,7 @@ class _Groups:
                 if not all(map(operator.is_, _each(groups, name), known))
             )
         )
+        return members if is_same else None
 
 
 def _each(groups: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
@@ -273,42 +286,54 @@ def _each(groups: Iterable[Mapping[str, Any]], name: str) -> list[Any]:
 
 @dataclass(frozen=True)
 class Lane:
-    """What a launch was made from, kept for the next step.
+    """What a launch was made from, to make that of the next step of.
 
     Attributes:
-        launch: the launch, with neither gradients nor coefficients.
+        launch: the launch, without tensors and coefficients.
         rule: the optimizer's rule.
-        states: the entries of ``optimizer.state`` of its rows.
+        params: takes the parameters of its rows out of those of all groups.
+        entries: takes their entries out of those of ``optimizer.state``.
         keys: the names of the states that the rows keep.
-        tensors: the parameters, then the states of each row in the order of ``keys``.
-        addresses: where they begin.
+        columns: for each tensor of a batch that is a state, its place among ``keys``.
+        addresses: where the parameters begin, and then the states of each row in the order of
+            ``keys``.
         layout: tells whether tensors, these and then the gradients, have the dtypes, shapes,
             strides and devices they had.
         numbers: the step numbers, then the scalar states: one vector each, of which the rows'
             own tensors are elements.
-        groups: the distinct param groups, and for each row the number of its own.
+        groups: the positions of its distinct param groups.
+        own: for each row which of them is its own.
         streams: for each row what its keys follow from; None if nothing is rounded at random.
         on_device: whether its numbers are not to be waited for.
     """
 
     launch: Launch
     rule: Rule
-    states: tuple[dict[str, Any], ...]
+    params: _Take
+    entries: _Take
     keys: tuple[str, ...]
-    tensors: tuple[torch.Tensor, ...]
+    columns: Mapping[str, int]
     addresses: list[int]
     layout: Any
     numbers: Mapping[str, torch.Tensor]
-    groups: _GroupsOfRows
+    groups: list[int]
+    own: np.ndarray[Any, Any]
     streams: Words | None
     on_device: bool
 
     @classmethod
-    def of(cls, rule: Rule, rows: Sequence[Row], launch: Launch) -> tuple[Launch, Lane]:
+    def of(
+        cls,
+        rule: Rule,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+        rows: Sequence[Row],
+        launch: Launch,
+    ) -> tuple[Launch, Lane]:
         """The lane of those rows, whose step numbers and scalar states become views; the launch."""
         declared = [s for s in rule.states.values() if s.on(rows[0].group)]
         states = tuple(row.state for row in rows)
-        keys = rows[0].kept.keys
+        kept = rows[0].kept
         numbers = {
             key: _as_one_vector(states, key)
             for key in ("step", *(s.key for s in declared if s.scalar))
@@ -319,49 +344,64 @@ class Lane:
             steps=[numbers["step"]],
             scalars=list(zip(scalars, (value for _, value in launch.scalars))),
         )
-        tensors = [*(row.p for row in rows), *_read(states, keys)]
-        columns = {name: c for name, c in launch.batch.columns.items() if name != "g"}
+        tensors = [*(row.p for row in rows), *_read(states, kept.keys)]
+        distinct, own = _groups_of(rows)
+        members = list(itertools.chain.from_iterable(_each(groups, "params")))
+        of_params, of_entries, of_groups = map(_places, (members, state, groups))
+        batch = replace(launch.batch, columns={}, coefficients=[])
         lane = cls(
-            replace(launch, batch=replace(launch.batch, columns=columns, coefficients=[])),
+            replace(launch, batch=batch, steps=[], scalars=[]),
             rule,
-            states,
-            keys,
-            tuple(tensors),
+            _take([of_params[id(row.p)] for row in rows], len(members)),
+            _take([of_entries[id(row.p)] for row in rows], len(state)),
+            kept.keys,
+            {slot.name: kept.keys.index(slot.key) for slot in kept.slots},
             _addresses(tensors),
             _layout_check([*tensors, *(row.g for row in rows)]),
             numbers,
-            _GroupsOfRows.of(rows),
+            [of_groups[id(group)] for group in distinct],
+            own,
             None if launch.batch.keys is None else _streams(rule, rows),
             _on_device(rows[0]),
         )
         return launch, lane
 
-    def renewed(self) -> Launch | None:
-        """The launch with this step's gradients and coefficients; None if anything has moved."""
-        count = len(self.states)
-        gradients = list(map(_grad, self.tensors[:count]))
-        if any(map(operator.is_, gradients, itertools.repeat(None))):
-            return None
+    def renewed(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        params: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        entries: list[Any],
+    ) -> Launch | None:
+        """The launch with this step's tensors and coefficients; None if anything has moved.
+
+        Args:
+            groups: the param groups.
+            params: the parameters of all of them.
+            gradients: the gradient of each.
+            entries: the values of ``optimizer.state``.
+        """
+        params, gradients = self.params(params), self.params(gradients)
         try:
-            found = _read(self.states, self.keys)
-        except KeyError:
+            states = _read(self.entries(entries), self.keys)
+            is_same = _addresses([*params, *states]) == self.addresses
+        except (KeyError, TypeError, RuntimeError):  # no dict, no such key, no tensor, no memory
             return None
-        if (
-            not all(map(operator.is_, found, self.tensors[count:]))
-            or _addresses(self.tensors) != self.addresses
-            or not self.layout(*self.tensors, *gradients)
-        ):
+        if not is_same or not self.layout(*params, *states, *gradients):
             return None
         batch, graph = self.launch.batch, self.launch.batch.graph
         if batch.prepared is not None:
             batch.prepared.aim(gradients)
-        coefficients, scalars = _split(graph, self._uniform_values(graph))
+        distinct = [groups[position] for position in self.groups]
+        coefficients, scalars = _split(graph, self._uniform_values(graph, distinct))
+        width = len(self.keys)
+        columns = {name: states[place::width] for name, place in self.columns.items()}
         return replace(
             self.launch,
             batch=replace(
                 batch,
-                columns=batch.columns | {"g": gradients},
-                coefficients=[rounded(c, count, batch.dtype) for c in coefficients],
+                columns={"p": params, "g": gradients, **columns},
+                coefficients=[rounded(c, len(params), batch.dtype) for c in coefficients],
                 keys=None if self.streams is None else keys(self.streams, self.numbers["step"]),
             ),
             steps=[self.numbers["step"]],
@@ -374,26 +414,40 @@ class Lane:
             ],
         )
 
-    def _uniform_values(self, graph: Graph) -> list[Any]:
+    def _uniform_values(self, graph: Graph, distinct: Sequence[Mapping[str, Any]]) -> list[Any]:
         if self.on_device:
-            (group,) = self.groups.distinct
+            (group,) = distinct
             return device_values(graph, _device_inputs(self.rule, group, self.numbers))
         numbers = {key: vector.numpy() for key, vector in self.numbers.items()}
-        return host_values(graph, _host_inputs(self.rule, graph, self.groups, numbers))
+        return host_values(graph, _host_inputs(self.rule, graph, distinct, self.own, numbers))
 
 
-@dataclass(frozen=True)
-class _GroupsOfRows:
-    """The distinct param groups of some rows, and for each row the number of its own."""
+_Take: TypeAlias = Callable[[list[Any]], list[Any]]
 
-    distinct: tuple[Mapping[str, Any], ...]
-    own: np.ndarray[Any, Any]
 
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> _GroupsOfRows:
-        distinct = {id(row.group): row.group for row in rows}
-        position = {key: number for number, key in enumerate(distinct)}
-        return cls(tuple(distinct.values()), np.array([position[id(row.group)] for row in rows]))
+def _take(positions: list[int], count: int) -> _Take:
+    """A function that takes the elements at some positions out of a list of so many."""
+    if positions == list(range(count)):
+        return list
+    if len(positions) == 1:
+        return lambda values: [values[positions[0]]]
+    take = operator.itemgetter(*positions)
+    return lambda values: list(take(values))
+
+
+def _places(keys: Iterable[Any]) -> dict[int, int]:
+    """The first position of each object, by its id."""
+    places: dict[int, int] = {}
+    for position, key in enumerate(keys):
+        places.setdefault(id(key), position)
+    return places
+
+
+def _groups_of(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], np.ndarray[Any, Any]]:
+    """The distinct param groups of rows, and for each row which of them is its own."""
+    distinct = {id(row.group): row.group for row in rows}
+    places = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), np.array([places[id(row.group)] for row in rows])
 
 
 _grad = operator.attrgetter("grad")
@@ -514,8 +568,8 @@ def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
 
 def _streams(rule: Rule, rows: Sequence[Row]) -> Words:
     """What the keys of each row follow from in all steps."""
-    groups = _GroupsOfRows.of(rows)
-    seeds = np.array(rule.numbers(groups.distinct, "rounding_seed"))[groups.own]
+    distinct, own = _groups_of(rows)
+    seeds = np.array(rule.numbers(distinct, "rounding_seed"))[own]
     device = rows[0].p.device if _on_device(rows[0]) else torch.device("cpu")
     return streams(seeds, np.array([row.number for row in rows]), device)
 
@@ -536,15 +590,20 @@ def _uniform_values(rule: Rule, rows: Sequence[Row]) -> list[Any]:
     if _on_device(rows[0]):
         vectors = {key: torch.stack([row.state[key] for row in rows]) for key in keys.values()}
         return device_values(graph, _device_inputs(rule, group, vectors))
-    numbers = {key: np.array([float(row.state[key]) for row in rows]) for key in keys.values()}
     if group["differentiable"]:
         options = dict(rule.uniform_values(group))
         by_row = [
-            options | {letter: float(numbers[key][i]) for letter, key in keys.items()}
-            for i in range(len(rows))
+            options | {letter: _seen(row.state[key]) for letter, key in keys.items()}
+            for row in rows
         ]
         return differentiable_values(graph, [row | {"t": row["t"] + 1} for row in by_row])
-    return host_values(graph, _host_inputs(rule, graph, _GroupsOfRows.of(rows), numbers))
+    numbers = {key: np.array([float(row.state[key]) for row in rows]) for key in keys.values()}
+    return host_values(graph, _host_inputs(rule, graph, *_groups_of(rows), numbers))
+
+
+def _seen(number: torch.Tensor) -> torch.Tensor | float:
+    """A scalar state as autograd is to see it: in-place writes then leave what it keeps alone."""
+    return number.clone() if number.requires_grad else float(number)
 
 
 def _device_inputs(
@@ -564,12 +623,20 @@ def _device_inputs(
 def _host_inputs(
     rule: Rule,
     graph: Graph,
-    groups: _GroupsOfRows,
+    groups: Sequence[Mapping[str, Any]],
+    own: np.ndarray[Any, Any],
     numbers: Mapping[str, np.ndarray[Any, Any]],
 ) -> dict[str, Any]:
     """The inputs of the uniform program as float64 arrays; a number where all rows agree.
 
     Numbers go through the program several times faster, and to the same bits.
+
+    Args:
+        rule: the optimizer's rule.
+        graph: whose program it is.
+        groups: the distinct param groups of the rows.
+        own: for each row which of them is its own.
+        numbers: the step numbers and scalar states of the rows, by their keys.
     """
     inputs: dict[str, Any] = {}
     for name in graph.uniform.inputs:
@@ -578,9 +645,9 @@ def _host_inputs(
         elif name in rule.states:
             inputs[name] = _agreed(numbers[rule.states[name].key])
         else:
-            known = list(map(float, rule.numbers(groups.distinct, name)))
+            known = list(map(float, rule.numbers(groups, name)))
             same = known.count(known[0]) == len(known)
-            inputs[name] = known[0] if same else np.array(known)[groups.own]
+            inputs[name] = known[0] if same else np.array(known)[own]
     return inputs
 
 

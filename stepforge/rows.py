@@ -11,8 +11,9 @@ import torch
 
 from stepforge.backends import Choice, choose
 from stepforge.declare import Rule, is_off
-from stepforge.entries import Kept, completed, kept, local
+from stepforge.entries import Kept, completed, kept
 from stepforge.expr import Graph
+from stepforge.sharding import is_sharded, local, placed_as
 
 
 class Member(NamedTuple):
@@ -62,7 +63,7 @@ def stepping(
     for group in groups:
         for number, p in enumerate(_distinct(group["params"]), first):
             if p.grad is not None:
-                yield Member(number, p, p.grad, group, state.get(p) or {})
+                yield Member(number, p, p.grad, group, state.get(p, {}))
         first += len(group["params"])
 
 
@@ -91,8 +92,13 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
             alike_in_shape = p.dtype, p.shape, getattr(p, "placements", None)
             what = shapes.get(alike_in_shape) or kept(rule, group, p)
             shapes[alike_in_shape] = what
+            _check_kinds(p, what, entry)
             if g.is_sparse:
                 g = _coalesced(g, group, refuses_sparse, what)
+            if is_sharded(p) or is_sharded(g):
+                g = placed_as(p, g)
+            if g._is_zerotensor():  # autograd's zeros that are nowhere in memory
+                g = g.clone()
             # All that a choice depends on: parameters alike in it are asked about once.
             kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), what.storage.key)
             if kind not in choices:
@@ -135,6 +141,30 @@ def _coalesced(
     return g.coalesce()
 
 
+def _check_kinds(p: torch.Tensor, what: Kept, entry: Any) -> None:
+    """Raises if a state is nothing that can be computed with, as when it was set by hand."""
+    if not isinstance(entry, dict):
+        raise TypeError(
+            f"optimizer.state of a parameter of shape {tuple(p.shape)} is {entry!r}; it must be a "
+            "dict: delete optimizer.state[p] to begin anew"
+        )
+    for key in filter(entry.__contains__, what.keys):
+        found = entry[key]
+        if not isinstance(found, torch.Tensor):
+            kind = repr(found)
+        elif found.layout != torch.strided:
+            kind = f"a tensor of layout {found.layout}"
+        elif key in what.scalars and (found.numel() != 1 or not found.is_floating_point()):
+            kind = f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
+        else:
+            continue
+        wanted = "a tensor of one number" if key in what.scalars else "a dense tensor"
+        raise TypeError(
+            f"a parameter of shape {tuple(p.shape)} has a state {key} that is {kind}; it must be "
+            f"{wanted}: delete optimizer.state[p] to begin anew"
+        )
+
+
 def _check_choices(rule: Rule, group: Mapping[str, Any]) -> None:
     """Raises if an option that has a list of values has another, set by hand."""
     for name, declared in rule.hyperparameters.items():
@@ -159,7 +189,6 @@ def _check_shapes(row: Row) -> None:
         raise RuntimeError(
             f"a parameter of shape {tuple(row.p.shape)} has a gradient of {tuple(row.g.shape)}"
         )
-    is_sharded = hasattr(row.p, "placements")
     for slot in row.kept.slots:
         found = row.state[slot.key]
         if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
@@ -173,7 +202,7 @@ def _check_shapes(row: Row) -> None:
                 f"a parameter on {row.p.device} has a state {slot.key} on {found.device}: move it "
                 "there, or delete optimizer.state[p] to begin anew"
             )
-        if (is_sharded or hasattr(found, "placements")) and local(found).shape != slot.part.shape(
+        if (is_sharded(row.p) or is_sharded(found)) and local(found).shape != slot.part.shape(
             local(row.p).shape
         ):
             raise RuntimeError(

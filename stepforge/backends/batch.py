@@ -83,7 +83,8 @@ class LossScale:
         """What gradients are multiplied by, rounded to the dtype of the arithmetic."""
         if self.scale is None:
             return 1.0
-        return float(torch.tensor(1.0 / float(self.scale), dtype=torch.float64).to(dtype))
+        wide = torch.tensor(1.0 / float(self.scale), dtype=torch.float64, device="cpu")
+        return float(wide.to(dtype))
 
 
 def _placed(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

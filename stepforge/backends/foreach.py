@@ -7,17 +7,21 @@ once where the graph rounds twice.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
+from stepforge.backends import reference
 from stepforge.backends.batch import CACHED, Batch
 from stepforge.backends.exact import choose, correct_sqrt, divide
+from stepforge.backends.memory import Aliasing
 from stepforge.expr import WORDS, Graph
 from stepforge.formats import Storage
 from stepforge.ops import VOCABULARY
+from stepforge.sharding import is_plain
 
 name = "foreach"
 asynchronous = False
@@ -42,12 +46,17 @@ def refuses(
     return None
 
 
-def prepare(batch: Batch) -> None:
-    """Nothing of a batch is worth keeping here."""
+def prepare(batch: Batch) -> Aliasing | None:
+    """What finds shared memory in every step; None for tensors that may have no memory."""
+    tensors = itertools.chain.from_iterable(batch.columns.values())
+    return Aliasing(batch) if all(map(is_plain, tensors)) else None
 
 
 def run(batch: Batch) -> None:
     """Computes all rows together and stores their results."""
+    if isinstance(batch.prepared, Aliasing) and batch.prepared.found():
+        reference.run(batch)  # which has an order of reads and writes
+        return
     on_cpu = batch.columns["p"][0].device.type == "cpu"
     for part in batch.pieces(CACHED) if on_cpu else [batch]:
         _run_part(part.unscaled())
@@ -88,6 +97,9 @@ def _run_part(batch: Batch) -> None:
         if name in batch.formats:
             for row in rows:
                 batch.store(name, row, result[row])
+        elif any(x.is_neg() for x in batch.columns[name]):  # which _foreach_copy_ does not take
+            for x, value in zip(batch.columns[name], result):
+                x.copy_(value)
         else:
             torch._foreach_copy_(batch.columns[name], result)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from stepforge.backends.batch import Batch
 from stepforge.expr import Graph
 from stepforge.formats import Format, tensor_name, tensors_of
+from stepforge.sharding import is_plain, local
 
 
 def columns_of(graph: Graph) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ def unreadable(
         storable: the dtypes that the kernel reads and writes.
     """
     for tensor in (p, p if g is None else g):
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        if not is_plain(local(tensor)):
             return f"a {type(tensor).__name__} may have no memory of its own"
     if g is not None and g.is_sparse:
         return "its gradient is sparse"
@@ -87,13 +89,43 @@ class Spans:
         return bool((last > first).any())
 
 
+class Aliasing:
+    """Tells whether the memory of a parameter or state is also another tensor's of a batch.
+
+    Args:
+        batch: the rows; it may be aimed at other gradients of the same layouts.
+
+    Attributes:
+        gradients: where the gradients begin.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        gradients = batch.columns["g"]
+        self._kept = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
+        self._occupied = np.array([g.numel() > 0 for g in gradients])
+        self._extents = np.array([extent(g) for g in gradients], np.uint64)
+        self.aim(gradients)
+
+    def aim(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Takes other gradients of the same layouts."""
+        self.gradients = addresses(gradients)
+
+    def found(self) -> bool:
+        """True if any memory that is kept is also another tensor's."""
+        begins = self.gradients[self._occupied]
+        ends = begins + self._extents[self._occupied]
+        return self._kept.overlap or self._kept.touch(begins, ends)
+
+
 def overlaps(batch: Batch) -> bool:
-    """Whether the memory of a parameter or state is also another tensor's of the batch."""
-    kept = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
-    gradients = [g for g in batch.columns["g"] if g.numel()]
-    begins = addresses(gradients)
-    extents = np.array([extent(g) for g in gradients], np.uint64)
-    return kept.overlap or kept.touch(begins, begins + extents)
+    """True if the memory of a parameter or state is also another tensor's of the batch."""
+    return Aliasing(batch).found()
+
+
+def count_writes(batch: Batch) -> None:
+    """Tells autograd of writes through pointers, so that it refuses a stale backward."""
+    written = (batch.columns[name] for name in batch.written)
+    torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(written)))
 
 
 def extent(x: torch.Tensor) -> int:

@@ -23,7 +23,7 @@ OPTIMIZERS = [
     stepforge.NAdam,
     stepforge.RAdam,
 ]
-SHAPES = [(7,), (3, 5), (), (4, 2, 3)]
+SHAPES = [(7,), (3, 5), (), (4, 2, 3), (7,)]
 
 
 def built(cls: type[stepforge.Optimizer], backend: str) -> stepforge.Optimizer:
@@ -80,6 +80,45 @@ def replace_step(optimizer: stepforge.Optimizer) -> None:
 
 def swap_step_memory(optimizer: stepforge.Optimizer) -> None:
     first_state(optimizer)[0]["step"].data = torch.tensor(17.0)
+
+
+def rekey(optimizer: stepforge.Optimizer, new_key: Callable[[Any], Any]) -> None:
+    """Puts every entry under another key, where it stood."""
+    entries = [(new_key(key), entry) for key, entry in optimizer.state.items()]
+    optimizer.state.clear()
+    optimizer.state.update(entries)
+
+
+def entries_put_back_crosswise(optimizer: stepforge.Optimizer) -> None:
+    first, last = params_of(optimizer)[0], params_of(optimizer)[-1]
+    crosswise = {first: last, last: first}
+    rekey(optimizer, lambda key: crosswise.get(key, key))
+
+
+def entry_put_aside(optimizer: stepforge.Optimizer) -> None:
+    first = params_of(optimizer)[0]
+    rekey(optimizer, lambda key: "aside" if key is first else key)
+
+
+def entry_of_a_new_parameter_in_its_place(optimizer: stepforge.Optimizer) -> None:
+    old, new = params_of(optimizer)[0], torch.nn.Parameter(torch.ones(7))
+    optimizer.param_groups[0]["params"][0] = new
+    rekey(optimizer, lambda key: new if key is old else key)
+
+
+def entry_copied_to_another_dict(optimizer: stepforge.Optimizer) -> None:
+    """The same tensors in another dict."""
+    p = params_of(optimizer)[0]
+    optimizer.state[p] = dict(optimizer.state[p])
+
+
+def parameters_tied(optimizer: stepforge.Optimizer) -> None:
+    params_of(optimizer)[-1].data = params_of(optimizer)[0].data
+
+
+def states_tied(optimizer: stepforge.Optimizer) -> None:
+    state, name = first_state(optimizer)
+    optimizer.state[params_of(optimizer)[-1]][name] = state[name]
 
 
 def state_of_another_dtype(optimizer: stepforge.Optimizer) -> None:
@@ -178,6 +217,12 @@ MUTATIONS: list[Callable[[stepforge.Optimizer], None]] = [
     write_state,
     replace_step,
     swap_step_memory,
+    entries_put_back_crosswise,
+    entry_put_aside,
+    entry_of_a_new_parameter_in_its_place,
+    entry_copied_to_another_dict,
+    parameters_tied,
+    states_tied,
     state_of_another_dtype,
     state_memory_swapped,
     parameter_memory_swapped,
@@ -293,3 +338,48 @@ def test_a_kept_plan_keeps_no_gradient(backend: str) -> None:
         optimizer.zero_grad()
         gc.collect()
         assert all(gradient() is None for gradient in gradients), f"step {step}"
+
+
+def states_of(optimizer: stepforge.Optimizer) -> list[weakref.ref[torch.Tensor]]:
+    """The states with an element for each of a parameter."""
+    entries = [optimizer.state[p] for p in params_of(optimizer)]
+    return [
+        weakref.ref(x) for entry in entries for key, x in entry.items() if key.startswith("exp_avg")
+    ]
+
+
+def stepped_with_a_plan(backend: str) -> stepforge.Optimizer:
+    optimizer = built(stepforge.AdamW, backend)
+    for seed in range(3):
+        give_gradients(optimizer, seed)
+        optimizer.step()
+    assert optimizer._plan is not None
+    return optimizer
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+@pytest.mark.parametrize("forget", [clear_state, state_loaded], ids=lambda f: f.__name__)
+def test_states_that_are_dropped_are_freed_at_once(backend: str, forget: Any) -> None:
+    optimizer = stepped_with_a_plan(backend)
+    states = states_of(optimizer)
+    forget(optimizer)
+    assert all(state() is None for state in states)
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_parameters_that_are_removed_are_freed_at_once(backend: str) -> None:
+    optimizer = stepped_with_a_plan(backend)
+    removed = [weakref.ref(p) for p in optimizer.param_groups[1]["params"]]
+    for p in optimizer.param_groups.pop()["params"]:
+        del optimizer.state[p]
+    del p
+    assert all(p() is None for p in removed)
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_a_replaced_state_is_freed_at_once(backend: str) -> None:
+    optimizer = stepped_with_a_plan(backend)
+    state, name = first_state(optimizer)
+    old = weakref.ref(state[name])
+    replace_state_tensor(optimizer)
+    assert old() is None

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "stepforge"
 
 # Each layer may import those above it, and its own.
 LAYERS = [
-    ["stepforge.expr"],
+    ["stepforge.expr", "stepforge.sharding", "stepforge.signals"],
     ["stepforge.ops"],
     ["stepforge.declare"],
     ["stepforge.formats"],

@@ -51,8 +51,6 @@ def refuses(
     """Why this backend cannot serve a parameter, or None if it can."""
     if group["differentiable"]:
         return "autograd does not go through a compiled kernel"
-    if group["capturable"]:
-        return "capturable keeps its numbers on the device, out of the reach of a C call"
     if p.device.type != "cpu":
         return f"it runs on a CPU, not on {p.device.type}"
     why_not = unreadable(p, g, NUMBERS)

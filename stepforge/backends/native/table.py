@@ -7,7 +7,7 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.batch import Batch
-from stepforge.backends.memory import Spans, addresses
+from stepforge.backends.memory import Aliasing, addresses, count_writes
 from stepforge.backends.native.kernel import kernel_for
 from stepforge.backends.native.source import Record
 from stepforge.formats import BLOCK
@@ -52,10 +52,8 @@ class Table:
             self.records.ctypes.data,
             self.numbers.ctypes.data,
         )
-        self.written = [x for name in batch.written for x in batch.columns[name]]
         self.gradient = record.tensors.index("g") if "g" in record.tensors else None
-        self.gradient_bytes = self.sizes * batch.columns["g"][0].element_size()
-        self.kept = Spans([x for n, c in zip(record.tensors, columns) if n != "g" for x in c])
+        self.aliasing = Aliasing(batch)
         self._check_memory()
 
     def aim(self, gradients: list[torch.Tensor]) -> None:
@@ -64,20 +62,15 @@ class Table:
         Raises:
             RuntimeError: one has no memory.
         """
+        self.aliasing.aim(gradients)
         if self.gradient is not None:
-            begins = addresses(gradients)
-            self.records[:, self.gradient] = begins
-            if not begins.all():
+            self.records[:, self.gradient] = self.aliasing.gradients
+            if not self.aliasing.gradients.all():
                 self._check_memory()
 
     def overlaps(self) -> bool:
-        """Whether memory that is kept is also another tensor's of these rows."""
-        if self.gradient is None:
-            return self.kept.overlap
-        begins = self.records[:, self.gradient][self.occupied]
-        return self.kept.overlap or self.kept.touch(
-            begins, begins + self.gradient_bytes[self.occupied].astype(np.uint64)
-        )
+        """True if memory that is kept is also another tensor's of these rows."""
+        return self.aliasing.found()
 
     def run(self, batch: Batch) -> None:
         """Steps the rows with the coefficients of a batch of just these rows.
@@ -87,7 +80,7 @@ class Table:
         if self.overlaps():
             reference.run(batch)
             return
-        if any(isinstance(values, np.ndarray) for values in batch.coefficients):
+        if any(isinstance(values, (np.ndarray, torch.Tensor)) for values in batch.coefficients):
             for position, values in enumerate(batch.coefficients):
                 self.numbers[:, position] = values
         else:
@@ -96,8 +89,7 @@ class Table:
             begins = np.asarray(batch.starts, np.uint64) << np.uint64(32)
             self.records[:, -1] = begins | np.asarray(batch.keys, np.uint64)
         self.kernel.launch(*self.arguments, unscale=batch.unscale)
-        # A write through a pointer is unknown to autograd, which must refuse a stale backward.
-        torch.autograd.graph.increment_version(self.written)
+        count_writes(batch)
 
     def _check_memory(self) -> None:
         tensors = self.records[self.occupied, : len(self.kernel.record.tensors)]

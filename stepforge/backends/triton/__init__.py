@@ -20,6 +20,7 @@ from stepforge.backends import reference
 from stepforge.backends.batch import Batch, arithmetic
 from stepforge.backends.memory import (
     Spans,
+    count_writes,
     elements_of_graph,
     overlaps,
     stored_dtypes,
@@ -144,6 +145,7 @@ class Tables:
         """Steps the rows with the coefficients of a batch of just these rows."""
         for table in self.tables:
             table.run(batch)
+        count_writes(batch)
 
     def overlap(self) -> bool:
         """Whether memory that is kept is also another tensor's of these rows."""

@@ -45,7 +45,6 @@ class Table:
             raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
         self.kernel = kernel
         self.device = rows[0][0].device
-        self.written = [x for name in batch.written for x in columns[name]]
         sizes = np.array([row[0].numel() for row in rows], np.int64)
         self.occupied = sizes > 0
         record = kernel.record
@@ -123,8 +122,6 @@ class Table:
             None if scale is None else scale.on_device(self.device, batch.dtype),
         )
         self._keep_until_done(tables)
-        # A write through a pointer is unknown to autograd, which must refuse a stale backward.
-        torch.autograd.graph.increment_version(self.written)
 
     def _keep_until_done(self, tables: Sequence[torch.Tensor | None]) -> None:
         """Has their memory outlive a launch on a stream other than that they were made on."""

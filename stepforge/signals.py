@@ -1,0 +1,75 @@
+"""Signal handlers wait while a step changes tensors.
+
+Python runs a signal's handler between two instructions of the main thread, and Ctrl-C's handler
+raises there. Between a kernel that has moved weights and the line that counts the step, that would
+leave weights one step ahead of their count.
+"""
+
+from __future__ import annotations
+
+# The C functions under `signal`'s own, whose conversions to enums would take most of the time.
+import _signal  # type: ignore[import-not-found]
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+__all__ = ["Deferred"]
+
+_NUMBERS = range(1, signal.NSIG)
+
+
+class Deferred:
+    """A context in which no Python signal handler runs: each runs at its end instead.
+
+    It covers every signal that has a Python handler, and costs a few microseconds. Outside the
+    main thread it does nothing, as handlers only run in that one.
+
+    Example:
+        >>> with Deferred():
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     finished = True
+        Traceback (most recent call last):
+        KeyboardInterrupt
+        >>> finished
+        True
+    """
+
+    __slots__ = ("_arrived", "_handlers")
+
+    def __enter__(self) -> None:
+        self._arrived: list[int] = []
+        self._handlers: list[tuple[int, Any]] = []
+        if threading.get_ident() != threading.main_thread().ident:
+            return
+        handlers = zip(_NUMBERS, map(_signal.getsignal, _NUMBERS))
+        self._handlers = [pair for pair in handlers if callable(pair[1])]
+        try:
+            for number, _ in self._handlers:
+                _signal.signal(number, self._note)
+        except BaseException:  # one arrived just before: the block does not begin
+            self._restore()
+            raise
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._restore()
+        for number in self._arrived:
+            signal.raise_signal(number)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self._arrived.append(number)
+
+    def _restore(self) -> None:
+        """Gives every signal its handler back, also if the first of them raises meanwhile."""
+        for position, (number, handler) in enumerate(self._handlers):
+            try:
+                _signal.signal(number, handler)
+            except BaseException:
+                for again in self._handlers[position:]:
+                    _signal.signal(*again)
+                raise

@@ -1,0 +1,252 @@
+"""Ctrl-C leaves weights, states and step counts of one step.
+
+Oracle: an uninterrupted twin after as many steps as the interrupted optimizer counts. All bits must
+be equal, those of each parameter after the number of steps that its own ``step`` tells.
+"""
+
+from __future__ import annotations
+
+import opcode
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import stepforge
+from stepforge.signals import Deferred
+
+RUNS = 100
+SHAPES = [(64, 64), (3, 5), (7,), ()]
+BFLOAT16 = {"dtype": torch.bfloat16}
+#: A class with its options; the dtype is the parameters'.
+SETTINGS: dict[str, tuple[type[stepforge.Optimizer], dict[str, Any]]] = {
+    "float32": (stepforge.AdamW, {}),
+    "scalar state": (stepforge.NAdam, {}),
+    "fused": (stepforge.NAdam, {"fused": True}),
+    "int8": (stepforge.NAdam, {"state_format": "int8"}),
+    "24 bits": (stepforge.AdamW, {"master_weight_bits": 24, **BFLOAT16}),
+    "stochastic rounding": (stepforge.RAdam, {"stochastic_rounding": True, **BFLOAT16}),
+    "foreach": (stepforge.NAdam, {"foreach": True}),
+    "foreach, int8": (stepforge.AdamW, {"foreach": True, "state_format": "int8"}),
+    "reference": (stepforge.NAdam, {"foreach": False}),
+    "reference, 32 bits": (
+        stepforge.Adagrad,
+        {"foreach": False, "master_weight_bits": 32, **BFLOAT16},
+    ),
+}
+
+
+class InterruptError(Exception):
+    """Raised by the handler of a signal."""
+
+
+@pytest.fixture(autouse=True)
+def raising_handler() -> Iterator[None]:
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise InterruptError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def built(setting: str) -> stepforge.Optimizer:
+    """An optimizer of two groups, with gradients."""
+    cls, options = SETTINGS[setting]
+    dtype = options.get("dtype", torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    params = [torch.nn.Parameter(x) for x in made]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+    given = {name: value for name, value in options.items() if name != "dtype"}
+    return cls([{"params": params[:2]}, {"params": params[2:], "lr": 0.05}], **given)
+
+
+def tensors_of(optimizer: stepforge.Optimizer) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """For each parameter its count of steps, and copies of all that a step changes."""
+    found = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            entry = optimizer.state[p]
+            copies = {key: x.clone() for key, x in entry.items()}
+            count = int(copies["step"]) if "step" in copies else 0
+            found.append((count, {"p": p.detach().clone(), **copies}))
+    return found
+
+
+def twins_after(setting: str, steps: int) -> list[list[dict[str, torch.Tensor]]]:
+    """For each number of steps the tensors of each parameter of an uninterrupted twin."""
+    twin = built(setting)
+    history = []
+    for step in range(steps + 1):
+        if step:
+            twin.step()
+        history.append([tensors for _, tensors in tensors_of(twin)])
+    return history
+
+
+def assert_of_one_step(
+    optimizer: stepforge.Optimizer, history: list[list[dict[str, torch.Tensor]]]
+) -> None:
+    for number, (count, tensors) in enumerate(tensors_of(optimizer)):
+        expected = history[count][number]
+        for key, tensor in tensors.items():
+            # States that a first step has made, but not stepped yet, the twin does not have.
+            if key in expected:
+                assert torch.equal(tensor, expected[key]), f"{key} is not that of step {count}"
+
+
+#: The instructions at which Python looks for signals: as a function begins, in a loop, ...
+BEFORE = {"RESUME", "JUMP_BACKWARD"}
+#: ... and after a call.
+AFTER = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}
+
+
+def interrupt_at(point: int, optimizer: stepforge.Optimizer) -> int:
+    """Steps, with a signal at one of the points where Python looks for signals in the library.
+
+    Those within expressions are left out: they change nothing, and are most of all.
+
+    Returns:
+        How many such points there were, up to the interruption.
+    """
+    seen = 0
+    previous: dict[FrameType, str] = {}
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal seen
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] != "stepforge" or name in ("stepforge.expr", "stepforge.ops"):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            name = opcode.opname[frame.f_code.co_code[frame.f_lasti]]
+            if name in BEFORE or previous.get(frame) in AFTER:
+                seen += 1
+                if seen == point:
+                    signal.raise_signal(signal.SIGALRM)
+            previous[frame] = name
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        optimizer.step()
+    finally:
+        sys.settrace(before)
+    return seen
+
+
+def assert_interrupted(
+    optimizer: stepforge.Optimizer,
+    point: int,
+    before: int,
+    history: list[list[dict[str, torch.Tensor]]],
+) -> bool:
+    """Interrupts a step there; returns whether it was done before the signal was heard."""
+    with pytest.raises(InterruptError):
+        interrupt_at(point, optimizer)
+    assert_of_one_step(optimizer, history)
+    (count,) = {count for count, _ in tensors_of(optimizer)}  # that of all parameters
+    return count > before
+
+
+@pytest.mark.parametrize("setting", ["fused", "int8", "24 bits", "reference"])
+def test_a_first_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: str) -> None:
+    history = twins_after(setting, 1)
+    points = interrupt_at(0, built(setting))
+    done = [
+        assert_interrupted(built(setting), 1 + run * points // RUNS, 0, history)
+        for run in range(RUNS)
+    ]
+    assert done == sorted(done)  # from one point on, which is neither the first nor the last
+    assert len(set(done)) == 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_later_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: str) -> None:
+    history = twins_after(setting, RUNS + 3)
+    optimizer = built(setting)
+    optimizer.step()
+    points = interrupt_at(0, optimizer)
+    count, done = 2, []
+    for run in range(RUNS):
+        done.append(assert_interrupted(optimizer, 1 + run * points // RUNS, count, history))
+        count += done[-1]
+    assert done == sorted(done)
+    assert len(set(done)) == 2
+
+
+@pytest.mark.parametrize("setting", ["scalar state", "24 bits", "foreach"])
+def test_a_hundred_runs_interrupted_by_a_timer(setting: str) -> None:
+    generator = random.Random(0)
+    limit = 40
+    history = twins_after(setting, limit)
+    interrupted = 0
+    for _ in range(RUNS):
+        optimizer = built(setting)
+        optimizer.step()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-5, 3e-3))
+            for _ in range(limit - 1):
+                optimizer.step()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except InterruptError:
+            interrupted += 1
+        assert_of_one_step(optimizer, history)
+    assert interrupted > RUNS / 2
+
+
+def deferred(*actions: Callable[[], Any]) -> None:
+    with Deferred():
+        for action in actions:
+            action()
+
+
+def alarm() -> None:
+    signal.raise_signal(signal.SIGALRM)
+
+
+def test_signals_are_handled_at_the_end_and_handlers_given_back() -> None:
+    seen: list[str] = []
+    numbers = signal.SIGUSR1, signal.SIGALRM, signal.SIGINT
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append("handled"))
+    try:
+        handlers = list(map(signal.getsignal, numbers))
+        actions = (lambda: signal.raise_signal(signal.SIGUSR1), alarm, lambda: seen.append("done"))
+        with pytest.raises(InterruptError):
+            deferred(*actions)
+        assert seen == ["done", "handled"]
+        assert handlers == list(map(signal.getsignal, numbers))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_error_within_comes_with_the_signal() -> None:
+    def fail() -> None:
+        raise ValueError("of the step")
+
+    with pytest.raises(InterruptError) as caught:
+        deferred(alarm, fail)
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_another_thread_leaves_handlers_alone() -> None:
+    found = []
+
+    def look() -> None:
+        with Deferred():
+            found.append(signal.getsignal(signal.SIGALRM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [signal.getsignal(signal.SIGALRM)]
