@@ -7,6 +7,7 @@ READY := .venv/.ready
 .PHONY: demo test check format numerics low-precision bench wheel clean
 
 demo: $(READY)
+	mkdir -p out
 	$(BIN)/stepforge demo --output out/demo.html
 
 test: check
@@ -32,11 +33,13 @@ low-precision: $(READY)
 
 # Times the step of every optimizer; a few minutes on a machine with nothing else to do.
 bench: $(READY)
+	mkdir -p out
 	$(BIN)/python benchmarks/step.py --all --json out/bench.json
 
 # Makes a wheel in dist/ that carries the kernels of all built-in optimizers; a minute or two.
 wheel: $(READY)
 	rm -rf build
+	mkdir build
 	$(BIN)/stepforge prebuild --output build/kernels
 	STEPFORGE_KERNELS=build/kernels $(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from stepforge.cli import make_app
+from stepforge.cli import main
 
 if __name__ == "__main__":
-    make_app()(["bench", *sys.argv[1:]])
+    main(["bench", *sys.argv[1:]])

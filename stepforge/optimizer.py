@@ -151,6 +151,7 @@ class Optimizer(_Declared):
         self._plan: plan.Plan | None = None
         self._captured = False  # whether a step is part of a CUDA graph
         self._traced: Traced | None = None
+        _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
             for group in self.param_groups:
@@ -445,11 +446,7 @@ def _params_and_names(
     params = param_group["params"]
     if isinstance(params, torch.Tensor):
         return [params], None
-    if isinstance(params, set):
-        raise TypeError(
-            "optimizer parameters need to be organized in ordered collections, but the ordering "
-            "of tensors in sets will change between runs. Please use a list instead."
-        )
+    _check_ordered(params)
     members = list(params)
     names = [member[0] for member in members if isinstance(member, tuple)]
     if not names:
@@ -459,6 +456,14 @@ def _params_and_names(
             "all optimizer params should be with/without names. Some param names are missing"
         )
     return [member[1] for member in members], names
+
+
+def _check_ordered(params: object) -> None:
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(
+            "optimizer parameters need to be organized in ordered collections, but the ordering "
+            "of tensors in sets will change between runs. Please use a list instead."
+        )
 
 
 def _hyperparameters_of_others(own: Mapping[str, Any]) -> frozenset[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from stepforge.cli.extras import require
@@ -12,9 +15,17 @@ if TYPE_CHECKING:
 __all__ = ["main", "make_app"]
 
 
-def main() -> None:
-    """Runs the command line; what the ``stepforge`` script calls."""
-    make_app()()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; the ``stepforge`` script calls it.
+
+    Args:
+        arguments: the command and its options; those of the process if None.
+    """
+    # A check mark must not end minutes of measurement where the encoding lacks it.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="namereplace")
+    make_app()(arguments)
 
 
 def make_app() -> typer.Typer:
@@ -24,7 +35,7 @@ def make_app() -> typer.Typer:
         SystemExit: an extra is not installed; it says which one to install.
     """
     # Imported here and not above: without the extras, the script must still be able to say so.
-    require("typer", "rich")
+    require("typer", "rich", extra="cli")
     import typer
 
     from stepforge.cli.bench import bench
@@ -32,6 +43,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.doctor import doctor
     from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
+    from stepforge.cli.version import options
 
     app = typer.Typer(
         name="stepforge",
@@ -42,8 +54,10 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         # A bug's traceback should be Python's own, which people know how to read and report.
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["--help", "-h"]},
     )
 
+    app.callback()(options)
     for command in (demo, bench, doctor, plan, prebuild):
         app.command()(command)
     return app

@@ -39,10 +39,12 @@ from stepforge.cli.measure import (
     measure_groups,
     memory_needed,
 )
+from stepforge.cli.output import file_option, write
 from stepforge.cli.place import Place, place_of
 from stepforge.cli.probe import PROCESSES, ProbeError, extra_memory, time_first_step
 from stepforge.cli.scores import Result
 from stepforge.cli.stored import FULL, INT8_TARGET, has_codes, measure_stored
+from stepforge.cli.tables import print_whole
 from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
 
 __all__ = ["bench"]
@@ -114,9 +116,7 @@ def bench(
     ] = False,
     json_: Annotated[
         Path | None,
-        typer.Option(
-            "--json", dir_okay=False, writable=True, help="Where to write all that was measured."
-        ),
+        file_option("Where to write all that was measured", "--json"),
     ] = None,
 ) -> None:
     """Times step() beside torch.optim and the limit that memory sets.
@@ -128,8 +128,6 @@ def bench(
     place = _place(device)
     chosen = _workloads(workload, shapes, scale)
     names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
-    if json_ is not None:
-        _make_folder(json_.parent)
     if threads is not None:
         torch.set_num_threads(threads)
     groups = _MANY_GROUPS if everything and groups is None else groups
@@ -186,8 +184,8 @@ def bench(
         soft_wrap=True,
     )
     if json_ is not None:
-        json_.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        console.print(f"All times: [bold]{json_}[/]", soft_wrap=True)
+        write(json_, json.dumps(report, indent=1) + "\n")
+        console.print(f"All times: [bold]{escape(str(json_))}[/]", soft_wrap=True)
     if failed:
         raise SystemExit(failed)
 
@@ -206,7 +204,9 @@ def _place(text: str) -> Place:
 
 def _workloads(names: Iterable[str] | None, shapes: Path | None, scale: float) -> list[Workload]:
     if not 0 < scale <= 1000:
-        raise typer.BadParameter("it must be above 0 and at most 1000.", param_hint="--scale")
+        raise typer.BadParameter(
+            f"{scale:g} is no factor; it must be above 0 and at most 1000.", param_hint="--scale"
+        )
     wanted = names or ([] if shapes else WORKLOADS)
     chosen = [WORKLOADS[name] for name in dict.fromkeys(wanted)]
     if shapes is not None:
@@ -222,15 +222,6 @@ def _workloads(names: Iterable[str] | None, shapes: Path | None, scale: float) -
             )
         chosen += own
     return chosen if scale == 1 else [workload.scaled(scale) for workload in chosen]
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{folder} cannot be made: {error.strerror}.", param_hint="--json"
-        ) from None
 
 
 def _check_memory(workloads: Sequence[Workload], names: Sequence[str], place: Place) -> None:
@@ -256,7 +247,7 @@ class _Screen:
 
     def show(self, title: str, table: Table) -> None:
         self.console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
-        self.console.print(table)
+        print_whole(self.console, table)
 
     @contextmanager
     def over(self, what: str, names: Sequence[str], each: int) -> Iterator[Callable[[str], _Tick]]:

@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
@@ -18,7 +19,9 @@ from stepforge.cli.arms import ARMS, OURS, TWIN, Table, tabulate
 from stepforge.cli.digits import LEARNING_RATES, load_digits
 from stepforge.cli.extras import require
 from stepforge.cli.lockstep import Comparison, Task, train
+from stepforge.cli.output import file_option, write
 from stepforge.cli.page import render
+from stepforge.cli.tables import print_whole
 
 __all__ = ["demo"]
 
@@ -27,9 +30,7 @@ OptimizerName = StrEnum("OptimizerName", [(name, name) for name in LEARNING_RATE
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option(dir_okay=False, writable=True, help="Where to write the page.")
-    ] = Path("demo.html"),
+    output: Annotated[Path, file_option("Where to write the page")] = Path("demo.html"),
     epochs: Annotated[
         int, typer.Option(min=1, help="How often to go through the training images.")
     ] = 25,
@@ -42,17 +43,12 @@ def demo(
         typer.Option(case_sensitive=False, help="Repeat it for several; all if not given."),
     ] = None,
 ) -> None:
-    """Trains a small network on handwritten digits, each optimizer beside its torch.optim twin.
+    """Trains beside torch.optim, prints tables and writes a page.
 
-    It prints two tables and writes a page with the pictures; a minute or so in all.
+    A small network learns handwritten digits, each optimizer beside its torch.optim twin. The page
+    has the pictures; a minute or so in all.
     """
-    require("matplotlib", "sklearn")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{output.parent} cannot be made: {error.strerror}.", param_hint="--output"
-        ) from None
+    require("matplotlib", "sklearn", extra="demo")
     names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
     # So small a network gains nothing from threads, and step() is timed more steadily without.
     torch.set_num_threads(1)
@@ -61,13 +57,16 @@ def demo(
     comparisons = _train(console, load_digits(), names, epochs=epochs, seed=seed)
     tables = tabulate(comparisons)
     for table in tables:
-        console.print(_printable(table), "")
+        print_whole(console, _printable(table))
+        console.print()
     for arm in ARMS:
         console.print(f"  [bold]{arm.name:<7}[/] {arm.what}", highlight=False)
     page = render(tables, comparisons, ARMS, ours=OURS, twin=TWIN, epochs=epochs, seed=seed)
-    output.write_text(page, encoding="utf-8")
+    write(output, page)
     console.print(
-        f"\n  How to read it, with pictures: [bold]{output}[/]", highlight=False, soft_wrap=True
+        f"\n  How to read it, with pictures: [bold]{escape(str(output))}[/]",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

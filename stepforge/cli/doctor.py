@@ -24,11 +24,12 @@ from stepforge.cli import variants
 from stepforge.cli.machine import describe
 from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.prebuild import PLAIN
+from stepforge.cli.tables import print_whole
 
 __all__ = ["doctor"]
 
 #: The dtypes of the parameters that are asked about.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.complex64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
 #: The environment variables that change what runs.
 _VARIABLES = (
     "STEPFORGE_BACKEND",
@@ -57,10 +58,10 @@ class Served:
 
 
 def doctor() -> None:
-    """Says what step() would run on this machine's CPU and GPU, and why nothing faster.
+    """Says what step() would run here, and why nothing faster.
 
-    The exit code is 0 if compiled kernels serve all optimizers wherever there are such kernels,
-    otherwise 1.
+    It tells of the CPU, and of a GPU if there is one. The exit code is 0 if compiled kernels serve
+    all optimizers wherever there are such kernels, otherwise 1.
     """
     console = Console(highlight=False)
     for name, value in _facts().items():
@@ -76,7 +77,7 @@ def _report(console: Console, device: torch.device) -> bool:
     kinds = [(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES]
     served = {kind: _served(*kind, device) for kind in kinds}
     console.print()
-    console.print(_table(served, device))
+    print_whole(console, _table(served, device))
     for why, which in _reasons(served, device).items():
         console.print(f"[bold]{which}[/]: {escape(why)}", soft_wrap=True)
     return not any(answer.why for answer in served.values())

@@ -10,18 +10,19 @@ __all__ = ["require"]
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
-def require(*modules: str) -> None:
-    """Imports modules of the optional extras, or ends the program with one sentence.
+def require(*modules: str, extra: str) -> None:
+    """Imports modules of an optional extra, or ends the program with one sentence.
 
     Args:
         modules: their names, as in an ``import`` statement.
+        extra: the extra that brings them.
 
     Raises:
         SystemExit: one is not installed. Its message says what to install.
 
     Example:
-        >>> require("torch")
-        >>> require("torch", "no_such_module")
+        >>> require("torch", extra="demo")
+        >>> require("torch", "no_such_module", extra="demo")
         Traceback (most recent call last):
         SystemExit: stepforge: this command needs no_such_module: pip install 'stepforge[demo]'
     """
@@ -35,5 +36,6 @@ def require(*modules: str) -> None:
             missing.append(_PACKAGES.get(module, module))
     if missing:
         raise SystemExit(
-            f"stepforge: this command needs {' and '.join(missing)}: pip install 'stepforge[demo]'"
+            f"stepforge: this command needs {' and '.join(missing)}: "
+            f"pip install 'stepforge[{extra}]'"
         )

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,8 @@ from rich.table import Table
 import stepforge
 from stepforge.accounting import Account, account
 from stepforge.cli.measure import OPTIMIZERS
+from stepforge.cli.output import file_option, write
+from stepforge.cli.tables import print_whole
 from stepforge.entries import SHORT
 from stepforge.formats import BLOCK
 
@@ -45,8 +48,18 @@ DtypeName = StrEnum(  # type: ignore[misc]
 
 _ADAMW = OptimizerName("AdamW")
 
+#: What a number of parameters may end in, as the names of models do.
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+#: No model has more than 10 to this power.
+_MAX_EXPONENT = 18
+
 #: A matrix whose rows are whole blocks stands for all parameters.
 _MATRIX = (64 * BLOCK, 64 * BLOCK)
+
+_PREFIXES = {
+    **{1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: ""},
+    **{1e-3: "m", 1e-6: "µ", 1e-9: "n", 1e-12: "p"},
+}
 
 _NOT_COUNTED = """\
 All parameters count as large matrices, evenly sharded. Small ones and vectors keep their states in
@@ -102,26 +115,46 @@ class Budget:
 
 
 def plan(
-    params: Annotated[float, typer.Option(help="How many parameters the model has: 8e9.")],
+    params: Annotated[
+        str,
+        typer.Option(
+            metavar="COUNT", help="How many parameters the model has, as 8B, 350M or 7_241_732_096."
+        ),
+    ],
     optimizer: Annotated[
         OptimizerName, typer.Option(case_sensitive=False, help="The optimizer.")
     ] = _ADAMW,
     state_format: Annotated[
         StateFormat | None,
-        typer.Option(help="How states are stored; in the dtype of the weights if not given."),
+        typer.Option(
+            case_sensitive=False,
+            help="How states are stored; in the dtype of the weights if not given.",
+        ),
     ] = None,
     master_weight_bits: Annotated[
         MasterWeightBits | None,
         typer.Option(help="How many bits the weights have together with their low bits."),
     ] = None,
+    stochastic_rounding: Annotated[
+        bool,
+        typer.Option(
+            "--stochastic-rounding",
+            help="Weights are rounded at random; excludes --master-weight-bits.",
+        ),
+    ] = False,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(
-            help="Of the weights; if not given bfloat16 with --master-weight-bits, else float32."
+            case_sensitive=False,
+            help="Of the weights; if not given bfloat16 with --master-weight-bits or "
+            "--stochastic-rounding, else float32.",
         ),
     ] = None,
     gradient_dtype: Annotated[
-        DtypeName | None, typer.Option(help="Of the gradients; that of the weights if not given.")
+        DtypeName | None,
+        typer.Option(
+            case_sensitive=False, help="Of the gradients; that of the weights if not given."
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
@@ -146,60 +179,50 @@ def plan(
     ] = 3350.0,
     json_: Annotated[
         Path | None,
-        typer.Option(
-            "--json", dir_okay=False, writable=True, help="Where to write all numbers, in bytes."
-        ),
+        file_option("Where to write all numbers, in bytes", "--json"),
     ] = None,
 ) -> None:
-    """Tells memory, checkpoint and step time of a training, beside those in float32.
+    """Tells memory, checkpoint and step time of a training.
 
-    Nothing is allocated or measured: bytes follow from how the optimizer stores its tensors, the
-    time from what a fused step reads and writes, at the speed of memory. A GB has 10**9 bytes.
+    They stand beside those of the same training in float32. Nothing is allocated or measured:
+    bytes follow from how the optimizer stores its tensors, the time from what a fused step reads
+    and writes, at the speed of memory. A GB has 10**9 bytes.
     """
-    if not (1 <= params < math.inf and params.is_integer()):
-        raise typer.BadParameter(
-            f"{params:g} is no number of parameters; it must be a whole one from 1 up, as 8e9.",
-            param_hint="--params",
-        )
+    count = _count(params)
     if not 0 < bandwidth < math.inf:
         raise typer.BadParameter(
             f"{bandwidth:g} is no speed; it must be a number above 0.", param_hint="--bandwidth"
         )
-    weights = dtype or DtypeName("bfloat16" if master_weight_bits else "float32")
+    weights = _weights(dtype, master_weight_bits, stochastic_rounding)
     gradients = gradient_dtype or weights
-    if master_weight_bits and _dtype(weights) not in SHORT:
-        raise typer.BadParameter(
-            f"weights in {weights} have no low bits; --dtype must be bfloat16 or float16.",
-            param_hint="--master-weight-bits",
-        )
     options = _options(option or ())
     formats: dict[str, Any] = {
         "state_format": state_format and str(state_format),
         "master_weight_bits": master_weight_bits and int(master_weight_bits),
+        "stochastic_rounding": stochastic_rounding,
     }
 
     def budget(weights: str, gradients: str, **options: Any) -> Budget:
         one = _account(str(optimizer), weights, gradients, options)
-        return Budget.of(one, int(params), world_size, 1e9 * bandwidth)
+        return Budget.of(one, count, world_size, 1e9 * bandwidth)
 
     planned = budget(weights, gradients, **options, **formats)
-    # As in torch.optim; rounding at random is for shorter weights.
-    float32 = budget("float32", "float32", **options | {"stochastic_rounding": False})
+    float32 = budget("float32", "float32", **options)  # as in torch.optim
 
     console = Console(highlight=False)
     console.print(
-        f"[bold]{optimizer}[/], {int(params):,} parameters on {world_size} "
+        f"[bold]{optimizer}[/], {count:,} parameters on {world_size} "
         f"device{'' if world_size == 1 else 's'}: {_summary(weights, gradients, **formats)}\n",
         soft_wrap=True,
     )
-    console.print(_table(planned, float32))
+    print_whole(console, _table(planned, float32))
     for line in _conclusions(planned, float32, bandwidth):
         console.print(line, soft_wrap=True)
     console.print(f"\n{_NOT_COUNTED}", soft_wrap=True)
     if json_ is not None:
         report = {
             "optimizer": optimizer,
-            "parameters": int(params),
+            "parameters": count,
             "world_size": world_size,
             "bytes_per_second": 1e9 * bandwidth,
             "dtype": weights,
@@ -209,11 +232,58 @@ def plan(
             "planned": dataclasses.asdict(planned),
             "float32": dataclasses.asdict(float32),
         }
-        _write(json_, json.dumps(report, indent=1) + "\n")
+        write(json_, json.dumps(report, indent=1) + "\n")
         console.print(f"All numbers: [bold]{escape(str(json_))}[/]", soft_wrap=True)
 
 
 # What is asked for. -------------------------------------------------------------------------------
+
+
+def _count(text: str) -> int:
+    """The number of parameters that somebody writes.
+
+    Example:
+        >>> _count("8B"), _count("1.5b"), _count("350 k"), _count("8e9"), _count("7_000_000_000")
+        (8000000000, 1500000000, 350000, 8000000000, 7000000000)
+    """
+    number = text.strip()
+    unit = _UNITS.get(number[-1:].upper())
+    try:
+        count = (unit or 1) * Decimal(number[:-1] if unit else number)
+    except ArithmeticError:  # it is not written as a number, or is beyond all decimals
+        count = Decimal("inf")
+    if not (count.is_finite() and 1 <= count <= 10**_MAX_EXPONENT and count == int(count)):
+        raise typer.BadParameter(
+            f"{text!r} is no number of parameters; it must be a whole one from 1 to "
+            f"10**{_MAX_EXPONENT}, as 8B, 350M or 8e9.",
+            param_hint="--params",
+        )
+    return int(count)
+
+
+def _weights(
+    asked: DtypeName | None, master_weight_bits: str | None, stochastic_rounding: bool
+) -> DtypeName:
+    """The dtype of the weights, which what is done with short ones must suit."""
+    if master_weight_bits and stochastic_rounding:
+        raise typer.BadParameter(
+            "it excludes --master-weight-bits: weights that keep their low bits are not rounded at "
+            "random.",
+            param_hint="--stochastic-rounding",
+        )
+    if not (master_weight_bits or stochastic_rounding):
+        return asked or DtypeName("float32")
+    dtype = asked or DtypeName("bfloat16")
+    if _dtype(dtype) not in SHORT:
+        why, option = (
+            ("have no low bits", "--master-weight-bits")
+            if master_weight_bits
+            else ("are not rounded at random", "--stochastic-rounding")
+        )
+        raise typer.BadParameter(
+            f"weights in {dtype} {why}; --dtype must be bfloat16 or float16.", param_hint=option
+        )
+    return dtype
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -229,13 +299,13 @@ def _options(given: Iterable[str]) -> dict[str, Any]:
         own = f"--{name.replace('_', '-')}"
         if not separator:
             why = f"{text!r} has no value; it must be as in amsgrad=True."
-        elif name in ("params", "state_format", "master_weight_bits"):
+        elif name in ("params", "state_format", "master_weight_bits", "stochastic_rounding"):
             why = f"{name} has an option of its own, {own}."
         else:
             try:
                 options[name] = ast.literal_eval(value)
                 continue
-            except (ValueError, SyntaxError):
+            except (ValueError, TypeError, SyntaxError):
                 why = f"{value!r} is no value of Python such as True, 0.9 or (0.9, 0.99)."
         raise typer.BadParameter(why, param_hint="--option")
     return options
@@ -247,28 +317,25 @@ def _account(optimizer: str, weights: str, gradients: str, options: Mapping[str,
     try:
         made = getattr(stepforge, optimizer)([p], **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise typer.BadParameter(f"{error}.", param_hint="--option") from None
+        raise typer.BadParameter(f"{str(error).rstrip('.')}.", param_hint="--option") from None
     return account(made._rule, made.param_groups[0], p, p.to(_dtype(gradients)))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise typer.BadParameter(
-            f"{path} cannot be written to: {error.strerror}.", param_hint="--json"
-        ) from None
 
 
 # What is said. ------------------------------------------------------------------------------------
 
 
 def _summary(
-    weights: str, gradients: str, *, state_format: str | None, master_weight_bits: int | None
+    weights: str,
+    gradients: str,
+    *,
+    state_format: str | None,
+    master_weight_bits: int | None,
+    stochastic_rounding: bool,
 ) -> str:
     joined = f" of {master_weight_bits} bits" if master_weight_bits else ""
-    return f"weights {weights}{joined}, gradients {gradients}, states {state_format or weights}"
+    rounded = " rounded at random" if stochastic_rounding else ""
+    states = state_format or weights
+    return f"weights {weights}{joined}{rounded}, gradients {gradients}, states {states}"
 
 
 def _table(planned: Budget, float32: Budget) -> Table:
@@ -323,7 +390,6 @@ def _with_unit(value: float, unit: str) -> str:
         >>> _with_unit(56.5e9, "B"), _with_unit(0.00362, "s"), _with_unit(0.0, "B")
         ('56.5 GB', '3.62 ms', '0 B')
     """
-    prefixes = {1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "µ"}
-    fitting = [factor for factor in prefixes if value >= 0.9995 * factor]
+    fitting = [factor for factor in _PREFIXES if value >= 0.9995 * factor]
     factor = max(fitting, default=1.0)
-    return f"{value / factor:.3g} {prefixes[factor]}{unit}"
+    return f"{value / factor:.3g} {_PREFIXES[factor]}{unit}"

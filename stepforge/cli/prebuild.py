@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stepforge.backends.native import build, prebuilt
 from stepforge.cli import variants
+from stepforge.cli.output import folder_option
 
 __all__ = ["PLAIN", "prebuild"]
 
@@ -31,7 +32,7 @@ InstructionSet = StrEnum("InstructionSet", [(name, name) for name in _ALL_SETS])
 def prebuild(
     output: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Where to put them; into the package if not given."),
+        folder_option("Where to put them, if not into the package"),
     ] = None,
     isa: Annotated[
         list[InstructionSet] | None,
@@ -41,11 +42,11 @@ def prebuild(
         ),
     ] = None,
 ) -> None:
-    """Compiles the kernels of all built-in optimizers, so that stepping needs no compiler.
+    """Compiles the kernels of all built-in optimizers ahead.
 
-    They serve every choice of flags, with parameters, gradients and states all of one dtype; other
-    mixtures are left to the compiler, or to torch operations. Beside the package, they are used if
-    STEPFORGE_PREBUILT names their folder.
+    Stepping then needs no compiler. The kernels serve every choice of flags, with parameters,
+    gradients and states all of one dtype; other mixtures are left to the compiler, or to torch
+    operations. Beside the package, they are used if STEPFORGE_PREBUILT names their folder.
     """
     folder = (output or prebuilt.FOLDER).absolute()
     levels = _levels(isa)
@@ -57,7 +58,7 @@ def prebuild(
     console = Console(highlight=False)
     began = time.perf_counter()
     try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True)
         kernels, failures = _compile_all(console, folder, levels, command)
         if not failures:
             for level in levels:

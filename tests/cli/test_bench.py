@@ -45,7 +45,7 @@ def run(*arguments: object) -> str:
 
 
 def report_of(tmp_path: Path, *arguments: object) -> dict:
-    output = tmp_path / "made" / "bench.json"
+    output = tmp_path / "bench.json"
     run(*arguments, "--threads", 1, "--json", output)
     return json.loads(output.read_text(encoding="utf-8"))
 
@@ -236,7 +236,8 @@ def test_targets_of_every_workload_and_optimizer():
 
 def test_report_and_table(tmp_path, few):
     names = ["--optimizer", "adam", "--optimizer", "NAdam"]
-    output = tmp_path / "made" / "bench.json"
+    output = tmp_path / "[" / "].json"  # "[/]" ends a style where it is taken for markup
+    output.parent.mkdir()
     printed = run("--shapes", few, *names, "--rounds", 2, "--threads", 1, "--json", output)
     report = json.loads(output.read_text(encoding="utf-8"))
     assert {"stepforge", "torch", "Python", "numpy", "CPU"} <= set(report["machine"])
@@ -265,6 +266,7 @@ def test_report_and_table(tmp_path, few):
             )
             assert f"\n{'Adam':<11}{name}" in printed or f"{name} " in printed
     assert "few: 3 tensors, 70,013 elements" in printed
+    assert f"\nAll times: {output}\n" in printed
     assert "…" not in printed  # nothing is cut off on 80 columns
 
 
@@ -424,6 +426,12 @@ def test_a_report_that_cannot_be_written_is_said_before_measuring(tmp_path):
         result = CliRunner().invoke(make_app(), ["bench", "--json", str(output)])
         assert result.exit_code == 2
         assert "--json" in result.output
+
+
+def test_a_bad_scale_is_named():
+    result = CliRunner().invoke(make_app(), ["bench", "--scale", "1001"])
+    sentence = "1001 is no factor; it must be above 0 and at most 1000."
+    assert result.output.splitlines()[-1] == f"Error: Invalid value for --scale: {sentence}"
 
 
 @NEEDS_PROC

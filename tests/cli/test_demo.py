@@ -69,11 +69,14 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[str, str]:
-    output = tmp_path_factory.mktemp("demo") / "made" / "demo.html"
+    # The path has "[/]" in it, which ends a style where it is taken for markup.
+    output = tmp_path_factory.mktemp("demo") / "[" / "].html"
+    output.parent.mkdir()
     chosen = ["--optimizer", "adagrad", "--optimizer", "NAdam", "--optimizer", "nadam"]
     arguments = ["demo", "--epochs", "2", "--output", str(output), *chosen]
     result = CliRunner().invoke(make_app(), arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
+    assert result.output.endswith(f"\n  How to read it, with pictures: {output}\n")
     return result.output, output.read_text(encoding="utf-8")
 
 
@@ -250,7 +253,7 @@ def test_demo_says_which_extra_is_missing(monkeypatch, tmp_path, module, package
 
 def test_the_bare_command_says_which_extra_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    with pytest.raises(SystemExit, match=r"needs typer: pip install 'stepforge\[demo\]'"):
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'stepforge\[cli\]'"):
         main()
 
 

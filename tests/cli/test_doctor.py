@@ -18,6 +18,7 @@ from stepforge.cli import device, make_app
 from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.variants import sources
 
+DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 VARIABLES = (
     "STEPFORGE_BACKEND",
     "STEPFORGE_ISA",
@@ -35,8 +36,8 @@ def _plain_environment(monkeypatch):
     monkeypatch.setattr(device, "accelerators", lambda: ())  # what a CPU gets is asked here
 
 
-def run() -> tuple[int, str]:
-    result = CliRunner().invoke(make_app(), ["doctor"], catch_exceptions=False)
+def run(**environment: str) -> tuple[int, str]:
+    result = CliRunner().invoke(make_app(), ["doctor"], env=environment, catch_exceptions=False)
     return result.exit_code, result.output
 
 
@@ -74,7 +75,7 @@ def test_where_kernels_run():
     needs_compiler()
     code, output = run()
     assert code == 0
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * ["native"])
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["native"])
     assert line(output, "torch") == torch.__version__
     assert line(output, "numpy") == np.__version__
     assert line(output, "instruction set") == (build.instruction_set() or "the plain one")
@@ -90,7 +91,7 @@ def test_no_compiler_and_an_empty_cache(tmp_path: Path):
     code, output = run_afresh(CC="/nonexistent", STEPFORGE_CACHE=str(folder), STEPFORGE_PREBUILT="")
     why = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
     assert code == 1
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["foreach"])
     assert line(output, "compiler") == f"none: {why}"
     assert line(output, "kernel cache") == f"{folder}: 0 kernels, 0.0 MB"
     assert line(output, "environment") == (
@@ -138,6 +139,15 @@ def test_prebuilt_kernels(tmp_path: Path, monkeypatch):
     assert line(run()[1], "prebuilt kernels") == said
 
 
+@pytest.mark.parametrize("columns", ["80", "20"])
+def test_all_dtypes_are_told_by_their_whole_names(columns):
+    (heading,) = (
+        line for line in run(COLUMNS=columns)[1].splitlines() if line.startswith("would run on")
+    )
+    assert tuple(heading.split()[4:]) == DTYPES
+    assert len(heading) <= 80  # it fits where there is room
+
+
 def test_no_openmp_pool(monkeypatch):
     monkeypatch.setattr(build, "thread_pool", lambda: None)
     assert "pool was not found, so kernels use one" in line(run()[1], "threads")
@@ -148,7 +158,7 @@ def test_a_forced_backend(monkeypatch, forced):
     monkeypatch.setenv("STEPFORGE_BACKEND", forced)
     code, output = run()
     assert code == 1
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, 4 * [forced])
+    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * [forced])
     assert line(output, "environment") == f"STEPFORGE_BACKEND={forced}"
     assert output.splitlines()[-1] == (
         f"no native for any of them: STEPFORGE_BACKEND asks for {forced}"
@@ -190,9 +200,9 @@ def test_an_accelerator_that_no_kernel_is_made_for():
     told = "meta:0 Nothing, 0.0 GB, meta, driver 1"
     assert line(output, "accelerators") == f"{told}; {told}"
     on_cpu, on_device = output.split("would run on")[1:]
-    assert rows(on_cpu) == dict.fromkeys(OPTIMIZERS, 4 * ["native"])
+    assert rows(on_cpu) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["native"])
     assert on_device.split()[0] == "meta"
-    assert rows(on_device) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+    assert rows(on_device) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["foreach"])
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -201,10 +211,14 @@ def test_a_gpu_that_its_kernels_do_not_serve(monkeypatch):
     monkeypatch.setattr(triton, "refuses", lambda *_: "Triton is not installed")
     code, output = run()
     assert code == 1
-    assert rows(output.split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, 4 * ["foreach"])
+    assert rows(output.split("would run on")[2]) == dict.fromkeys(
+        OPTIMIZERS, len(DTYPES) * ["foreach"]
+    )
     assert output.splitlines()[-1] == "no triton for any of them: Triton is not installed"
     monkeypatch.setattr(triton, "refuses", lambda *_: None)
-    assert rows(run()[1].split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, 4 * ["triton"])
+    assert rows(run()[1].split("would run on")[2]) == dict.fromkeys(
+        OPTIMIZERS, len(DTYPES) * ["triton"]
+    )
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -221,7 +235,7 @@ def test_numbers_that_an_accelerator_does_not_have(monkeypatch):
     needs_compiler()
     code, output = run()
     assert code == 0
-    expected = ["foreach", "foreach", "-", "foreach"]
+    expected = ["foreach", "foreach", "foreach", "-", "foreach"]
     assert rows(output.split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, expected)
 
 

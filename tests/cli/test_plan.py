@@ -29,7 +29,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 
 def report_of(tmp_path: Path, *arguments: object) -> dict[str, Any]:
-    output = tmp_path / "made" / "plan.json"
+    output = tmp_path / "plan.json"
     code, said = invoke("--params", "8e9", *arguments, "--json", output)
     assert code == 0, said
     return json.loads(output.read_text(encoding="utf-8"))
@@ -41,6 +41,7 @@ def parts_of(report: dict[str, Any]) -> tuple[float, ...]:
 
 
 INT8, BITS24 = ("--state-format", "int8"), ("--master-weight-bits", "24")
+AT_RANDOM = ("--stochastic-rounding",)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,9 @@ INT8, BITS24 = ("--state-format", "int8"), ("--master-weight-bits", "24")
         ((*INT8, *BITS24, "--option", "amsgrad=True"), (2, 2, 3, 3 * SCALE, 1)),
         (("--master-weight-bits", "32", "--state-format", "float32"), (2, 2, 8, 0, 2)),
         (("--dtype", "bfloat16"), (2, 2, 4, 0, 0)),
-        (("--dtype", "bfloat16", "--option", "stochastic_rounding=True"), (2, 2, 4, 0, 0)),
+        (AT_RANDOM, (2, 2, 4, 0, 0)),
+        ((*AT_RANDOM, *INT8), (2, 2, 2, 2 * SCALE, 0)),
+        ((*AT_RANDOM, "--dtype", "float16", "--state-format", "float32"), (2, 2, 8, 0, 0)),
         (("--state-format", "bfloat16"), (4, 4, 4, 0, 0)),
         (("--dtype", "float64"), (8, 8, 16, 0, 0)),
     ],
@@ -94,10 +97,10 @@ def test_devices_and_bandwidth_by_hand(tmp_path: Path):
 
 def test_what_float32_is_compared_with(tmp_path: Path):
     """The same optimizer with the same options, in torch.optim's formats."""
-    asked = ("--option", "amsgrad=True", "--option", "stochastic_rounding=True")
-    report = report_of(tmp_path, "--dtype", "bfloat16", *asked)
+    report = report_of(tmp_path, "--option", "amsgrad=True", *AT_RANDOM)
     assert report["float32"]["bytes_per_parameter"]["states"] == 12
-    assert report["options"] == {"amsgrad": True, "stochastic_rounding": True}
+    assert report["options"] == {"amsgrad": True}
+    assert (report["dtype"], report["stochastic_rounding"]) == ("bfloat16", True)
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -130,6 +133,54 @@ def test_what_is_printed():
     # 12.125 GB at the default of 3350 GB/s.
     assert "A step takes at least 3.62 ms at 3,350 GB/s; in float32 8.36 ms: 0.43 of it." in output
     assert "Not counted: activations" in output
+
+
+def test_rounding_at_random_is_told_of_the_weights():
+    code, output = invoke("--params", "8B", *AT_RANDOM, *INT8)
+    assert code == 0
+    assert output.splitlines()[0] == (
+        "AdamW, 8,000,000,000 parameters on 1 device: "
+        "weights bfloat16 rounded at random, gradients bfloat16, states int8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "count"),
+    [
+        ("8B", "8,000,000,000"),
+        ("8b", "8,000,000,000"),
+        (" 8 b ", "8,000,000,000"),
+        ("8e9", "8,000,000,000"),
+        ("1.5B", "1,500,000,000"),
+        ("0.5B", "500,000,000"),
+        ("125M", "125,000,000"),
+        ("350k", "350,000"),
+        ("1.1T", "1,100,000,000,000"),
+        ("7_000_000_000", "7,000,000,000"),
+        ("999999999999999999", "999,999,999,999,999,999"),  # which no float is
+        ("1", "1"),
+    ],
+)
+def test_numbers_of_parameters_as_people_write_them(written: str, count: str):
+    """Oracle: the same numbers, written out."""
+    code, output = invoke("--params", written)
+    assert code == 0
+    assert output.startswith(f"AdamW, {count} parameters on 1 device: ")
+
+
+def test_short_times_have_a_unit():
+    """28,000 bytes at 3350 GB/s."""
+    _, output = invoke("--params", "1K")
+    assert "A step takes at least 8.36 ns at 3,350 GB/s" in output
+
+
+def test_a_narrow_terminal_cuts_no_number():
+    asked = ["plan", "--params", "8B", *INT8, *BITS24]
+    narrow, wide = (
+        CliRunner().invoke(make_app(), asked, env={"COLUMNS": columns}) for columns in ("20", "100")
+    )
+    assert rows(narrow.output) == rows(wide.output)
+    assert len(rows(wide.output)) == 7
 
 
 def test_the_readme_shows_what_is_printed():
@@ -219,11 +270,21 @@ def test_a_whole_model_of_16_24_and_8_bits():
     ("arguments", "sentence"),
     [
         (("--params", "0"), "--params: 0 is no number of parameters; it must be a whole one"),
-        (("--params", "-8e9"), "--params: -8e+09 is no number of parameters"),
+        (("--params", "-8e9"), "--params: -8e9 is no number of parameters"),
         (("--params", "1.5"), "--params: 1.5 is no number of parameters"),
         (("--params", "nan"), "--params: nan is no number of parameters"),
         (("--params", "inf"), "--params: inf is no number of parameters"),
-        (("--params", "8B"), "--params: "),
+        *(
+            (
+                ("--params", text),
+                f"--params: {text} is no number of parameters; it must be a whole one from 1 to "
+                "10**18, as 8B, 350M or 8e9.",
+            )
+            for text in ("8X", "8 BB", "B", "1.2345K", "8,5B", "infB", "nanM", "8Ki", "1e19", "1E")
+        ),
+        (("--params", ""), "--params:  is no number of parameters"),
+        (("--params", "1e400"), "--params: 1e400 is no number of parameters"),
+        (("--params", "1e9999999"), "--params: 1e9999999 is no number of parameters"),
         (("--optimizer", "SGD"), "--optimizer: "),
         (("--state-format", "int4"), "--state-format: "),
         (("--dtype", "int8"), "--dtype: "),
@@ -242,10 +303,24 @@ def test_a_whole_model_of_16_24_and_8_bits():
         (("--option", "amsgrad=2"), "--option: Invalid amsgrad value: 2; it must be True or False"),
         (("--option", "momentum=1"), "--option: AdamW() got an unexpected keyword argument"),
         (("--option", "state_format=1"), "--option: state_format has an option of its own, --st"),
-        (("--option", "stochastic_rounding=1"), "--option: stochastic_rounding=True is for bfloat"),
+        (("--option", "lr={[]: 1}"), "--option: {[]: 1} is no value of Python"),
         (
-            ("--master-weight-bits", "24", "--option", "stochastic_rounding=True"),
-            "--option: master_weight_bits and stochastic_rounding exclude each other",
+            ("--option", "fused=True", "--option", "foreach=True"),
+            "--option: fused and foreach cannot be True together.",
+        ),
+        (
+            ("--option", "stochastic_rounding=True"),
+            "--option: stochastic_rounding has an option of its own, --stochastic-rounding.",
+        ),
+        (
+            ("--stochastic-rounding", "--dtype", "float32"),
+            "--stochastic-rounding: weights in float32 are not rounded at random; --dtype must be "
+            "bfloat16 or float16.",
+        ),
+        (
+            ("--master-weight-bits", "24", "--stochastic-rounding"),
+            "--stochastic-rounding: it excludes --master-weight-bits: weights that keep their low "
+            "bits are not rounded at random.",
         ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, tuple) else "",
@@ -257,6 +332,7 @@ def test_bad_values_get_one_sentence(arguments: tuple[str, ...], sentence: str):
     # typer names an option of our own complaint without quotes.
     last = output.splitlines()[-1].replace("'", "").replace("`", "")
     assert f"Invalid value for {sentence}" in last
+    assert not last.endswith("..")
 
 
 def test_how_many_parameters_must_be_said():

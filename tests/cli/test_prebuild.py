@@ -66,7 +66,7 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
 
 
 def test_it_leaves_a_kernel_for_each_source(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "folder"
+    folder = tmp_path / "new"
     result = run("--output", folder, "--isa", NAME)
     assert result.exit_code == 0
     for source in FEW:
@@ -126,10 +126,12 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
+    for parent in (tmp_path / "file", tmp_path / "mistyped"):
+        result = run("--output", parent / "kernels")
+        assert result.exit_code == 2
+        assert f"there is no folder {parent}: make it, or name another." in result.output
+    assert not (tmp_path / "mistyped").exists()
     folder = tmp_path / "file" / "kernels"
-    result = run("--output", folder)
-    assert result.exit_code == 2
-    assert f"--output: {folder} cannot be written to (Not a directory)." in result.output
     monkeypatch.setattr(prebuilt, "FOLDER", folder)
     result = run()
     assert result.exit_code == 1

@@ -292,6 +292,7 @@ def _leaf() -> torch.Tensor:
     return torch.ones(2, requires_grad=True)
 
 
+UNORDERED = ("ordered collections", "use a list instead")
 NOT_TENSORS = ("only optimize Tensors", "one of the params is")
 BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "a bare tensor": (_leaf, TypeError, ("iterable of Tensors or dicts", "torch.FloatTensor")),
@@ -316,7 +317,16 @@ BAD_PARAMS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]
         ("param_group must be a dict", "Tensor"),
     ),
     "a non-leaf": (lambda: [_leaf(), _leaf() * 2], ValueError, ("can't optimize a non-leaf",)),
-    "a set": (lambda: [{"params": {_leaf()}}], TypeError, ("ordered collections", "list instead")),
+    "a set": (lambda: {_leaf()}, TypeError, UNORDERED),
+    "a set of names and tensors": (lambda: {("w", _leaf())}, TypeError, UNORDERED),
+    "a frozenset": (lambda: frozenset([_leaf()]), TypeError, UNORDERED),
+    "an empty set": (set, TypeError, UNORDERED),
+    "a set in a group": (lambda: [{"params": {_leaf()}}], TypeError, UNORDERED),
+    "a frozenset in a group": (
+        lambda: [{"params": frozenset([_leaf()])}],
+        TypeError,
+        UNORDERED,
+    ),
     "in two groups": (
         lambda: [{"params": [leaf := _leaf()]}, {"params": [leaf]}],
         ValueError,
@@ -333,13 +343,23 @@ def test_the_constructor_refuses_bad_parameters(
     assert_refused(lambda: cls(make()), error, words)
 
 
+@each_optimizer
+def test_a_bare_set_is_refused_in_the_words_that_torch_has_for_one_in_a_group(cls: type) -> None:
+    with pytest.raises(TypeError) as theirs:
+        twin_of(cls)([{"params": {_leaf()}}])
+    with pytest.raises(TypeError) as ours:
+        cls({_leaf()})
+    assert str(ours.value) == str(theirs.value)
+
+
 BAD_GROUPS: dict[str, tuple[Callable[..., Any], type[Exception], tuple[str, ...]]] = {
     "a tensor": (lambda own: _leaf(), TypeError, ("param_group must be a dict", "Tensor")),
     "a list": (lambda own: [_leaf()], TypeError, ("param_group must be a dict", "list")),
     "no params": (lambda own: {"lr": 0.5}, ValueError, ("needs 'params'", "['lr']")),
     "a number": (lambda own: {"params": [_leaf(), 3]}, TypeError, (*NOT_TENSORS, "int")),
     "a non-leaf": (lambda own: {"params": _leaf() * 2}, ValueError, ("non-leaf",)),
-    "a set": (lambda own: {"params": {_leaf()}}, TypeError, ("ordered collections",)),
+    "a set": (lambda own: {"params": {_leaf()}}, TypeError, UNORDERED),
+    "a frozenset": (lambda own: {"params": frozenset([_leaf()])}, TypeError, UNORDERED),
     "a parameter twice": (
         lambda own: {"params": [_leaf(), own[0]]},
         ValueError,

@@ -111,6 +111,7 @@ FORMS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
     "tuple": tuple,
     "generator": lambda params: (p for p in params),
     "dict values": lambda params: dict(enumerate(params)).values(),
+    "dict keys": lambda params: dict.fromkeys(params).keys(),  # a set that is ordered
     "ParameterList": torch.nn.ParameterList,
     "one group": lambda params: [{"params": params}],
     "a group with a generator": lambda params: [{"params": (p for p in params)}],

@@ -1,0 +1,64 @@
+"""The command line as a whole: its help, its version, and where its text may go."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+import stepforge
+from stepforge.cli import main, make_app
+from stepforge.cli.tables import print_whole
+
+
+def invoke(*arguments: str) -> str:
+    result = CliRunner().invoke(make_app(), arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_version_is_told() -> None:
+    assert invoke("--version") == f"stepforge {stepforge.__version__}\n"
+
+
+def test_the_list_of_commands_says_of_each_a_whole_sentence() -> None:
+    output = invoke("--help")
+    _, _, listed = output.partition("Commands:\n")
+    assert len(listed.splitlines()) >= 5
+    # typer ends what it cuts off with three dots.
+    assert all(line.endswith(".") and not line.endswith("..") for line in listed.splitlines())
+    assert invoke("-h") == output
+
+
+def test_h_is_help_of_a_command_too() -> None:
+    assert invoke("plan", "-h") == invoke("plan", "--help")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_character_that_the_output_lacks_is_named(monkeypatch, encoding) -> None:
+    """A million parameters take microseconds. Oracle: Python's codec of the encoding."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "--params", "1M"])
+    sys.stdout.flush()
+    micro = "µ".encode(encoding, errors="namereplace")
+    assert ended.value.code == 0
+    assert b"A step takes at least 8.36 " + micro + b"s" in written.getvalue()
+
+
+def test_a_table_is_printed_in_full_on_a_narrow_terminal() -> None:
+    """Oracle: a console that is wide enough."""
+    printed = []
+    for width in (200, 10):
+        table = Table("float32", "float16")
+        table.add_row("served by native", "served by foreach")
+        console = Console(file=io.StringIO(), width=width)
+        print_whole(console, table)
+        printed.append(console.file.getvalue())
+    assert "served by native" in printed[0]
+    assert printed[1] == printed[0]
