@@ -378,10 +378,26 @@ class Rule:
         return self._graphs[key]
 
     def numbers(self, groups: Iterable[Mapping[str, Any]], symbol: str) -> list[Any]:
-        """The number that each param group gives for a symbol of the graph."""
+        """The number that each param group gives for a symbol of the graph.
+
+        Raises:
+            TypeError: one was set by hand to something that is no number.
+            ValueError: one was set by hand to a tuple of another length.
+        """
         name, component = self._components[symbol]
-        values = map(operator.itemgetter(name), groups)
-        return list(values if component is None else map(operator.itemgetter(component), values))
+        values = list(map(operator.itemgetter(name), groups))
+        if component is not None:
+            declared = self.hyperparameters[name]
+            if not _TUPLES.issuperset(map(type, values)) or {*map(len, values)} != {
+                declared.length
+            }:
+                values = list(map(declared.checked, values))
+            values = list(map(operator.itemgetter(component), values))
+        if not _NUMBERS.issuperset(map(type, values)):
+            check = self.hyperparameters[name].checked
+            for group in groups:
+                check(group[name])
+        return values
 
     @functools.cached_property
     def _components(self) -> dict[str, tuple[str, int | None]]:
@@ -451,6 +467,11 @@ class Rule:
 
 def _is_number(result: Any) -> bool:
     return isinstance(result, Expr) and not (result.boolean or result.word)
+
+
+#: The types that numbers usually have; a value of another type is looked at more closely.
+_NUMBERS = frozenset({float, int, torch.Tensor, torch.nn.Parameter})
+_TUPLES = frozenset({tuple, list})
 
 
 class _Options:

@@ -398,9 +398,9 @@ def _first(
         if p.is_complex():
             value = complex(value, value)  # real and imaginary parts are averaged each by itself
         return {slot.key: _full(p, slot, value) for slot in slots}
-    like = {"device": torch.device("cpu")}  # whatever the default device is
-    one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype, **like) for x in format_.parts}
-    format_.write(one, torch.full((1, 1), float(value), **like))
+    # On the host, whatever the default device is.
+    one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype, device="cpu") for x in format_.parts}
+    format_.write(one, torch.full((1, 1), float(value), device="cpu"))
     return {slot.key: _full(p, slot, one[slot.part.name].item()) for slot in slots}
 
 

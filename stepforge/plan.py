@@ -11,7 +11,7 @@ import itertools
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,7 +33,7 @@ from stepforge.entries import first_index
 from stepforge.expr import Graph
 from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states, stepping
-from stepforge.sharding import is_plain, local
+from stepforge.sharding import is_plain, is_sharded, local
 from stepforge.signals import Deferred
 
 
@@ -46,12 +46,15 @@ class Launch:
         batch: what it runs.
         steps: the step counts of the rows.
         scalars: the scalar states of the rows, each with its new value.
+        sharded: the parameters and states of which the batch has the parts that are here. Autograd
+            looks at their versions, and a kernel writes to the parts.
     """
 
     backend: Backend
     batch: Batch
     steps: list[torch.Tensor]
     scalars: list[tuple[torch.Tensor, Any]]
+    sharded: list[torch.Tensor] = field(default_factory=list)
 
     def scaled(self, loss_scale: LossScale) -> Launch:
         """The same, on gradients of which a gradient scaler says that.
@@ -70,6 +73,7 @@ class Launch:
         if scale is not None and scale.on_host and scale.found_inf:
             return
         self.backend.run(self.batch)
+        torch.autograd.graph.increment_version(self.sharded)
         skipped = self._skipped()
         with torch.set_grad_enabled(self.batch.differentiable):
             for state, value in self.scalars:
@@ -562,6 +566,12 @@ def _launch(rule: Rule, rows: Sequence[Row]) -> Launch:
             (row.state[rule.states[letter].key], value)
             for letter, column in zip(graph.scalars, scalars)
             for row, value in zip(rows, for_each_row(column, len(rows)))
+        ],
+        [
+            x
+            for row in rows
+            for x in (row.p, *(row.state[slot.key] for slot in row.kept.slots))
+            if is_sharded(x)
         ],
     )
 

@@ -11,9 +11,9 @@ import torch
 
 from stepforge.backends import Choice, choose
 from stepforge.declare import Rule, is_off
-from stepforge.entries import Kept, completed, kept
+from stepforge.entries import Kept, Slot, completed, kept
 from stepforge.expr import Graph
-from stepforge.sharding import is_sharded, local, placed_as
+from stepforge.sharding import is_plain, is_sharded, local, placed_as
 
 
 class Member(NamedTuple):
@@ -92,7 +92,9 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
             alike_in_shape = p.dtype, p.shape, getattr(p, "placements", None)
             what = shapes.get(alike_in_shape) or kept(rule, group, p)
             shapes[alike_in_shape] = what
-            _check_kinds(p, what, entry)
+            _check_gradient(p, g)
+            _check_memory(p, "parameter", p)
+            _check_entry(p, what, entry)
             if g.is_sparse:
                 g = _coalesced(g, group, refuses_sparse, what)
             if is_sharded(p) or is_sharded(g):
@@ -105,9 +107,11 @@ def checked_rows(rule: Rule, members: Iterable[Member], *, refuses_sparse: str |
                 _check_dtypes(p, g)
                 choices[kind] = choose(p, g, group, graph, what.storage)
             state = completed(what, p, group, entry)
-            row = Row(number, p, g, group, graph, what, choices[kind], state)
-            _check_shapes(row)
-            rows.append(row)
+            if group["differentiable"] and state["step"].requires_grad:
+                raise RuntimeError(
+                    "`requires_grad` is not supported for `step` in differentiable mode"
+                )
+            rows.append(Row(number, p, g, group, graph, what, choices[kind], state))
     return rows
 
 
@@ -141,7 +145,7 @@ def _coalesced(
     return g.coalesce()
 
 
-def _check_kinds(p: torch.Tensor, what: Kept, entry: Any) -> None:
+def _check_entry(p: torch.Tensor, what: Kept, entry: Any) -> None:
     """Raises if a state is nothing that can be computed with, as when it was set by hand."""
     if not isinstance(entry, dict):
         raise TypeError(
@@ -154,7 +158,7 @@ def _check_kinds(p: torch.Tensor, what: Kept, entry: Any) -> None:
             kind = repr(found)
         elif found.layout != torch.strided:
             kind = f"a tensor of layout {found.layout}"
-        elif key in what.scalars and (found.numel() != 1 or not found.is_floating_point()):
+        elif key in what.scalars and (found.numel() != 1 or _kind(found.dtype) != "real"):
             kind = f"a tensor of shape {tuple(found.shape)} and {found.dtype}"
         else:
             continue
@@ -163,6 +167,54 @@ def _check_kinds(p: torch.Tensor, what: Kept, entry: Any) -> None:
             f"a parameter of shape {tuple(p.shape)} has a state {key} that is {kind}; it must be "
             f"{wanted}: delete optimizer.state[p] to begin anew"
         )
+    for slot in what.slots:
+        if slot.key in entry:
+            _check_state(p, slot, entry[slot.key])
+
+
+def _check_state(p: torch.Tensor, slot: Slot, found: torch.Tensor) -> None:
+    """Raises if a state is not as large as its parameter, or elsewhere, or of another kind."""
+    if found.shape != slot.shape or _kind(found.dtype) != _kind(slot.part.dtype):
+        raise RuntimeError(
+            f"a parameter of shape {tuple(p.shape)} and {p.dtype} has a state {slot.key} of shape "
+            f"{tuple(found.shape)} and {found.dtype}, which must be of shape {slot.shape} and "
+            f"{slot.part.dtype}: delete optimizer.state[p] to begin anew"
+        )
+    _check_memory(p, f"state {slot.key}", found)
+    if found.device != p.device:
+        raise RuntimeError(
+            f"a parameter on {p.device} has a state {slot.key} on {found.device}: move it there, "
+            "or delete optimizer.state[p] to begin anew"
+        )
+    if not (is_sharded(p) or is_sharded(found)):
+        return
+    if local(found).shape != slot.part.shape(local(p).shape):
+        raise RuntimeError(
+            f"a parameter of which {tuple(local(p).shape)} is here has a state {slot.key} of which "
+            f"{tuple(local(found).shape)} is: shard it as the parameter is, or delete "
+            "optimizer.state[p] to begin anew"
+        )
+
+
+def _check_memory(p: torch.Tensor, what: str, written: torch.Tensor) -> None:
+    """Raises if torch would not write to a tensor, before any other is written to."""
+    if not is_plain(written) or written.layout != torch.strided:
+        return
+    if torch._debug_has_internal_overlap(written) == 1:
+        why_not = f"has strides {written.stride()}, by which elements share memory"
+    elif written.is_inference() and not torch.is_inference_mode_enabled():
+        why_not = "is an inference tensor, which only inference mode writes to"
+    else:
+        return
+    raise RuntimeError(f"a {what} of shape {tuple(p.shape)} {why_not}: clone it")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    """Kinds of numbers of which one cannot stand for another."""
+    if dtype.is_complex:
+        return "complex"
+    is_real = dtype.is_floating_point and dtype.itemsize > 1  # torch computes with no float8
+    return "real" if is_real else str(dtype)
 
 
 def _check_choices(rule: Rule, group: Mapping[str, Any]) -> None:
@@ -182,33 +234,10 @@ def _check_dtypes(p: torch.Tensor, g: torch.Tensor) -> None:
         raise TypeError(f"a parameter of dtype {p.dtype} has a gradient of {g.dtype}")
 
 
-def _check_shapes(row: Row) -> None:
-    if row.g.device != row.p.device:
-        raise RuntimeError(f"a parameter on {row.p.device} has a gradient on {row.g.device}")
-    if row.g.shape != row.p.shape:
+def _check_gradient(p: torch.Tensor, g: torch.Tensor) -> None:
+    if g.device != p.device:
+        raise RuntimeError(f"a parameter on {p.device} has a gradient on {g.device}")
+    if g.shape != p.shape:
         raise RuntimeError(
-            f"a parameter of shape {tuple(row.p.shape)} has a gradient of {tuple(row.g.shape)}"
+            f"a parameter of shape {tuple(p.shape)} has a gradient of {tuple(g.shape)}"
         )
-    for slot in row.kept.slots:
-        found = row.state[slot.key]
-        if found.shape != slot.shape or found.is_complex() != slot.part.dtype.is_complex:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(row.p.shape)} and {row.p.dtype} has a state "
-                f"{slot.key} of shape {tuple(found.shape)} and {found.dtype}, which must be of "
-                f"shape {slot.shape}: delete optimizer.state[p] to begin anew"
-            )
-        if found.device != row.p.device:
-            raise RuntimeError(
-                f"a parameter on {row.p.device} has a state {slot.key} on {found.device}: move it "
-                "there, or delete optimizer.state[p] to begin anew"
-            )
-        if (is_sharded(row.p) or is_sharded(found)) and local(found).shape != slot.part.shape(
-            local(row.p).shape
-        ):
-            raise RuntimeError(
-                f"a parameter of which {tuple(local(row.p).shape)} is here has a state {slot.key} "
-                f"of which {tuple(local(found).shape)} is: shard it as the parameter is, or delete "
-                "optimizer.state[p] to begin anew"
-            )
-    if row.group["differentiable"] and row.state["step"].requires_grad:
-        raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")

@@ -6,7 +6,7 @@ the derivatives; the plain step for the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -111,6 +111,43 @@ def test_with_respect_to_the_betas(
         return train(name, start.clone().requires_grad_(), options)
 
     assert_differentiable(results, *map(scalar, betas))
+
+
+@pytest.fixture
+def float64_states() -> Iterator[None]:
+    """Scalar states in float64: float32 would round what gradcheck moves by 1e-6."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def nadam_from(cls: Any, mu_product: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
+    """Steps of NAdam, after a first one, from that product of its momenta."""
+    p = normal((SIZE,), torch.float64, 0)
+    optimizer = cls([p], differentiable=True, **OPTIONS)
+    for step in range(1 + steps):
+        if step == 1:
+            optimizer.state[p]["mu_product"] = mu_product.clone()
+        p.grad = slope(p.clone())
+        optimizer.step()
+    return {"p": p, "mu_product": optimizer.state[p]["mu_product"]}
+
+
+@pytest.mark.usefixtures("float64_states")
+def test_with_respect_to_a_scalar_state() -> None:
+    assert_differentiable(lambda x: nadam_from(OPTIMIZERS["NAdam"].ours, x, 2), scalar(0.7))
+
+
+@pytest.mark.usefixtures("float64_states")
+def test_with_respect_to_a_scalar_state_as_in_torch() -> None:
+    derivatives = []
+    for cls in (OPTIMIZERS["NAdam"].ours, OPTIMIZERS["NAdam"].theirs):
+        mu_product = scalar(0.7)
+        results = nadam_from(cls, mu_product, 1).values()
+        derivatives.append(torch.autograd.grad(sum(x.sum() for x in results), mu_product))
+    # A dozen operations in float64.
+    torch.testing.assert_close(*derivatives, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])

@@ -506,7 +506,9 @@ def test_a_state_that_no_longer_fits_its_parameter_changes_nothing(
 
 
 @pytest.mark.parametrize("foreach", [None, True, False], ids=["fastest", "foreach", "reference"])
-@pytest.mark.parametrize("value", ["fast", None, torch.ones(2)], ids=["text", "None", "two"])
+@pytest.mark.parametrize(
+    "value", ["fast", "0.3", None, torch.ones(2)], ids=["text", "number in text", "None", "two"]
+)
 @pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
 @each_optimizer
 def test_an_option_that_was_spoiled_by_hand_changes_nothing(
@@ -520,6 +522,115 @@ def test_an_option_that_was_spoiled_by_hand_changes_nothing(
     before = frozen(optimizer)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("lr", "0.3", "lr must be a number >= 0, but got '0.3'"),
+        ("lr", [0.3], "lr must be a number >= 0, but got [0.3]"),
+        ("eps", None, "eps must be a number >= 0, but got None"),
+        ("weight_decay", "0", "weight_decay must be a number >= 0, but got '0'"),
+        ("betas", None, "betas must be a tuple of 2 numbers >= 0 and < 1, but got None"),
+        ("betas", (0.9,), "betas must have 2 components, but got (0.9,)"),
+        ("betas", (0.9, "0.1"), "betas[1] must be a number >= 0 and < 1, but got '0.1'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [0, 2], ids=["fresh", "trained"])
+def test_a_hyperparameter_set_by_hand_to_no_number_gets_the_constructors_sentence(
+    steps: int, name: str, value: Any, words: str, capturable: bool
+) -> None:
+    params = make_params()
+    optimizer = stepforge.NAdam(
+        [{"params": params[:2]}, {"params": params[2:]}], capturable=capturable
+    )
+    run(optimizer, params, range(steps))
+    give_gradients(params, steps)
+    optimizer.param_groups[1][name] = value
+    before = frozen(optimizer)
+    error = ValueError if "components" in words else TypeError
+    assert_refused(optimizer.step, error, (words,))
+    assert_unchanged(optimizer, before)
+
+
+def _inference_tensor() -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.ones(2, 3)
+
+
+#: What a state of a parameter of shape (2, 3) may be set to by hand, and what is said of it.
+SPOILED_STATES: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "None": ("exp_avg", None, ("exp_avg that is None", "must be a dense tensor")),
+    "list": ("exp_avg", [1.0], ("exp_avg that is [1.0]", "must be a dense tensor")),
+    "float": ("exp_avg_sq", 0.5, ("exp_avg_sq that is 0.5", "must be a dense tensor")),
+    "sparse": ("exp_avg", torch.ones(2, 3).to_sparse(), ("layout torch.sparse_coo", "dense")),
+    "shape": ("exp_avg", torch.ones(2), ("exp_avg of shape (2,)", "must be of shape (2, 3)")),
+    "boolean": ("exp_avg", torch.ones(2, 3) > 0, ("torch.bool", "torch.float32")),
+    "one boolean": ("exp_avg", torch.tensor(True), ("shape () and torch.bool", "(2, 3)")),
+    "integers": ("exp_avg", torch.ones(2, 3).long(), ("torch.int64", "torch.float32")),
+    "float8": ("exp_avg", torch.ones(2, 3).to(torch.float8_e5m2), ("torch.float8_e5m2",)),
+    "complex": ("exp_avg", torch.ones(2, 3) * 1j, ("torch.complex64", "torch.float32")),
+    "expanded": (
+        "exp_avg",
+        torch.ones(1, 1).expand(2, 3),
+        ("exp_avg of shape (2, 3)", "strides (0, 0)", "share memory"),
+    ),
+    "inference": ("exp_avg", _inference_tensor(), ("inference tensor", "clone it")),
+    "meta": ("exp_avg", torch.ones(2, 3, device="meta"), ("on meta", "on cpu")),
+    "step None": ("step", None, ("step that is None", "must be a tensor of one number")),
+    "step float": ("step", 3.0, ("step that is 3.0", "must be a tensor of one number")),
+    "step boolean": ("step", torch.tensor(True), ("torch.bool", "a tensor of one number")),
+    "step float8": (
+        "step",
+        torch.tensor(1.0).to(torch.float8_e4m3fn),
+        ("torch.float8_e4m3fn", "a tensor of one number"),
+    ),
+    "two steps": ("step", torch.ones(2), ("shape (2,)", "a tensor of one number")),
+    "scalar list": ("mu_product", [1.0], ("mu_product that is [1.0]", "a tensor of one number")),
+}
+
+
+@pytest.mark.parametrize("foreach", [None, True, False], ids=["fastest", "foreach", "reference"])
+@pytest.mark.parametrize(("key", "value", "words"), SPOILED_STATES.values(), ids=SPOILED_STATES)
+@pytest.mark.parametrize("steps", [1, 3], ids=["once", "kept"])
+def test_a_state_set_by_hand_to_something_else_gets_one_sentence(
+    steps: int, key: str, value: Any, words: tuple[str, ...], foreach: bool | None
+) -> None:
+    params = make_params([(4,), (2, 3)])
+    optimizer = stepforge.NAdam([{"params": params[:1]}, {"params": params[1:]}], foreach=foreach)
+    run(optimizer, params, range(steps))
+    give_gradients(params, steps)
+    optimizer.state[params[1]][key] = value
+    others = [params[0], params[1], *optimizer.state[params[0]].values()]
+    before = [x.detach().clone() for x in others]
+    of_a_kind = isinstance(value, torch.Tensor) and not value.is_sparse and key == "exp_avg"
+    assert_refused(optimizer.step, RuntimeError if of_a_kind else TypeError, words)
+    assert all(torch.equal(x, y) for x, y in zip(others, before))
+
+
+@pytest.mark.parametrize("entry", [None, [], 3.0], ids=str)
+def test_an_entry_of_the_state_that_is_no_dict_gets_one_sentence(entry: Any) -> None:
+    params = make_params()
+    optimizer = stepforge.AdamW(params)
+    run(optimizer, params, range(2))
+    give_gradients(params, 2)
+    before = params[0].detach().clone()
+    optimizer.state[params[-1]] = entry
+    words = (f"optimizer.state of a parameter of shape {tuple(params[-1].shape)} is {entry!r}",)
+    assert_refused(optimizer.step, TypeError, (*words, "must be a dict"))
+    assert torch.equal(params[0], before)
+
+
+def test_a_parameter_whose_elements_share_memory_is_refused_before_any_is_stepped() -> None:
+    params = make_params([(4,), (2, 3)])
+    optimizer = stepforge.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}])
+    give_gradients(params, 0)
+    params[-1].data = params[-1].data.flatten()[:1].sum().expand(params[-1].shape)
+    before = frozen(optimizer)
+    assert_refused(optimizer.step, RuntimeError, ("strides", "share memory", "clone it"))
     assert_unchanged(optimizer, before)
 
 
