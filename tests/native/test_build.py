@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.backends import trust
 from stepforge.backends.native import build
 from tests.native.faults import (
     altered,
@@ -52,7 +53,7 @@ def test_a_kernel_is_compiled_once_and_kept_in_private(
     assert bears_its_digest(kernel)
     assert cache.stat().st_mode & 0o777 == 0o700
     assert not leftovers(cache)
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
     assert kernels(cache) == [kernel]
 
@@ -129,8 +130,9 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path, mode: int) -> 
 def test_a_cache_that_belongs_to_another_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other)
+    cache.mkdir(mode=0o700)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(trust, "belongs_to_user", lambda status: status.st_uid == other)
     assert f"{cache} belongs to another user" in refusal()
     assert list(cache.iterdir()) == []
 
@@ -172,7 +174,7 @@ def test_what_cannot_be_loaded_is_built_anew_once(
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     assert_right()
     assert (cache / original.name).exists()
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
 
 
@@ -368,7 +370,7 @@ def test_without_a_compiler_what_is_in_the_cache_still_serves(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "/nonexistent")
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
     assert len(kernels(filled)) == 1
 

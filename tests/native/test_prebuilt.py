@@ -69,7 +69,7 @@ def test_it_serves_without_a_compiler_and_without_a_cache(
 def test_it_serves_with_a_compiler_too(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert loaded() == the_kernel(ahead, BEST)
     assert not cache.exists()
 
