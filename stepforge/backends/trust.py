@@ -101,9 +101,10 @@ def make_folder(folder: Path, mode: int) -> None:
     Raises:
         OSError: it cannot be made.
     """
-    if folder.is_dir() or folder == folder.parent:
+    if folder.is_dir():
         return
-    make_folder(folder.parent, mode)
+    if folder != folder.parent and not folder.parent.exists():
+        make_folder(folder.parent, mode)
     try:
         folder.mkdir(mode)
     except FileExistsError:
