@@ -10,6 +10,7 @@ import json
 import os
 import pwd
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -254,9 +255,14 @@ def way_to_load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("way_to_load")
-def test_what_was_checked_is_what_is_loaded(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_checked_is_what_is_loaded(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also if another library takes its name in between."""
-    (kernel,) = kernels(filled)
+    (original,) = kernels(filled)
+    cache.mkdir(mode=0o700)
+    kernel = Path(shutil.copy(original, cache))  # which no process has loaded
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     evil = evil_library(filled.parent / "evil.so")
     digest = build._digest
 

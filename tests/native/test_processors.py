@@ -108,7 +108,7 @@ class Step:
 def extreme(x: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
     """Values for a tensor: numbers of all magnitudes, a stretch of each, and what is special."""
     if not x.dtype.is_floating_point:
-        return torch.frombuffer(random.bytes(x.numel() * x.element_size()), dtype=x.dtype)
+        return torch.frombuffer(bytearray(random.bytes(x.nbytes)), dtype=x.dtype)
     count = x.numel()
     info = torch.finfo(x.dtype)
     least, most = np.log2(float(info.smallest_normal) * info.eps), np.log2(info.max)
@@ -151,7 +151,7 @@ def steps_of(name: str, dtype: torch.dtype, options: dict[str, Any], seed: int) 
         step_by_kernel(table, batch)
         dtypes = {n: batch.columns[n][0].dtype for n in names}
         head = [len(batch), table.records.shape[1], len(names), table.numbers.nbytes]
-        sizes = [x.numel() * x.element_size() for x in tensors]
+        sizes = [x.nbytes for x in tensors]
         given = [np.array(head), table.starts, table.records, table.numbers]
         given += [np.array(batch.unscale, np.float64), np.array(sizes)]
         made.append(
@@ -232,7 +232,7 @@ def test_another_processor_or_compiler_makes_the_same_bits(processor: str, tmp_p
     for number, step in enumerate(steps()):
         numbers = []
         for wanted in step.wanted:
-            size = wanted.numel() * wanted.element_size()
+            size = wanted.nbytes
             got = torch.frombuffer(bytearray(done.stdout[at : at + size]), dtype=wanted.dtype)
             at += size
             wrong = ~same(got, wanted)
