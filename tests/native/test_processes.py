@@ -26,7 +26,7 @@ def waiting_compiler(folder: Path, then: str = "") -> str:
 if [ "$1" = --version ]; then echo 1; exit; fi
 touch {folder}/begun
 {then}
-while [ ! -e {folder}/go ]; do sleep 0.02; done
+for wait in $(seq 3000); do [ -e {folder}/go ] && break; sleep 0.05; done
 exec {shlex.join(build.compiler())} "$@"
 """
     return str(executable(folder / "waiting-cc", script))
