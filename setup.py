@@ -42,7 +42,8 @@ class BuildWithKernels(build_py):
         shutil.rmtree(to, ignore_errors=True)  # an earlier build's
         for kernel in kernels:
             (to / kernel.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(kernel, to / kernel.parent.name / kernel.name)
+            copy = shutil.copyfile(kernel, to / kernel.parent.name / kernel.name)
+            copy.chmod(0o644)  # whatever the umask: who may change it decides what is run
 
 
 class WheelForAnyPython(bdist_wheel):

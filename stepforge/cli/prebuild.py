@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from stepforge.backends import trust
 from stepforge.backends.native import build, prebuilt
 from stepforge.cli import variants
 from stepforge.cli.output import folder_option
@@ -58,7 +59,7 @@ def prebuild(
     console = Console(highlight=False)
     began = time.perf_counter()
     try:
-        folder.mkdir(mode=0o755, exist_ok=True)
+        trust.make_folder(folder, 0o755)
         kernels, failures = _compile_all(console, folder, levels, command)
         if not failures:
             for level in levels:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ import torch
 
 from stepforge.backends.native import build, kernel_for
 from stepforge.expr import Graph
-from tests.native.graphs import by_kernel, traced
+from tests.native.graphs import by_kernel, run_compiler, traced
 
 
 def new_graph() -> Graph:
@@ -87,6 +88,27 @@ def unloadable(cache: Path, like: Path) -> Path:
     digest = hashlib.sha256(content).hexdigest()[:32]
     path = cache / f"{key_of(like)}-{digest}.so"
     path.write_bytes(content)
+    return path
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
+def wait_for(path: Path) -> None:
+    """Waits until there is a file."""
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"there is no {path}"
+        time.sleep(0.01)
+
+
+def evil_library(path: Path) -> Path:
+    """A library of the same function, which writes nothing."""
+    c_file = path.with_suffix(".c")
+    c_file.write_text("void stepforge_run(void) {}\n")
+    done = run_compiler(["-shared", "-fPIC", c_file, "-o", path])
+    assert done.returncode == 0, done.stderr
     return path
 
 

@@ -5,40 +5,56 @@ fault ends in that or in one sentence.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import pwd
 import shlex
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 import torch
 
 import stepforge
-from stepforge.backends.native import build
+from stepforge.backends import retry, trust
+from stepforge.backends.native import Kernel, build, kernel_for
 from tests.native.faults import (
     altered,
     assert_right,
     bears_its_digest,
     emptied,
+    evil_library,
     executable,
     kernels,
     key_of,
     leftovers,
+    mode_of,
     never,
+    new_graph,
     processor_of_level_3,
     raises_os_error,
     refusal,
     shortened,
     unloadable,
+    wait_for,
 )
-from tests.native.graphs import INSTRUCTION_SETS, in_new_process
+from tests.native.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
 
 PROCESSES = 16
+#: The command of the compiler, as a shell takes it.
+try:
+    COMPILER = shlex.join(build.compiler())
+except build.BuildError:  # all tests skip
+    COMPILER = "cc"
 
 
 # The cache.
@@ -52,7 +68,7 @@ def test_a_kernel_is_compiled_once_and_kept_in_private(
     assert bears_its_digest(kernel)
     assert cache.stat().st_mode & 0o777 == 0o700
     assert not leftovers(cache)
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
     assert kernels(cache) == [kernel]
 
@@ -129,10 +145,149 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path, mode: int) -> 
 def test_a_cache_that_belongs_to_another_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = os.getuid() + 1
-    monkeypatch.setattr(os, "getuid", lambda: other)
+    cache.mkdir(mode=0o700)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(trust, "belongs_to_user", lambda status: status.st_uid == other)
     assert f"{cache} belongs to another user" in refusal()
     assert list(cache.iterdir()) == []
+
+
+def test_kernels_are_private_whatever_the_umask(
+    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the folders on the way that are missing, such as ~/.cache."""
+    cache = tmp_path / "home" / "cache"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    assert_right()
+    (kernel,) = kernels(cache)
+    assert [mode_of(place) for place in (kernel, cache, cache.parent)] == [0o600, 0o700, 0o700]
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_kernel_file_that_others_may_write_to_is_built_anew(filled: Path, mode: int) -> None:
+    (kernel,) = kernels(filled)
+    kernel.chmod(mode)
+    before = kernel.stat().st_ino
+    assert_right()
+    (kernel,) = kernels(filled)
+    assert mode_of(kernel) == 0o600
+    assert kernel.stat().st_ino != before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser gives files away")
+def test_a_kernel_file_that_belongs_to_another_is_built_anew(filled: Path) -> None:
+    (kernel,) = kernels(filled)
+    os.chown(kernel, 2, 2)
+    assert_right()
+    assert kernels(filled) == [kernel]
+    assert kernel.stat().st_uid == os.geteuid()
+
+
+def test_a_cache_in_a_folder_that_others_may_write_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They could put another cache in its place, unless the folder has the sticky bit."""
+    parent = tmp_path / "shared"
+    parent.mkdir()
+    cache = parent / "mine" / "cache"
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    parent.chmod(0o777)
+    assert refusal() == (
+        f"the kernel cache {cache} is not safe: {parent} can be written to by others, who could "
+        f"put code there: chmod go-w {parent}, or set STEPFORGE_CACHE to a folder of yours"
+    )
+    assert list(parent.iterdir()) == []
+    parent.chmod(0o1777)
+    assert_right()
+    assert len(kernels(cache)) == 1
+
+
+def test_a_link_to_a_cache_is_as_safe_as_where_it_leads(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = tmp_path / "shared" / "cache"
+    behind.mkdir(mode=0o700, parents=True)
+    cache.symlink_to(behind)
+    behind.parent.chmod(0o777)
+    assert f"{behind.parent} can be written to by others" in refusal()
+    behind.parent.chmod(0o755)
+    assert_right()
+    assert build.cache_folder() == behind
+    assert len(kernels(behind)) == 1
+
+
+def test_without_a_home_there_is_no_cache_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the user of a container that its list of users lacks."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("STEPFORGE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert refusal() == (
+        "the kernel cache ~/.cache/stepforge has no place, as no home folder is known: set HOME, "
+        "or STEPFORGE_CACHE to a folder of yours"
+    )
+    monkeypatch.setenv("STEPFORGE_CACHE", "~/kernels")
+    assert "the kernel cache ~/kernels has no place" in refusal()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert build.cache_folder() == tmp_path / "home" / "kernels"
+
+
+def test_a_relative_folder_for_caches_is_ignored_as_its_specification_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STEPFORGE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert build.cache_folder() == tmp_path / ".cache" / "stepforge"
+
+
+@pytest.fixture(params=["/proc/self/fd", "/nonexistent"], ids=["by-number", "by-copy"])
+def way_to_load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its number where a process finds its open files, by a private copy elsewhere."""
+    monkeypatch.setattr(build, "_OPEN_FILES", request.param)
+
+
+@pytest.mark.usefixtures("way_to_load")
+def test_what_was_checked_is_what_is_loaded(
+    cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if another library takes its name in between."""
+    (original,) = kernels(filled)
+    cache.mkdir(mode=0o700)
+    kernel = Path(shutil.copy(original, cache))  # which no process has loaded
+    monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
+    evil = evil_library(filled.parent / "evil.so")
+    digest = build._digest
+
+    def exchange(content: bytes) -> str:
+        if content == before:
+            os.replace(evil, kernel)
+        return digest(content)
+
+    before = kernel.read_bytes()
+    monkeypatch.setattr(build, "_digest", exchange)
+    assert_right()
+    assert not evil.exists(), "nothing was exchanged"
+
+
+@pytest.mark.usefixtures("way_to_load")
+def test_kernels_that_are_opened_one_after_the_other_are_not_mixed_up(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has the number of the one before when it is open, which is a name for the loader."""
+    p = torch.arange(100.0)
+    for factor in [1.0, 2.0, 3.0, 4.0, 5.0] * 2:  # built, then found
+        graph = traced(functools.partial(lambda factor, p, g: p + factor * g, factor))
+        (result,) = by_kernel(graph, [{"p": p, "g": p}], [[]], torch.float32)
+        assert torch.equal(result["p"], p + factor * p)
+    assert len(kernels(cache)) == 5
 
 
 @pytest.mark.parametrize("fault", [shortened, altered, emptied])
@@ -172,7 +327,7 @@ def test_what_cannot_be_loaded_is_built_anew_once(
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     assert_right()
     assert (cache / original.name).exists()
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
 
 
@@ -238,6 +393,36 @@ def test_builds_that_were_cut_off_days_ago_are_removed(cache: Path) -> None:
     assert young.exists()
 
 
+@pytest.mark.skipif(build.fcntl is None, reason="there are no locks of files here")
+def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
+    cache: Path, tmp_path: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that slept, or whose clock was set."""
+    begun = tmp_path / "begun"
+    waits = f'for x; do case $x in */kernel.so) echo "$x" > {begun}.new; esac; done'
+    waits += f"; mv {begun}.new {begun}; exec sleep 60"
+    slow = executable(
+        tmp_path / "slow-cc", f'if [ "$1" = --version ]; then echo 1; exit; fi; {waits}'
+    )
+    code = "from tests.native.faults import assert_right; assert_right()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"CC": str(slow)}, start_new_session=True
+    )
+    try:
+        wait_for(begun)
+        work = Path(begun.read_text().strip()).parent
+        os.utime(work, (1e9, 1e9))
+        assert_right()
+        assert work.exists(), "its process is at work"
+    finally:
+        process.kill()
+        process.wait()
+    os.utime(work, (1e9, 1e9))
+    kernels(cache)[0].unlink()
+    assert_right()
+    assert not work.exists()
+
+
 def build_in_many_processes() -> None:
     """Forks processes that all begin to build at the same moment; fails if one fails."""
     gate, release = os.pipe()
@@ -271,7 +456,7 @@ def test_processes_that_start_at_once_on_an_empty_cache(cache: Path) -> None:
 @pytest.fixture
 def real_compiler() -> str:
     """The command of the compiler, as a shell takes it."""
-    return shlex.join(build.compiler())
+    return COMPILER
 
 
 @pytest.fixture
@@ -368,7 +553,7 @@ def test_without_a_compiler_what_is_in_the_cache_still_serves(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "/nonexistent")
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert_right()
     assert len(kernels(filled)) == 1
 
@@ -437,6 +622,107 @@ def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
     assert not is_running(child)
 
 
+def test_a_compiler_whose_name_no_shell_can_read(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", 'gcc "')
+    assert refusal() == "CC is 'gcc \"', which is no command (No closing quotation)"
+
+
+def test_a_compiler_that_is_removed_meanwhile(
+    cache: Path, named_compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "compiler", lambda: (str(named_compiler),))
+    assert refusal() == f"{named_compiler} cannot be run (No such file or directory)"
+
+
+#: The script of a compiler that makes a library without what it was asked for.
+MAKES_SOMETHING_ELSE = f"""\
+if [ "$1" = --version ]; then echo 1; exit; fi
+while [ "$1" != -o ]; do shift; done
+echo "int nothing;" | {COMPILER} -shared -fPIC -x c - -o "$2"
+"""
+
+
+def test_a_library_without_the_function_is_said_and_built_anew(
+    cache: Path, named_compiler: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable(named_compiler, MAKES_SOMETHING_ELSE)
+    assert refusal().startswith("the compiled kernel cannot be loaded (")
+    assert refusal().endswith(" has no function stepforge_run)")
+    tells = 'if [ "$1" = --version ]; then echo 1; exit; fi'
+    executable(named_compiler, f'{tells}\nexec {real_compiler} "$@"')
+    os.utime(named_compiler, (1, 1))
+    assert_right()
+    assert len(kernels(cache)) == 2
+
+
+# What fails is tried again, but not in every step.
+
+
+def asking() -> Callable[[], Kernel | str]:
+    """Asks for the kernel of one graph, again and again."""
+    return functools.partial(kernel_for, new_graph(), (torch.float32,) * 2, torch.float32)
+
+
+def test_a_compiler_that_was_missing_serves_once_it_is_there(
+    cache: Path,
+    named_compiler: Path,
+    real_compiler: str,
+) -> None:
+    small_kernel = asking()
+    assert "which is not on the PATH" in str(small_kernel())
+    executable(named_compiler, f'exec {real_compiler} "$@"')
+    assert isinstance(small_kernel(), Kernel)
+
+
+def test_a_compiler_that_failed_serves_once_it_is_repaired_or_another_is_named(
+    cache: Path,
+    named_compiler: Path,
+    real_compiler: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, small_kernel = cache.with_name("log"), asking()
+    executable(named_compiler, f"echo called >> {log}; exit 1")
+    assert {str(small_kernel()) for _ in range(100)} == {
+        f"{named_compiler} failed: it said nothing"
+    }
+    # Once for its version, once for the kernel.
+    assert len(log.read_text().splitlines()) == 2
+    executable(named_compiler, f'exec {real_compiler} "$@"')
+    os.utime(named_compiler, (1, 1))
+    assert isinstance(small_kernel(), Kernel)
+    monkeypatch.setenv("CC", str(executable(named_compiler.with_name("other"), "exit 1")))
+    small_kernel = asking()
+    assert "failed" in str(small_kernel())
+    monkeypatch.setenv("CC", real_compiler)
+    assert isinstance(small_kernel(), Kernel)
+
+
+def test_a_cache_that_was_not_safe_serves_once_it_is(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_kernel = asking()
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert "can be written to by others" in str(small_kernel())
+    cache.chmod(0o700)
+    assert isinstance(small_kernel(), Kernel)
+
+
+def test_a_disk_that_was_full_is_tried_again_after_a_while(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_kernel, now = asking(), 1000.0
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: now))
+    with monkeypatch.context() as full:
+        full.setattr(os, "replace", raises_os_error(errno.ENOSPC))
+        assert "No space left on device" in str(small_kernel())
+    assert "No space left on device" in str(small_kernel())
+    now += retry.RETRY_S + 1
+    assert isinstance(small_kernel(), Kernel)
+
+
 # What an optimizer makes of it.
 
 
@@ -468,18 +754,26 @@ def steps_without_a_compiler(cache: str) -> None:
     print(json.dumps(found))
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["missing", "failing"])
-def test_without_a_compiler(tmp_path: Path, fails: bool) -> None:
+#: CC, or what the compiler that it names does, and what is told of it. One that fails names, as
+#: compilers do, the file, which is another for every kernel.
+BROKEN = {
+    "missing": ("/nonexistent", None, "which is not on the PATH: install gcc or clang"),
+    "unreadable": ('gcc "', None, "which is no command (No closing quotation)"),
+    "failing": (None, 'echo "$*: error: out of paper" >&2; exit 1', "error: out of paper"),
+    "making-something-else": (None, MAKES_SOMETHING_ELSE, "has no function stepforge_run"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_without_a_compiler(tmp_path: Path, broken: str) -> None:
     """``fused=True`` says what is wrong; by default foreach serves, with one warning."""
-    cc, reason = "/nonexistent", "CC names '/nonexistent', which is not on the PATH: install gcc"
-    if fails:  # and names, as compilers do, the file, which is another for every kernel
-        cc = str(executable(tmp_path / "fake-cc", 'echo "$*: error: out of paper" >&2; exit 1'))
-        reason = "error: out of paper"
+    named, script, reason = BROKEN[broken]
+    cc = named or str(executable(tmp_path / "fake-cc", str(script)))
     cache = str(tmp_path / "cache")
     output = in_new_process(steps_without_a_compiler, cache, CC=cc, STEPFORGE_CACHE=cache)
     found = json.loads(output)
     assert found["refused"].startswith("fused=True cannot serve")
-    assert reason in found["refused"]
+    assert reason in found["refused"], found["refused"]
     assert found["served"] == ["foreach"] * 3
     ((category, message),) = found["told"]
     assert category == "RuntimeWarning"

@@ -21,6 +21,7 @@ from tests.native.faults import (
     emptied,
     key_of,
     leftovers,
+    mode_of,
     never,
     new_graph,
     refusal,
@@ -69,7 +70,7 @@ def test_it_serves_without_a_compiler_and_without_a_cache(
 def test_it_serves_with_a_compiler_too(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", never)
+    monkeypatch.setattr(tempfile, "mkdtemp", never)
     assert loaded() == the_kernel(ahead, BEST)
     assert not cache.exists()
 
@@ -165,6 +166,55 @@ def test_a_folder_that_others_may_write_to_is_refused(ahead: Path, mode: int) ->
     sentence = refusal()
     assert "can be written to by others" in sentence
     assert f"chmod go-w {ahead}" in sentence
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_of_an_instruction_set_that_others_may_write_to_is_refused(
+    ahead: Path, mode: int
+) -> None:
+    inner = prebuilt.shelf(ahead, BEST)
+    inner.chmod(mode)
+    assert refusal() == (
+        f"the kernels in {inner} are not safe: {inner} can be written to by others, who could put "
+        f"code there: chmod go-w {inner}"
+    )
+
+
+def test_a_folder_below_one_that_others_may_write_to_is_refused(ahead: Path) -> None:
+    """They could put another in its place, unless that one has the sticky bit."""
+    parent = ahead.parent
+    parent.chmod(0o777)
+    assert f"{parent} can be written to by others" in refusal()
+    parent.chmod(0o1777)
+    assert loaded() == the_kernel(ahead, BEST)
+
+
+def test_a_link_is_as_safe_as_where_it_leads(
+    ahead: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    ahead.rename(shared / "ahead")
+    ahead.symlink_to(shared / "ahead")
+    assert loaded() == the_kernel(shared / "ahead", BEST)
+    shared.chmod(0o777)
+    assert f"{shared} can be written to by others" in refusal()
+
+
+def test_what_is_made_ahead_can_be_read_by_all_and_written_by_one(
+    tmp_path: Path, umask: int
+) -> None:
+    """Whatever the umask: who installs is often not who steps."""
+    folder = tmp_path / "new" / "ahead"
+    kernel = prebuilt.compile_ahead(folder, SOURCE, BEST, build.compiler())
+    assert mode_of(kernel) == 0o644
+    assert [mode_of(place) for place in (*kernel.parents,)[:3]] == [0o755] * 3
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_one_that_others_may_write_to_is_passed_over(ahead: Path, cache: Path, mode: int) -> None:
+    the_kernel(ahead, BEST).chmod(mode)
+    assert loaded().parent == cache
 
 
 def test_none_are_looked_for_if_it_is_empty(

@@ -129,6 +129,19 @@ def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
     assert not cache.exists(), "nothing was left to compile"
 
 
+def test_kernels_of_a_wheel_can_be_written_by_one_alone_whatever_the_umask(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernels" / "plain" / "kernel.so"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_bytes(b"any")
+    before = os.umask(0o000)
+    try:
+        wheel = made_wheel(tmp_path, STEPFORGE_KERNELS=str(kernel.parents[1]))
+    finally:
+        os.umask(before)
+    (name,) = libraries(wheel)
+    assert zipfile.ZipFile(wheel).getinfo(name).external_attr >> 16 & 0o777 == 0o644
+
+
 def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path) -> None:
     wheel = made_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")

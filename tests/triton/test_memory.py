@@ -4,6 +4,8 @@ memory; what was there before; autograd's complaint of what it can no longer use
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.conformance.table import (
     parameter,
     run,
 )
+from tests.native.graphs import traced
 from tests.native.test_memory import SHARING, named
 from tests.triton.kernels import by_kernels_only, moved
 
@@ -271,6 +274,41 @@ def test_sources_are_kept_by_their_content_and_privately(cache: Path, device: to
     assert path.read_text() == source
     kernel.load(source + "\n")
     assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077], ids=oct)
+def test_sources_are_private_whatever_the_umask(cache: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        kernel.load("x = 1\n")
+    finally:
+        os.umask(before)
+    (path,) = cache.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o666)
+    kernel.load("x = 1\n")
+    assert path.stat().st_mode & 0o777 == 0o600, "what others may write to is written anew"
+
+
+def test_what_a_killed_process_left_of_a_source_is_removed(cache: Path) -> None:
+    left = cache / "build-0a1b2c3d"
+    left.mkdir(parents=True)
+    cache.chmod(0o700)
+    (left / "kernel.py").write_text("half a fil")
+    os.utime(left, (1e9, 1e9))
+    kernel.load("x = 1\n")
+    assert not left.exists()
+
+
+def test_a_cache_that_was_not_safe_keeps_sources_once_it_is(cache: Path) -> None:
+    ask = functools.partial(
+        kernel.kernel_for, traced(lambda p, g: p - g), (torch.float32,) * 2, torch.float32
+    )
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert "can be written to by others" in str(ask())
+    cache.chmod(0o700)
+    assert isinstance(ask(), kernel.Kernel)
 
 
 def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:

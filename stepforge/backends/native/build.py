@@ -2,28 +2,38 @@
 
 A kernel is compiled at its first use and kept in a private cache, under a name that is made of the
 hash of all that went into it and the hash of its content: a file that was cut short or altered does
-not bear its own name and is built anew, and so is one that cannot be loaded.
+not bear its own name and is built anew, and so is one that others may change, or that cannot be
+loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shlex
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
+
+from stepforge.backends import trust
+
+try:
+    import fcntl
+except ImportError:  # not POSIX
+    fcntl = None  # type: ignore[assignment]
 
 #: IEEE results from vector code: no re-association (no -ffast-math), no contraction of a product
 #: and a sum into one rounding; sqrt need not set errno, and nothing reads floating point traps.
@@ -44,11 +54,15 @@ LEVELS = {
 }
 #: How long a compiler may take for a kernel; it takes a fraction of a second.
 PATIENCE_S = 120.0
-#: The age from which a folder of a build belongs to a process that was killed: far more than any
-#: compiler is given, so that no process takes away what another one still works in.
+#: The age from which a folder of a build belongs to a process that was killed, if nothing holds its
+#: lock: far more than any compiler is given, as not every file system has locks.
 ABANDONED_S = 24 * 3600.0
-#: What a build works on.
-_WORK_FILES = ("kernel.c", "kernel.so")
+#: What a build works on: a C source, its library, a source of Triton, and the lock.
+_WORK_FILES = ("kernel.c", "kernel.so", "kernel.py", "lock")
+#: What a file system says that has no locks; a build is then in use for as long as it is young.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+#: The mode of files in the cache, whatever the umask, and of those that many may read.
+PRIVATE, PUBLIC = 0o600, 0o644
 
 
 class BuildError(Exception):
@@ -102,7 +116,11 @@ def compiler() -> tuple[str, ...]:
     Raises:
         BuildError: there is none.
     """
-    named = shlex.split(os.environ.get("CC", ""))
+    cc = os.environ.get("CC", "")
+    try:
+        named = shlex.split(cc)
+    except ValueError as error:
+        raise BuildError(f"CC is {cc!r}, which is no command ({error})") from None
     for program, *arguments in [named] if named else [["cc"], ["gcc"], ["clang"]]:
         path = shutil.which(program)
         if path:
@@ -117,7 +135,19 @@ def compiler_version(command: tuple[str, ...]) -> str:
     Raises:
         BuildError: it cannot be run.
     """
-    return _version_of(command, os.stat(command[0]).st_mtime_ns)
+    return _version_of(command, modified_ns(command))
+
+
+def modified_ns(command: tuple[str, ...]) -> int:
+    """When a compiler's file was last changed: another version may have taken its place.
+
+    Raises:
+        BuildError: it is gone.
+    """
+    try:
+        return os.stat(command[0]).st_mtime_ns
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from None
 
 
 @functools.cache
@@ -132,33 +162,53 @@ def cache_folder() -> Path:
     ``STEPFORGE_CACHE`` if set, else ``stepforge`` in the user's cache folder.
 
     Raises:
-        BuildError: it cannot be made, or others than its owner may write to it.
+        BuildError: it cannot be made, or others than its owner may write to it or replace it.
     """
-    named = os.environ.get("STEPFORGE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(named) if named else Path(base) / "stepforge"
+    folder = _named_cache()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        # Both before and after: nothing is made where others may write.
+        untrusted = trust.untrusted_way(folder)
+        if untrusted is None:
+            trust.make_folder(folder, 0o700)
+            untrusted = trust.untrusted_way(folder)
+        status = folder.stat() if untrusted is None else None
     except OSError as error:
         raise BuildError(
             f"the kernel cache {folder} cannot be made ({error.strerror}): "
             "set STEPFORGE_CACHE to a folder of yours"
         ) from None
-    if hasattr(os, "getuid"):
-        if status.st_uid != os.getuid():
-            raise BuildError(f"the kernel cache {folder} belongs to another user")
-        if others_may_write(status):
-            raise BuildError(
-                f"the kernel cache {folder} can be written to by others, who could put code "
-                f"there: chmod 700 {folder}"
-            )
+    if status is None:
+        raise BuildError(
+            f"the kernel cache {folder} is not safe: {untrusted}, or set STEPFORGE_CACHE to "
+            "a folder of yours"
+        )
+    if not trust.belongs_to_user(status):
+        raise BuildError(f"the kernel cache {folder} belongs to another user")
+    if trust.others_may_write(status):
+        raise BuildError(
+            f"the kernel cache {folder} can be written to by others, who could put code "
+            f"there: chmod 700 {folder}"
+        )
     return folder
 
 
-def others_may_write(status: os.stat_result) -> bool:
-    """Whether others than its owner may put something into a folder."""
-    return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+def _named_cache() -> Path:
+    """The resolved path of the cache.
+
+    Raises:
+        BuildError: the user has no home to keep it in.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # which the specification has programs ignore
+        base = os.path.join("~", ".cache")
+    named = os.environ.get("STEPFORGE_CACHE") or os.path.join(base, "stepforge")
+    path = os.path.expanduser(named)
+    if path.startswith("~"):  # which is then the name of a folder, beneath the current one
+        raise BuildError(
+            f"the kernel cache {named} has no place, as no home folder is known: "
+            "set HOME, or STEPFORGE_CACHE to a folder of yours"
+        )
+    return Path(os.path.realpath(path))
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -175,12 +225,12 @@ def load(source: str) -> ctypes.CDLL:
     try:
         command = compiler()
     except BuildError:
-        library = opened(intact(folder, f"{key}-*"))
+        library = opened(folder, f"{key}-*")
         if library is None:
             raise
         return library
     version = _digest("\0".join([compiler_version(command), *command]).encode())[:8]
-    library = opened(intact(folder, f"{key}-{version}"))
+    library = opened(folder, f"{key}-{version}")
     if library is not None:
         return library
     try:
@@ -188,7 +238,7 @@ def load(source: str) -> ctypes.CDLL:
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
-        return ctypes.CDLL(str(built))
+        return _library(built)
     except OSError as error:
         raise BuildError(f"the compiled kernel cannot be loaded ({error})") from None
 
@@ -201,6 +251,20 @@ def unwritable(folder: Path, error: OSError) -> BuildError:
     )
 
 
+def answer(ask: Callable[[], object]) -> object:
+    """What a function returns, or why it fails to."""
+    try:
+        return ask()
+    except BuildError as error:
+        return str(error)
+
+
+def cache_circumstances() -> tuple[object, ...]:
+    """Answers to what can be asked of the cache beforehand: where it is, if it may be written."""
+    folder = answer(cache_folder)
+    return folder, isinstance(folder, Path) and os.access(folder, os.W_OK)
+
+
 def key_of(source: str, isa: str) -> str:
     """The hash of all that goes into a kernel but the compiler."""
     return _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
@@ -211,23 +275,92 @@ def _digest(content: bytes) -> str:
 
 
 def intact(folder: Path, name: str) -> Iterator[Path]:
-    """The files of kernels of that name (a pattern) that hold what the rest of their name says."""
-    for candidate in sorted(folder.glob(f"{name}-*.so")):
-        with contextlib.suppress(OSError):
-            if candidate.stem.split("-")[-1] == _digest(candidate.read_bytes()):
-                yield candidate
+    """The files of kernels of that name (a pattern) that may be loaded.
+
+    They hold what the rest of their name says, and nobody else may change them.
+    """
+    for candidate in _files(folder, name):
+        with contextlib.suppress(OSError), _verified(candidate):
+            yield candidate
 
 
-def opened(libraries: Iterable[Path]) -> ctypes.CDLL | None:
-    """The first of them that can be loaded; None if none can."""
-    for library in libraries:
+def opened(folder: Path, name: str) -> ctypes.CDLL | None:
+    """The first kernel of that name (a pattern) that is intact and can be loaded; None if none."""
+    for candidate in _files(folder, name):
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(library))
+            return _library(candidate)
     return None
 
 
+def _files(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"{name}-*.so"))
+
+
+@contextlib.contextmanager
+def _verified(path: Path) -> Iterator[BinaryIO]:
+    """Opens the file of a kernel.
+
+    Raises:
+        OSError: it cannot be opened, others may change it, or its name is not that of its content.
+    """
+    with trust.open_trusted(path) as file:
+        if path.stem.split("-")[-1] != _digest(file.read()):
+            raise OSError(f"{path.name} does not hold what its name says")
+        yield file
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    """Loads the file of a kernel, the very one that has been checked.
+
+    Raises:
+        OSError: it is not to be loaded, cannot be, or is no kernel.
+    """
+    with _verified(path) as file, _place_to_load(file, path) as place:
+        try:
+            # Named after the file, as the place is nobody's name for it.
+            library = ctypes.CDLL(str(path), handle=ctypes.CDLL(place)._handle)
+        except OSError as error:
+            raise OSError(str(error).replace(place, path.name)) from None
+    if not hasattr(library, "stepforge_run"):
+        raise OSError(f"{path.name} has no function stepforge_run")
+    return library
+
+
+#: Where a process finds its open files, on Linux.
+_OPEN_FILES = "/proc/self/fd"
+_loads = itertools.count(1)
+
+
+@contextlib.contextmanager
+def _place_to_load(file: BinaryIO, path: Path) -> Iterator[str]:
+    """A path by which an open file can be loaded, that stands for no other file meanwhile.
+
+    It is new each time: to the loader one path is one library, even if the file is another.
+    """
+    number = str(file.fileno())
+    if os.path.exists(f"{_OPEN_FILES}/{number}"):
+        # A name of the folder that has not been used before: "/." for every 1 of a number, "/" for
+        # every 0.
+        spelled = f"{next(_loads):b}".replace("0", "/").replace("1", "/.")
+        yield f"{_OPEN_FILES}{spelled}/{number}"
+    elif os.name == "posix":
+        with tempfile.TemporaryDirectory() as private:
+            copy = Path(private, path.name)
+            file.seek(0)
+            copy.write_bytes(file.read())
+            yield str(copy)
+    else:  # a library in use could not be removed again, and files have no owners here
+        yield str(path)
+
+
 def compile_into(
-    folder: Path, name: str, source: str, isa: str, command: tuple[str, ...], *extra: str
+    folder: Path,
+    name: str,
+    source: str,
+    isa: str,
+    command: tuple[str, ...],
+    *extra: str,
+    mode: int = PRIVATE,
 ) -> Path:
     """Compiles a source into a file whose name begins with that name.
 
@@ -238,33 +371,72 @@ def compile_into(
         isa: the level to compile for; "" for the plain one.
         command: the compiler's.
         extra: arguments for the compiler that leave the kernel's instructions as they are.
+        mode: the file's, whatever the umask.
 
     Raises:
         BuildError: the compiler fails.
         OSError: the folder cannot be written to.
     """
-    _sweep(folder)
-    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as work:
-        c_file, so_file = (Path(work, name) for name in _WORK_FILES)
-        c_file.write_text(source)
+    with work_folder(folder) as work:
+        c_file, so_file = work / "kernel.c", work / "kernel.so"
+        c_file.write_text(source, encoding="utf-8")
         march = [f"-march={isa}"] if isa else []
         done = _run([*command, *FLAGS, *march, *extra, str(c_file), "-o", str(so_file), "-lm"])
         if done.returncode != 0 or not so_file.exists():
             said = _first_line(done.stderr.replace(str(c_file), c_file.name))
             raise BuildError(f"{command[0]} failed: {said}")
         built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
+        so_file.chmod(mode)
         # Readers see the whole file or none, whoever else builds the same at the same time.
         os.replace(so_file, built)
         return built
 
 
+@contextlib.contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """A private folder for a build, in the folder that the result goes to; removed at the end.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    _sweep(folder)
+    # No TemporaryDirectory: that would also be removed by a child of fork, at its end.
+    work = Path(tempfile.mkdtemp(dir=folder, prefix="build-"))
+    try:
+        with _locked(work / "lock"):
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, made if it is missing, until the end, that of the process too.
+
+    Raises:
+        BlockingIOError: another holds it.
+        OSError: the file cannot be made.
+    """
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)) as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        yield
+
+
 def _sweep(folder: Path) -> None:
     """Removes what processes left that were killed while they built."""
     for left in folder.glob("build-????????"):
-        with contextlib.suppress(OSError):  # it is another's, or another process sweeps too
+        with contextlib.suppress(OSError):  # it is another's, in use, or just being swept
             old = time.time() - left.stat().st_mtime > ABANDONED_S
             if old and set(os.listdir(left)) <= set(_WORK_FILES):
-                shutil.rmtree(left)
+                with _locked(left / "lock"):
+                    shutil.rmtree(left)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

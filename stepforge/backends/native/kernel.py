@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
-import threading
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends import retry
 from stepforge.backends.native import build, prebuilt
 from stepforge.backends.native.source import Record, c_source
 from stepforge.expr import Graph
@@ -112,8 +111,6 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-_building = threading.Lock()
-
 
 def kernel_for(
     graph: Graph,
@@ -129,12 +126,11 @@ def kernel_for(
         arithmetic: float32 or float64.
         formats: of the columns that have one.
     """
-    with _building:
-        isa = os.environ.get("STEPFORGE_ISA")
-        return _kernel_for(graph, dtypes, arithmetic, tuple(formats.items()), isa)
+    isa = os.environ.get("STEPFORGE_ISA")
+    return _kernel_for(graph, dtypes, arithmetic, tuple(formats.items()), isa)
 
 
-@functools.cache
+@retry.made_once(prebuilt.circumstances)
 def _kernel_for(
     graph: Graph,
     dtypes: tuple[torch.dtype, ...],

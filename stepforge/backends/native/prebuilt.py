@@ -8,12 +8,12 @@ that was altered is passed over.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from stepforge.backends import trust
 from stepforge.backends.native import build
 
 #: The package's own, which a wheel for a platform carries and a pure one lacks.
@@ -37,22 +37,32 @@ def folder() -> Path | None:
     is empty.
 
     Raises:
-        BuildError: it names no folder, or one that others may write to.
+        BuildError: it names no folder, or others may put code there.
     """
     named = os.environ.get("STEPFORGE_PREBUILT")
     if named is None:
-        return FOLDER
+        return _trusted(FOLDER)
     if not named:
         return None
-    path = Path(named)
-    if not path.is_dir():
+    if not os.path.isdir(named):
         raise build.BuildError(f"STEPFORGE_PREBUILT is {named!r}, which is no folder")
-    if hasattr(os, "getuid") and build.others_may_write(path.stat()):
-        raise build.BuildError(
-            f"STEPFORGE_PREBUILT is {named!r}, which can be written to by others, who could put "
-            f"code there: chmod go-w {named}"
-        )
-    return path
+    return _trusted(Path(named))
+
+
+def _trusted(folder: Path) -> Path:
+    """The resolved path of a folder of kernels.
+
+    Raises:
+        BuildError: others may put code there.
+    """
+    resolved = Path(os.path.realpath(folder))
+    try:
+        untrusted = trust.untrusted_folder(resolved)
+    except OSError as error:
+        untrusted = f"it cannot be looked at ({error.strerror})"
+    if untrusted:
+        raise build.BuildError(f"the kernels in {folder} are not safe: {untrusted}")
+    return resolved
 
 
 def shelf(folder: Path, isa: str) -> Path:
@@ -61,8 +71,16 @@ def shelf(folder: Path, isa: str) -> Path:
 
 
 def find(folder: Path, source: str, isa: str) -> Iterator[Path]:
-    """The intact kernels of a source for an instruction set."""
-    return build.intact(shelf(folder, isa), build.key_of(source, isa))
+    """The kernels of a source for an instruction set that may be loaded.
+
+    Raises:
+        BuildError: others may put code there.
+    """
+    return build.intact(_trusted(shelf(folder, isa)), build.key_of(source, isa))
+
+
+def _opened(folder: Path, source: str, isa: str) -> ctypes.CDLL | None:
+    return build.opened(_trusted(shelf(folder, isa)), build.key_of(source, isa))
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -78,17 +96,27 @@ def load(source: str) -> ctypes.CDLL:
     ahead = folder()
     if ahead is None:
         return build.load(source)
-    library = build.opened(find(ahead, source, best))
+    library = _opened(ahead, source, best)
     if library is not None:
         return library
     try:
         return build.load(source)
     except build.BuildError:
-        others = itertools.chain.from_iterable(find(ahead, source, isa) for isa in lesser)
-        library = build.opened(others)
-        if library is None:
-            raise
-        return library
+        for isa in lesser:
+            library = _opened(ahead, source, isa)
+            if library is not None:
+                return library
+        raise
+
+
+def circumstances() -> tuple[object, ...]:
+    """Answers to what :func:`load` asks before it runs a compiler: folders, settings, its file."""
+    return (build.answer(folder), build.answer(_compiler), *build.cache_circumstances())
+
+
+def _compiler() -> tuple[object, ...]:
+    command = build.compiler()
+    return command, build.modified_ns(command)
 
 
 def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...]) -> Path:
@@ -105,9 +133,10 @@ def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...])
         OSError: the folder cannot be written to.
     """
     place = shelf(folder, isa)
-    place.mkdir(mode=0o755, parents=True, exist_ok=True)
+    trust.make_folder(place, 0o755)
+    name = build.key_of(source, isa)
     # Symbols are for debuggers, and would be a twentieth of the file.
-    return build.compile_into(place, build.key_of(source, isa), source, isa, command, "-s")
+    return build.compile_into(place, name, source, isa, command, "-s", mode=build.PUBLIC)
 
 
 def prune(folder: Path, isa: str, keep: Container[Path]) -> None:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import linecache
 import os
-import tempfile
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends import retry, trust
 from stepforge.backends.memory import tensors_of_graph
 from stepforge.backends.native import build
 from stepforge.backends.triton.source import (
@@ -146,12 +146,15 @@ def load(source: str) -> types.ModuleType:
 
 
 def _keep(source: str, path: Path) -> None:
-    try:
-        if path.exists() and path.read_bytes() == source.encode():
+    content = source.encode()
+    with contextlib.suppress(OSError), trust.open_trusted(path) as file:
+        if file.read() == content:
             return
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as work:
-            written = Path(work, path.name)
-            written.write_text(source)
+    try:
+        with build.work_folder(path.parent) as work:
+            written = work / "kernel.py"
+            written.write_bytes(content)
+            written.chmod(build.PRIVATE)
             os.replace(written, path)  # readers see the whole file or none
     except OSError as error:
         raise build.unwritable(path.parent, error) from None
@@ -205,7 +208,7 @@ def kernel_for(
     return _kernel_for(graph, dtypes, arithmetic, dims, tuple(formats.items()), is_interpreted())
 
 
-@functools.cache
+@retry.made_once(build.cache_circumstances)
 def _kernel_for(
     graph: Graph,
     dtypes: tuple[torch.dtype, ...],

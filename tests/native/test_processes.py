@@ -1,0 +1,96 @@
+"""Compiling beside forks, signals and threads. Oracle: ``p + 2 * g`` by torch; what waits for what
+never comes is ended by an alarm, and fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from stepforge.backends.native import build
+from tests.native.faults import assert_right, executable, kernels, leftovers, wait_for
+from tests.native.graphs import in_new_process
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+
+
+def waiting_compiler(folder: Path, then: str = "") -> str:
+    """The command of a compiler that says that it has begun, and waits until it may go on."""
+    script = f"""\
+if [ "$1" = --version ]; then echo 1; exit; fi
+touch {folder}/begun
+{then}
+for wait in $(seq 3000); do [ -e {folder}/go ] && break; sleep 0.05; done
+exec {shlex.join(build.compiler())} "$@"
+"""
+    return str(executable(folder / "waiting-cc", script))
+
+
+def fork_while_a_thread_compiles(name: str) -> None:
+    folder, real = Path(name), shlex.join(build.compiler())
+    os.environ["CC"] = waiting_compiler(folder)
+    signal.alarm(120)
+    failures: list[BaseException] = []
+
+    def compile_one() -> None:
+        try:
+            assert_right()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=compile_one)
+    thread.start()
+    wait_for(folder / "begun")
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        os.environ["CC"] = real
+        assert_right()
+        sys.exit()  # which ends as a program does, and not at once
+    assert os.waitpid(child, 0)[1] == 0, "the child hangs, or has no kernel"
+    (folder / "go").touch()
+    thread.join()
+    assert not failures, failures
+
+
+def test_a_child_compiles_while_a_thread_of_its_parent_does(tmp_path: Path) -> None:
+    """Neither waits for the other, nor takes away what the other works in."""
+    cache = tmp_path / "cache"
+    in_new_process(
+        fork_while_a_thread_compiles, str(tmp_path), timeout_s=300, STEPFORGE_CACHE=str(cache)
+    )
+    assert len(kernels(cache)) == 2  # of two compilers
+    assert not leftovers(cache)
+
+
+def step_in_a_signal_handler(name: str) -> None:
+    folder, real = Path(name), shlex.join(build.compiler())
+    compiler = waiting_compiler(folder, then=f"kill -USR1 {os.getpid()}")
+    handled = []
+
+    def handle(number: int, frame: object) -> None:
+        os.environ["CC"] = real
+        assert_right()
+        handled.append(number)
+        (folder / "go").touch()
+
+    signal.signal(signal.SIGUSR1, handle)
+    signal.alarm(120)
+    os.environ["CC"] = compiler
+    assert_right()
+    assert handled == [signal.SIGUSR1]
+
+
+def test_a_signal_handler_steps_while_what_it_interrupts_compiles(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    in_new_process(
+        step_in_a_signal_handler, str(tmp_path), timeout_s=300, STEPFORGE_CACHE=str(cache)
+    )
+    assert len(kernels(cache)) == 2
+    assert not leftovers(cache)
