@@ -3,15 +3,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+SUITE := -m pytest -n 2 --dist worksteal --doctest-modules --doctest-glob=README.md
 
-.PHONY: demo test check format numerics low-precision bench wheel clean
+# The oldest torch that is served, one between, and the newest Python. Each gets an environment.
+COMPAT := python3.11-torch2.10.0 python3.12-torch2.11.0 python3.13-torch2.13.0
+COMPAT_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stepforge-compat
+
+.PHONY: demo test check format compat $(COMPAT) numerics low-precision bench wheel clean
 
 demo: $(READY)
 	mkdir -p out
 	$(BIN)/stepforge demo --output out/demo.html
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist worksteal --doctest-modules --doctest-glob=README.md
+	$(BIN)/python $(SUITE)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -22,6 +27,26 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The suite on other versions, by hand before a release: an hour, and gigabytes of CUDA's libraries
+# that come with torch. Environments stay in COMPAT_DIR. One of the names in COMPAT is a target too.
+compat:
+	$(MAKE) --keep-going $(COMPAT)
+
+$(COMPAT): %: $(COMPAT_DIR)/%/.ready
+	$(<D)/bin/python $(SUITE)
+
+# What constraints.txt pins, but for torch and what follows from its version.
+$(COMPAT_DIR)/%/.ready: pyproject.toml constraints.txt
+	@$(call python_of,$*) -c '' || { echo "make $*: needs $(call python_of,$*) on the PATH"; exit 1; }
+	$(call python_of,$*) -m venv --clear $(@D)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(@D)/constraints.txt
+	echo 'torch==$(call torch_of,$*)' >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[dev]'
+	touch $@
+
+python_of = $(word 1,$(subst -torch, ,$1))
+torch_of = $(word 2,$(subst -torch, ,$1))
 
 # Measures the rounding errors and writes docs/numerics.md.
 numerics: $(READY)

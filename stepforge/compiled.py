@@ -10,28 +10,30 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from stepforge import plan
 from stepforge.backends.batch import is_capturing
 from stepforge.entries import kept
+from stepforge.optimizer import Optimizer
 from stepforge.rows import Member, Row, checked_rows, keep_new_states, stepping
 from stepforge.sharding import is_plain
 
-if TYPE_CHECKING:
-    from stepforge.optimizer import Optimizer
-
-__all__ = ["Traced", "step"]
+__all__ = ["Traced", "make_ready", "step"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+# The compiler calls it when it traces, not in the steps that follow, and takes its result for a
+# constant. It is a method, as torch 2.10 and 2.11 pass no optimizer to a function that is marked so.
+torch.compiler.assume_constant_result(Optimizer._is_traceable)  # type: ignore[no-untyped-call]
 
 
 def step(optimizer: Optimizer) -> None:
     """Steps an optimizer. This is what the compiler traces."""
     told = getattr(optimizer, "found_inf", None) is not None  # by a gradient scaler
-    if not told and _is_traceable(optimizer):
+    if not told and optimizer._is_traceable():
         cast(Traced, optimizer._traced).step(optimizer)
     else:
         _step_outside(optimizer)
@@ -82,29 +84,14 @@ class Traced:
             torch.ops.stepforge.step(params, gradients, states, self.number, groups, indices)
 
 
-def _once_a_trace(function: _Function) -> _Function:
-    """Marks what runs when the compiler traces, and whose result it takes for a constant."""
-    decorated = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
-    return cast(_Function, decorated)
-
-
 def _outside_of_graphs(function: _Function) -> _Function:
     """Marks what the compiler must not trace but run."""
     return cast(_Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
 
 
-@_once_a_trace
-def _is_traceable(optimizer: Optimizer) -> bool:
-    """Makes an optimizer ready to be traced; False if its step must run outside of the graph.
-
-    This runs when the compiler traces, not in the steps that follow.
-    """
-    return _made_ready(optimizer)
-
-
 @_outside_of_graphs  # where a compiler has given up the step's frame, it tries those within
-def _made_ready(optimizer: Optimizer) -> bool:
-    """As :func:`_is_traceable`.
+def make_ready(optimizer: Optimizer) -> bool:
+    """Makes an optimizer ready to be traced; False if its step must run outside of the graph.
 
     The states have to exist when the compiler traces, and not to share memory: a compiler may not
     write to tensors that others alias.

@@ -118,7 +118,6 @@ class Optimizer(_Declared):
     _takes_sparse: ClassVar[bool] = False
     #: Whether states are made by the constructor instead of at the first step.
     _eager_state: ClassVar[bool] = False
-    _in_step = False
 
     params: InitVar[ParamsT]
     maximize: bool = hyper(default=False, kw_only=True, newer=True)
@@ -151,6 +150,7 @@ class Optimizer(_Declared):
         self._plan: plan.Plan | None = None
         self._captured = False  # whether a step is part of a CUDA graph
         self._traced: Traced | None = None
+        self._step_is_running: list[bool] = []  # empty if not
         _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
@@ -180,6 +180,7 @@ class Optimizer(_Declared):
         self._plan = None
         self._captured = False
         self._traced = None
+        self._step_is_running = []
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
         for group in self.param_groups:
@@ -356,6 +357,12 @@ class Optimizer(_Declared):
                 self._run()
         return loss
 
+    def _is_traceable(self) -> bool:
+        """Gets ready for torch.compile; False if the step must run outside of the graph."""
+        from stepforge import compiled  # which marks this method as one that is not traced but run
+
+        return compiled.make_ready(self)
+
     def _run(self) -> None:
         scale = LossScale.of(self)
         try:
@@ -427,13 +434,16 @@ def _outermost(inner: Callable[..., Any], hooked: Callable[..., Any]) -> Callabl
 
     @functools.wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if self.__dict__.get("_in_step", False):
+        # Not a flag but a list, as torch.compile of 2.10 refuses to set an optimizer's attributes.
+        # It is filled within `try`: an interrupt must not leave it so, or no hook would fire again.
+        running = self._step_is_running
+        if running:
             return inner(self, *args, **kwargs)
-        self._in_step = True
         try:
+            running.append(True)
             return hooked(self, *args, **kwargs)
         finally:
-            self._in_step = False
+            running.clear()
 
     return step
 

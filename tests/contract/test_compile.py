@@ -97,6 +97,24 @@ def test_the_graph_holds_the_operator_and_nothing_else() -> None:
     assert operator == torch.ops.stepforge.step
 
 
+@pytest.mark.parametrize("overridden", [False, True])
+def test_hooks_fire_once_at_each_compiled_step(overridden: bool) -> None:
+    class Stepped(stepforge.AdamW):
+        if overridden:
+
+            def step(self, closure: Any = None) -> Any:
+                return super().step(closure)
+
+    stepforge.AdamW(make_params()).step()  # its class is the first whose step gets hooks
+    pair = Pair(Stepped, lr=LR)
+    fired: list[str] = []
+    pair.compiled.register_step_pre_hook(lambda *_: fired.append("pre"))
+    pair.compiled.register_step_post_hook(lambda *_: fired.append("post"))
+    for steps in range(1, 4):
+        pair.advance(range(steps - 1, steps))
+        assert fired == ["pre", "post"] * steps
+
+
 @pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
 def test_every_backend_can_be_behind_the_operator(
     backend: str, monkeypatch: pytest.MonkeyPatch

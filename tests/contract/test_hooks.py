@@ -6,7 +6,10 @@ runs through the same tests.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -197,6 +200,31 @@ def test_hooks_fire_again_after_a_step_that_raised(cls: type, calls: list[str]) 
     assert calls == ["global pre"]
     optimizer.step()
     assert calls == ["global pre", "global pre", "global post"]
+
+
+def test_hooks_fire_again_after_an_interrupt_at_any_line_before_them(calls: list[str]) -> None:
+    """Oracle: the hooks of the step that follows. Ctrl-C is an exception between two lines."""
+    optimizer = stepforge.AdamW(make_params())
+    wrapper = type(optimizer).step.__code__  # type: ignore[attr-defined]
+    interrupted: list[int] = []
+
+    def interrupt(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line" and not calls and frame.f_lineno not in interrupted:
+            interrupted.append(frame.f_lineno)
+            raise KeyboardInterrupt
+        return interrupt if frame.f_code is wrapper else None
+
+    tracing = sys.gettrace()
+    while not calls:
+        sys.settrace(interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            optimizer.step()
+        sys.settrace(tracing)
+        after, _ = calls.copy(), calls.clear()
+        optimizer.step()
+        assert calls == ["global pre", "global post"], f"interrupted at line {interrupted[-1]}"
+        calls[:] = after
+    assert len(interrupted) > 3
 
 
 @each_optimizer
