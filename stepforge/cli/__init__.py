@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo | bench | doctor | plan | prebuild``."""
+"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.doctor import doctor
     from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
+    from stepforge.cli.selftest import selftest
 
     app = typer.Typer(
         name="stepforge",
@@ -44,6 +45,6 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
 
-    for command in (demo, bench, doctor, plan, prebuild):
+    for command in (demo, bench, doctor, plan, prebuild, selftest):
         app.command()(command)
     return app
