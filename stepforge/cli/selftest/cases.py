@@ -246,7 +246,7 @@ GROUPS: tuple[_Group, ...] = (
         ),
     ),
     (
-        {"lr": 0.3, "betas": (0.25, 0.4), "eps": 0.0, "lr_decay": 0.5, "momentum_decay": 0.5},
+        {"lr": 0.3, "betas": (0.25, 0.375), "eps": 0.0, "lr_decay": 0.5, "momentum_decay": 0.5},
         (
             Member((65, 66), _transposed, _contiguous),
             Member((9, 31), _unaligned, _transposed),
@@ -300,6 +300,6 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, wide: bool)
     if wide:
         special = np.array([0, 1, infinity - 1, infinity, infinity | infinity >> 1])
         words = np.where(second % _RARE == 0, special[third % len(special)], words)
-    words |= np.where(third & 1, np.int64(-(2**63)) if info.bits == 64 else sign, 0)
+    words |= np.where(second >> 31 == 1, np.int64(-(2**63)) if info.bits == 64 else sign, 0)
     integers = words.astype(f"i{info.bits // 8}", casting="unsafe")
     return torch.from_numpy(integers).view(dtype).reshape(tuple(shape))
