@@ -31,6 +31,7 @@ from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.selftest.cases import FACTORS, GROUPS, LARGE, STEPS, Case, cases, values
 from stepforge.cli.selftest.compare import bits, outcomes
 from tests.native.faults import executable
+from tests.triton.kernels import by_kernels_only
 
 CPU = torch.device("cpu")
 #: The optimizers of which a test steps the cases if it need not step all.
@@ -336,7 +337,7 @@ def test_no_hashes_are_written_while_a_backend_differs(few: Path) -> None:
         (["--device", "xpu:7"], {}, "finds no xpu:7 here"),
         (["--optimizer", "SGD"], {}, "'SGD' is not one of"),
         (["--report", "no/such.json"], {}, "no is no folder."),
-        (["--write-hashes", "--optimizer", FEW], {}, "it is for all optimizers on a CPU."),
+        (["--write-hashes", "--optimizer", FEW], {}, "it is for all cases, on a CPU."),
         ([], {"STEPFORGE_BACKEND": "warp"}, "STEPFORGE_BACKEND is 'warp'; it must be one of"),
     ],
 )
@@ -452,6 +453,21 @@ def test_every_layout_is_stepped() -> None:
     coded = [p for p in params if p.dim() == 2 and p.numel() >= 4096]
     assert {p.is_contiguous() for p in coded} == {True, False}
     assert params[-1].numel() >= 2**16, "what several threads share"
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_kernels_leave_no_case_to_the_reference(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of which the bits would be right, and would say nothing of a kernel."""
+    if backend == "native":
+        needs_compiler()
+    elif not is_interpreted():
+        pytest.skip("kernels are compiled here, for the GPU")
+    monkeypatch.setenv("STEPFORGE_BACKEND", backend)
+    few = cases()[:: 4 if backend == "native" else 19]
+    with by_kernels_only():
+        assert all(len(outcomes(case, backend, CPU)) == STEPS for case in few)
 
 
 @pytest.mark.parametrize("dtype", FACTORS["dtype"], ids=str)

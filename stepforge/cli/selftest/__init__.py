@@ -81,14 +81,15 @@ def selftest(
     used, refused = _usable(_backends(place), place)
     if report is not None and not report.absolute().parent.is_dir():
         raise typer.BadParameter(f"{report.parent} is no folder.", param_hint="--report")
-    if write_hashes and (optimizer or place != devices.CPU):
-        raise typer.BadParameter("it is for all optimizers on a CPU.", param_hint="--write-hashes")
+    is_interpreted = "triton" in used and place == devices.CPU
+    if write_hashes and (optimizer or is_interpreted or place != devices.CPU):
+        raise typer.BadParameter("it is for all cases, on a CPU.", param_hint="--write-hashes")
     names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
     chosen = [case for case in cases() if case.optimizer in names]
     console = Console(highlight=False)
     machine = describe() | devices.describe(place)
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
-    if "triton" in used and place == devices.CPU:
+    if is_interpreted:
         chosen = chosen[::_INTERPRETED]
         console.print(f"Triton's interpreter is slow: it steps one case in {_INTERPRETED}.")
     results = _compare(console, chosen, used, place)
