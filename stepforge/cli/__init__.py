@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo | bench | doctor | plan | prebuild``."""
+"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.doctor import doctor
     from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
+    from stepforge.cli.selftest import selftest
     from stepforge.cli.version import options
 
     app = typer.Typer(
@@ -58,6 +59,6 @@ def make_app() -> typer.Typer:
     )
 
     app.callback()(options)
-    for command in (demo, bench, doctor, plan, prebuild):
+    for command in (demo, bench, doctor, plan, prebuild, selftest):
         app.command()(command)
     return app

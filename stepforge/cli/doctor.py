@@ -26,7 +26,7 @@ from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.prebuild import PLAIN
 from stepforge.cli.tables import print_whole
 
-__all__ = ["doctor"]
+__all__ = ["doctor", "facts"]
 
 #: The dtypes of the parameters that are asked about.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
@@ -64,8 +64,9 @@ def doctor() -> None:
     all optimizers wherever there are such kernels, otherwise 1.
     """
     console = Console(highlight=False)
-    for name, value in _facts().items():
+    for name, value in facts().items():
         console.print(f"[bold]{name:<18}[/]{escape(value)}", soft_wrap=True)
+    console.print(f"[bold]{'bits':<18}[/]stepforge selftest compares those of all backends here")
     # Devices of one type are served alike.
     reports = [_report(console, device) for device in (devices.CPU, *devices.accelerators()[:1])]
     if not all(reports):
@@ -83,7 +84,8 @@ def _report(console: Console, device: torch.device) -> bool:
     return not any(answer.why for answer in served.values())
 
 
-def _facts() -> dict[str, str]:
+def facts() -> dict[str, str]:
+    """This machine, and what there is to compile for it, for people to read."""
     machine = describe()
     return {
         "stepforge": machine["stepforge"],

@@ -83,6 +83,7 @@ def test_where_kernels_run():
     assert line(output, "kernel cache").startswith(f"{build.cache_folder()}: ")
     assert line(output, "threads").startswith(f"{torch.get_num_threads()}; torch's OpenMP pool")
     assert line(output, "environment") == f"none of {', '.join(VARIABLES)} is set"
+    assert line(output, "bits") == "stepforge selftest compares those of all backends here"
     assert "no native" not in output
 
 

@@ -146,6 +146,7 @@ def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path)
     wheel = made_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert libraries(wheel) == []
+    assert "stepforge/cli/selftest/hashes.json" in zipfile.ZipFile(wheel).namelist()
 
     found = run_without_compiler(installed(wheel, tmp_path / "env"), "refused", tmp_path / "cache")
     assert found["refused"].startswith("fused=True cannot serve a parameter of shape (1000,)")
