@@ -6,10 +6,6 @@ whole shape, blocks are not cut, and random bits follow from an element's place 
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stepforge.checkpoint import full_precision_weights, to_torch
 
+from .processes import run_ranks
 from .ranks import (
     AFTER,
     BEFORE,
@@ -44,7 +41,6 @@ from .ranks import (
 )
 from .twins import assert_identical, through_a_file
 
-ROOT = Path(__file__).parents[2]
 # What modules of torch say of themselves when they are used.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -56,36 +52,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they found."""
-    for _ in range(3):
-        folder = tmp_path_factory.mktemp("ranks")
-        codes, said = run_ranks(folder)
-        # A thread of gloo's own dies of a segmentation fault once in some dozens of runs, in none
-        # of our code. What is wrong here would be so every time.
-        if -signal.SIGSEGV not in codes:
-            break
-    assert codes == [0, 0], said
-    return folder
-
-
-def run_ranks(folder: Path) -> tuple[list[int], str]:
-    """What two processes return, and what they say."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.contract.ranks", str(rank), "2", str(folder)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], "\n".join(said)
+    return run_ranks("tests.contract.ranks", (2,), lambda: tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
