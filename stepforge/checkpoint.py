@@ -435,6 +435,8 @@ def _examine_parameter(
             problems.missing(key)
         elif not problems.mismatched(key, _number_problem(key, entry[key], member.p)):
             found[key] = scalar_state(entry[key], member.p, group)
+            if key == "step" and found[key].itemsize < 4:  # which would stick at 256, or 2048
+                found[key] = found[key].to(scalar_dtype())
     for column, _, _ in what.columns():
         found |= (
             _low_bits_found(member.p, entry, unwritten, problems)

@@ -469,7 +469,9 @@ def placed(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(copied, DTensor):
-        return copied.full_tensor()
+        # No collective operation of gloo takes an int16.
+        wide = copied.to(torch.int32) if copied.dtype == torch.int16 else copied
+        return wide.full_tensor().to(copied.dtype)
     assert isinstance(p, DTensor)
     return distribute_tensor(copied, p.device_mesh, p.placements, src_data_rank=None)
 

@@ -84,7 +84,8 @@ class Optimizer(_Declared):
             4,096 elements, or with rows of dimension 0 below 64, keep their states in full.
         master_weight_bits: for bfloat16 and float16 parameters, 24 or 32: how many bits the weight
             has that is stepped. Those that the parameter lacks are in the state ``low_bits_8``
-            or ``low_bits_16``.
+            or ``low_bits_16``. Call :func:`stepforge.checkpoint.reset_low_bits` after changing
+            weights beside the optimizer.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
             small steps are not lost on average.
         rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same

@@ -201,7 +201,8 @@ def full_precision_weights(
     Returns:
         ``model.state_dict()``, in which the parameters whose lower bits the optimizer keeps
         (``master_weight_bits``) are new float32 tensors, joined with those; DTensors if they are
-        sharded. All other values are the model's own.
+        sharded. All other values are the model's own. After weights were changed beside the
+        optimizer, :func:`stepforge.checkpoint.reset_low_bits` has to come first.
 
     Example:
         >>> from stepforge import Adam

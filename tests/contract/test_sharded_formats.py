@@ -151,6 +151,13 @@ def test_a_whole_state_dict_loads_into_sharded_parameters(
     assert_identical(found[name]["moved"], expected[name]["trained"])
 
 
+@every_case
+def test_the_state_dict_of_two_processes_loads_into_whole_parameters(
+    name: str, found: Any, expected: Any
+) -> None:
+    assert_identical(found[name]["gathered"], expected[name]["saved"]["state"])
+
+
 def test_a_sharded_state_dict_loads_into_whole_parameters(mesh: DeviceMesh, expected: Any) -> None:
     case = CASES["int8"]
     sharded_model, sharded = built(case, mesh)
@@ -246,3 +253,8 @@ def test_rows_that_are_cut_keep_states_in_full_and_random_bits_of_their_own(foun
     assert 0.2 < below.double().mean() < 0.3
     # Whole rows of words would be the same if both processes counted elements from 0.
     assert not torch.equal(below[:, :128], below[:, 128:])
+
+
+def test_whole_codes_become_numbers_where_rows_are_cut(found: Any) -> None:
+    """The oracle is what the codes say as they are exported, whole."""
+    assert_identical(found["cut through blocks"]["found"], found["cut through blocks"]["expected"])
