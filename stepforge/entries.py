@@ -470,8 +470,9 @@ def placed(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
     if isinstance(copied, DTensor):
         # No collective operation of gloo takes an int16.
-        wide = copied.to(torch.int32) if copied.dtype == torch.int16 else copied
-        return wide.full_tensor().to(copied.dtype)
+        wide: Any = copied.to(torch.int32) if copied.dtype == torch.int16 else copied
+        whole: torch.Tensor = wide.full_tensor()
+        return whole.to(copied.dtype)
     assert isinstance(p, DTensor)
     return distribute_tensor(copied, p.device_mesh, p.placements, src_data_rank=None)
 

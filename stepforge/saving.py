@@ -85,12 +85,17 @@ class Lent:
     versions: Mapping[str, tuple[int, int]]
 
     def unwritten(self, entry: Mapping[str, Any]) -> frozenset[str]:
-        """The keys of an entry that still are what was lent, though its step number is not."""
-        same = {key for key, seen in self.versions.items() if _version(entry.get(key)) == seen}
-        step = entry.get("step")
-        if not same or not isinstance(step, torch.Tensor) or torch.equal(step, self.step):
+        """The keys of an entry that still are what was lent, though its step number is not.
+
+        None of them if some tensor is another one, put there by whoever changed the state dict.
+        """
+        now = {key: _version(entry.get(key)) for key in self.versions}
+        if any(x is None or x[0] != self.versions[key][0] for key, x in now.items()):
             return frozenset()
-        return frozenset(same)
+        if torch.equal(entry["step"], self.step):
+            return frozenset()
+        # Step numbers share the count of writes with those of other parameters: not to be asked.
+        return frozenset(key for key, x in now.items() if x == self.versions[key])
 
 
 def lent(state: Mapping[Any, Any]) -> dict[Any, Lent]:
