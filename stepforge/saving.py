@@ -111,8 +111,11 @@ def lent(state: Mapping[Any, Any]) -> dict[Any, Lent]:
 
 
 def _version(x: Any) -> tuple[int, int] | None:
-    """The identity of a tensor, and how often it was written to; None if that is not counted."""
-    if not isinstance(x, torch.Tensor) or local(x).is_inference():
+    """The identity of a tensor, and how often it was written to; None if that tells nothing.
+
+    Nothing is written to the part of a sharded tensor that has no elements.
+    """
+    if not isinstance(x, torch.Tensor) or local(x).is_inference() or not local(x).numel():
         return None
     return id(x), local(x)._version
 
