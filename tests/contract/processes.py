@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,18 +34,19 @@ def run_ranks(module: str, counts: tuple[int, ...], make_folder: Callable[[], Pa
 
 def _run(module: str, counts: tuple[int, ...], folder: Path) -> tuple[list[int], str]:
     """What the processes return, and what they say."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(count), str(folder)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=(folder / f"said-{rank}-{count}").open("w"),
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for count in counts
-        for rank in range(count)
-    ]
+    with contextlib.ExitStack() as logs:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, str(rank), str(count), str(folder)],
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=logs.enter_context((folder / f"said-{rank}-{count}").open("w")),
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for count in counts
+            for rank in range(count)
+        ]
     try:
         _wait(ranks)
     finally:
