@@ -7,6 +7,8 @@ everything before it changes anything, and never aliases what it was given.
 from __future__ import annotations
 
 import copy
+import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,17 +16,43 @@ from typing import Any, NamedTuple
 import torch
 
 from stepforge.declare import EXECUTION_FLAGS, Hyperparameter, Rule, State
-from stepforge.entries import converted, kept, mismatch, placed
+from stepforge.entries import (
+    LOW_BITS,
+    Kept,
+    adopted,
+    code_keys,
+    converted,
+    kept,
+    local,
+    mismatch,
+    placed,
+)
+from stepforge.formats import Part, codes
 from stepforge.ops import scalar_dtype
-from stepforge.saving import full_precision_weights, pack, to_torch
+from stepforge.resharding import load_distributed
+from stepforge.saving import (
+    Lent,
+    ParamGroup,
+    full_precision_weights,
+    lent,
+    local_options,
+    pack,
+    to_torch,
+)
 
 __all__ = [
+    "Lent",
     "LoadResult",
     "Loading",
+    "ParamGroup",
     "apply",
     "examine",
     "full_precision_weights",
+    "lent",
+    "load_distributed",
+    "local_options",
     "pack",
+    "reset_low_bits",
     "to_torch",
 ]
 
@@ -60,7 +88,7 @@ class Loading:
         state: the new state of each parameter that gets one; None removes what it has.
         extra: entries of the state that belong to no parameter.
         groups: for each param group, the options to change.
-        in_place: for each param group, the options of those that are tensors to write into.
+        in_place: for each param group, what to write into the options that are tensors.
         names: for each param group, the parameters' names to adopt, or None.
         result: what does not fit.
         reasons: of what in that needs one, why it does not.
@@ -69,10 +97,44 @@ class Loading:
     state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
     extra: dict[Any, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
-    in_place: list[frozenset[str]] = field(default_factory=list)
+    in_place: list[dict[str, torch.Tensor]] = field(default_factory=list)
     names: list[list[str] | None] = field(default_factory=list)
     result: LoadResult = field(default_factory=lambda: LoadResult([], [], []))
     reasons: dict[str, str] = field(default_factory=dict)
+
+
+def reset_low_bits(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the weights count as they are in their 16 bits from now on.
+
+    For whoever has changed the weights of a model whose optimizer keeps lower bits of them
+    (``master_weight_bits``), as by ``model.load_state_dict`` or by averaging weights: the next step
+    would join the new weights with bits of the old ones. No version of a tensor tells that
+    reliably, so a step cannot. Where the optimizer's state is loaded with the model's, as it was
+    saved with it, the bits are the right ones already.
+
+    Args:
+        optimizer: an optimizer of this library. Sharded states stay as they are sharded.
+
+    Raises:
+        TypeError: the optimizer is not of this library.
+
+    Example:
+        >>> from stepforge import Adam
+        >>> p = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        >>> optimizer = Adam([p], lr=2**-12, master_weight_bits=24)
+        >>> p.grad = torch.ones_like(p)
+        >>> optimizer.step()
+        >>> reset_low_bits(optimizer)
+        >>> optimizer.state[p]["low_bits_8"].item()
+        0
+    """
+    if not hasattr(optimizer, "_rule"):
+        raise TypeError(
+            f"reset_low_bits is for optimizers of this library, but got {type(optimizer).__name__}"
+        )
+    for p, entry in optimizer.state.items():
+        for key in LOW_BITS.keys() & entry.keys() if isinstance(p, torch.Tensor) else ():
+            local(entry[key]).zero_()
 
 
 def examine(
@@ -82,8 +144,12 @@ def examine(
     *,
     strict: bool,
     foreign: frozenset[str],
+    state: Mapping[Any, Any],
+    lent: Mapping[Any, Lent],
 ) -> Loading:
     """Checks a state dict against an optimizer's groups, and says what loading it will do.
+
+    Values are converted here, so that nothing is left for :func:`apply` that can fail.
 
     Args:
         rule: the optimizer's rule.
@@ -91,6 +157,8 @@ def examine(
         state_dict: what is to be loaded. It is not changed, and nothing in the answer aliases it.
         strict: whether anything missing, unexpected or mismatched is an error.
         foreign: hyperparameters that only other optimizers have.
+        state: the optimizer's state, which the state dict may alias.
+        lent: what its last state dict lent out, of :func:`~stepforge.saving.lent`.
 
     Raises:
         ValueError: the state dict has another structure, a value out of its range or, if
@@ -108,13 +176,20 @@ def examine(
         members = [m for m in matches if m.group == index]
         source = _group_source(index, members, saved_groups, by_name, strict)
         options = _new_options(rule, index, group, source, foreign, loading.result)
-        loading.groups.append(options)
         tensors = [n for n in rule.hyperparameters if isinstance(group.get(n), torch.Tensor)]
-        loading.in_place.append(frozenset(tensors) & options.keys())
+        loading.in_place.append(
+            {
+                name: _as_written(f"param_groups[{index}].{name}", options.pop(name), group[name])
+                for name in tensors
+                if name in options
+            }
+        )
+        loading.groups.append(options)
         loading.names.append(None if by_name else _adopted_names(group, source, saved_groups))
         renewed = {**group, **options}
         for member in members:
-            _examine_parameter(rule, renewed, member, state_dict["state"], loading)
+            own, loan = state.get(member.p) or {}, lent.get(member.p)
+            _examine_parameter(rule, renewed, member, state_dict["state"], loading, own, loan)
     _examine_leftovers(matches, saved_groups, state_dict["state"], loading)
     if strict and any(loading.result):
         raise ValueError(_complaint(loading.result, loading.reasons))
@@ -124,16 +199,14 @@ def examine(
 def apply(
     loading: Loading, groups: Sequence[dict[str, Any]], state: dict[Any, Any], *, strict: bool
 ) -> None:
-    """Carries out what :func:`examine` found to be right."""
+    """Carries out what :func:`examine` found to be right. Nothing in here can fail."""
     changes = zip(groups, loading.groups, loading.in_place, loading.names, strict=True)
     for group, options, in_place, names in changes:
-        for name, value in options.items():
-            if name in in_place:
-                # A tensor of the user's, which a scheduler or a captured graph may share.
-                with torch.no_grad():
-                    group[name].fill_(float(value))
-            else:
-                group[name] = value
+        for name, value in in_place.items():
+            # A tensor of the user's, which a scheduler or a captured graph may share.
+            with torch.no_grad(), torch.inference_mode(group[name].is_inference()):
+                group[name].copy_(value)
+        group.update(options)
         if names is not None:
             group["param_names"] = names
     if strict:
@@ -169,6 +242,11 @@ def _saved_groups(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     for index, group in enumerate(groups):
         if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
             raise ValueError(f"param_groups[{index}] of the state dict has no list of 'params'")
+        if not isinstance(group.get("param_names", []), (list, tuple)):
+            raise ValueError(
+                f"param_groups[{index}] of the state dict has param_names "
+                f"{reprlib.repr(group['param_names'])}, which must be a list"
+            )
         if len(group.get("param_names", group["params"])) != len(group["params"]):
             raise ValueError(
                 f"param_groups[{index}] of the state dict has {len(group['params'])} parameters "
@@ -281,6 +359,11 @@ def _new_options(
             continue
         if name in source:
             options[name] = declared.checked(copy.deepcopy(source[name]))
+            if _is_without_value(declared, options[name], group.get(name)):
+                raise ValueError(
+                    f"param_groups[{index}].{name} of the state dict is on the device meta, where "
+                    "tensors have no values"
+                )
         elif not declared.newer:
             result.missing_keys.append(f"param_groups[{index}].{name}")
     for state in rule.states.values():
@@ -296,101 +379,259 @@ def _new_options(
     return options
 
 
+def _is_without_value(declared: Hyperparameter, value: Any, own: Any) -> bool:
+    """Whether an option is on the device meta, and the optimizer's own is not."""
+    return not getattr(own, "is_meta", False) and any(
+        isinstance(x, torch.Tensor) and x.is_meta for _, x in declared.components(value)
+    )
+
+
+def _as_written(name: str, value: Any, own: torch.Tensor) -> torch.Tensor:
+    """An option as it will be in a tensor of the user's: rounded to its dtype if that is a float.
+
+    Raises:
+        ValueError: it would be another number there.
+    """
+    if own.is_meta:
+        return torch.empty_like(own)
+    number = float(value)
+    written = torch.tensor(number, dtype=torch.float64).to(own.dtype)
+    found = float(written)
+    if found != number and not (own.is_floating_point() and math.isfinite(found)):
+        raise ValueError(
+            f"{name} of the state dict is {number}, which would be {found} in the optimizer's "
+            f"tensor of {own.dtype}: give it a tensor of torch.float32, or a number"
+        )
+    return written.reshape(own.shape).to(own.device)
+
+
 def _examine_parameter(
-    rule: Rule, group: Mapping[str, Any], member: _Match, saved: Mapping[Any, Any], loading: Loading
+    rule: Rule,
+    group: Mapping[str, Any],
+    member: _Match,
+    saved: Mapping[Any, Any],
+    loading: Loading,
+    own: Mapping[str, Any],
+    loan: Lent | None,
 ) -> None:
     if member.saved_group is None:
         loading.result.missing_keys.append(member.label)
         return
-    entry = saved.get(member.saved_id)
+    entry = saved.get(member.saved_id, {})
+    if not isinstance(entry, Mapping):
+        raise ValueError(
+            f"the state of parameter {member.label} is not a dict, but {reprlib.repr(entry)}"
+        )
     if not entry:  # it had not been stepped yet
         loading.state[member.p] = None
         return
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"the state of parameter {member.label} is not a dict")
     what = kept(rule, group, member.p)
+    entry = _without_own_form(what, entry, own)
+    unwritten = loan.unwritten(entry) if loan else frozenset()
     found: dict[str, Any] = {}
-    problems = len(loading.result.missing_keys) + len(loading.result.mismatched_keys)
+    problems = _Problems(member.label, loading)
     for key in what.scalars:
         if key not in entry:
-            loading.result.missing_keys.append(f"{member.label}.{key}")
-        elif not _is_number(entry[key]):
-            loading.result.mismatched_keys.append(f"{member.label}.{key}")
-        else:
+            problems.missing(key)
+        elif not problems.mismatched(key, _number_problem(key, entry[key], member.p)):
             found[key] = scalar_state(entry[key], member.p, group)
-    for column, _, slots in what.columns():
-        declared = what.states.get(column)  # None for what is kept of the parameter itself
-        _examine_state(declared, slots[0].key, member, entry, found, loading)
+            if key == "step" and found[key].itemsize < 4:  # which would stick at 256, or 2048
+                found[key] = found[key].to(scalar_dtype())
+    for column, _, _ in what.columns():
+        found |= (
+            _low_bits_found(member.p, entry, unwritten, problems)
+            if column == "p"
+            else _state_found(what.states[column], member.p, entry, unwritten, problems)
+        )
     known = {*found, *what.scalars, *_of_any_format(rule, entry)}
     unexpected = [f"{member.label}.{key}" for key in entry if key not in known]
     loading.result.unexpected_keys.extend(unexpected)
     # Half a state is worse than none: a large step count with empty moments explodes.
-    if problems == len(loading.result.missing_keys) + len(loading.result.mismatched_keys):
+    if not problems.count:
         found |= converted(what, member.p, found)
         loading.state[member.p] = {key: found[key] for key in what.keys if key in found}
 
 
-def _examine_state(
-    declared: State | None,
-    key: str,
-    member: _Match,
+@dataclass
+class _Problems:
+    """Enters what does not fit of one parameter into a loading, and counts it."""
+
+    label: str
+    loading: Loading
+    count: int = 0
+
+    def missing(self, key: str, why: str | None = None) -> None:
+        self.loading.result.missing_keys.append(self._entered(key, why))
+
+    def mismatched(self, key: str, why: str | None) -> bool:
+        """Enters why a key does not fit; False if it does, of which None tells."""
+        if why is not None:
+            self.loading.result.mismatched_keys.append(self._entered(key, why))
+        return why is not None
+
+    def _entered(self, key: str, why: str | None) -> str:
+        self.count += 1
+        label = f"{self.label}.{key}"
+        if why is not None:
+            self.loading.reasons[label] = why
+        return label
+
+
+_UNWRITTEN = "it was not read from the checkpoint that the step number is from"
+
+
+def _low_bits_found(
+    p: torch.Tensor, entry: Mapping[str, Any], unwritten: frozenset[str], problems: _Problems
+) -> dict[str, torch.Tensor]:
+    """Copies of the lower bits of a weight, however many were saved."""
+    keys = [key for key in LOW_BITS if key in entry]
+    if len(keys) > 1:
+        problems.mismatched(keys[0], f"there is {keys[1]} too: which of them is of the weight?")
+        return {}
+    for key in keys:
+        part = Part("low", LOW_BITS[key], suffix=key)
+        if problems.mismatched(key, _tensor_problem(entry[key], p, part)):
+            continue
+        if key in unwritten and local(entry[key]).any():  # without any the weight is as it is
+            problems.missing(key, _UNWRITTEN)
+            continue
+        return {key: placed(entry[key], p)}
+    return {}
+
+
+def _state_found(
+    state: State,
+    p: torch.Tensor,
     entry: Mapping[str, Any],
-    found: dict[str, Any],
-    loading: Loading,
-) -> None:
-    """Copies a state into what was found, in the format in which it was saved."""
-    label, scale = f"{member.label}.{key}", entry.get(f"{key}_scale")
-    if key not in entry:
-        if declared is not None and declared.when is None:
-            loading.result.missing_keys.append(label)
-        return
-    if not _fits(entry[key], member.p):
-        loading.result.mismatched_keys.append(label)
-        return
-    if declared is None and entry[key].dtype not in (torch.int8, torch.int16):
-        loading.result.mismatched_keys.append(label)
-        loading.reasons[label] = f"{key} is of {entry[key].dtype}, which must be int8 or int16"
-        return
-    in_codes = declared is not None and entry[key].dtype == torch.uint8
-    problem = mismatch(entry[key], scale, member.p) if in_codes else None
-    if problem:
-        keys = loading.result.missing_keys if scale is None else loading.result.mismatched_keys
-        keys.append(f"{label}_scale")
-        loading.reasons[f"{label}_scale"] = f"{key} {problem}"
-        return
-    found[key] = placed(entry[key], member.p)
-    if in_codes and scale is not None:
-        found[f"{key}_scale"] = placed(scale, member.p)
+    unwritten: frozenset[str],
+    problems: _Problems,
+) -> dict[str, torch.Tensor]:
+    """Copies of the tensors of a state, in the format in which it was saved."""
+    byte, scale = codes(state.unsigned).parts
+    plain = Part("", p.dtype)
+    if state.key in entry and byte.key(state.key) in entry:
+        problems.mismatched(state.key, f"there is {byte.key(state.key)} too: which one counts?")
+        return {}
+    parts = (byte, scale) if byte.key(state.key) in entry else (plain,)
+    keys = {part: part.key(state.key) for part in parts}
+    if keys[parts[0]] not in entry:
+        if state.when is None:
+            problems.missing(keys[parts[0]])
+        return {}
+    before = problems.count
+    for part, key in keys.items():
+        if key in unwritten:
+            problems.missing(key, _UNWRITTEN)
+        elif part is not scale:
+            problems.mismatched(key, _tensor_problem(entry[key], p, part))
+        elif problems.count == before:
+            why = mismatch(entry[keys[byte]], entry.get(key), p)
+            if why is not None and key not in entry:
+                problems.missing(key, f"{state.key} {why}")
+            else:
+                why = f"{state.key} {why}" if why else _tensor_problem(entry[key], p, part)
+                problems.mismatched(key, why)
+    return {} if problems.count > before else adopted(state, entry, p)
+
+
+def _without_own_form(
+    what: Kept, entry: Mapping[str, Any], own: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """An entry without what is the optimizer's own of a state that it also has in another format.
+
+    ``set_optimizer_state_dict`` adds what it is given, as of a whole state dict, to what the
+    optimizer has.
+    """
+    unwanted: set[str] = set()
+    for state in what.states.values():
+        forms = [{state.key}, set(code_keys(state))]
+        are_own = [all(entry.get(k) is own.get(k) for k in form) for form in forms]
+        if all(form & entry.keys() for form in forms) and any(are_own) and not all(are_own):
+            unwanted |= forms[are_own.index(True)]
+    low = [key for key in LOW_BITS if key in entry]
+    if len(low) > 1:
+        unwanted |= {key for key in low if entry[key] is own.get(key)}
+    return {key: x for key, x in entry.items() if key not in unwanted} if unwanted else entry
 
 
 def _of_any_format(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
     """The keys of an entry that are right in some format: scales only beside codes."""
-    states = rule.states.values()
-    coded = [s.key for s in states if getattr(entry.get(s.key), "dtype", None) == torch.uint8]
-    return {"low_bits", *(s.key for s in states), *(f"{key}_scale" for key in coded)}
+    known = set(LOW_BITS)
+    for state in rule.states.values():
+        of_codes, of_scales = code_keys(state)
+        known |= {state.key, of_codes} | ({of_scales} if of_codes in entry else set())
+    return known
 
 
-def _is_number(value: Any) -> bool:
+#: The dtypes of states with an element for each element, as plain numbers.
+_REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_COMPLEX = (torch.complex128, torch.complex64)
+#: The dtypes in which a number, such as that of the step, may have been saved.
+_NUMBERS = (*_REAL, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _tensor_problem(x: Any, p: torch.Tensor, part: Part) -> str | None:
+    """Why something cannot be a part of a state of a parameter; None if it can."""
+    shape = part.shape(p.shape) if p.dim() or not part.of_block else ()
+    if not isinstance(x, torch.Tensor):
+        return f"is {reprlib.repr(x)}, which must be a tensor of shape {shape}"
+    if x.layout != torch.strided or x.is_nested:
+        return f"is of layout {x.layout}, which must be torch.strided"
+    if tuple(x.shape) != shape:
+        return f"is of shape {tuple(x.shape)}, which must be {shape}"
+    allowed = (part.dtype,) if part.suffix else _COMPLEX if p.is_complex() else _REAL
+    if x.dtype not in allowed:
+        return f"is of {x.dtype}, which must be {' or '.join(map(str, allowed))}"
+    if x.is_meta and not p.is_meta:
+        return "is on the device meta, where tensors have no values"
+    if hasattr(x, "placements") and hasattr(p, "placements"):
+        return _sharding_problem(x, p, part)
+    return None
+
+
+def _sharding_problem(x: Any, p: Any, part: Part) -> str | None:
+    """Why a sharded tensor does not lie as its sharded parameter does; None if it does."""
+    if (x.device_mesh, tuple(x.placements)) != (p.device_mesh, tuple(p.placements)):
+        return (
+            f"is sharded as {x.placements} on {x.device_mesh}, which must be {p.placements} on "
+            f"{p.device_mesh}: stepforge.checkpoint.load_distributed reshards"
+        )
+    here, wanted = tuple(local(x).shape), part.shape(local(p).shape) if p.dim() else ()
+    return None if here == wanted else f"has {here} here, which must be {wanted}"
+
+
+def _number_problem(key: str, value: Any, p: torch.Tensor) -> str | None:
+    """Why something cannot be a scalar state, or the step number; None if it can."""
+    allowed = "a whole number from 0 up" if key == "step" else "a number"
     if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, (int, float))
-
-
-def _fits(value: Any, p: torch.Tensor) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.shape == p.shape
-        and value.is_complex() == p.is_complex()
-    )
+        if value.layout != torch.strided or value.numel() != 1 or value.dtype not in _NUMBERS:
+            shown = f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+            return f"is {shown}, which must be {allowed}"
+        if value.is_meta:
+            return None if p.is_meta else "is on the device meta, where tensors have no values"
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"is {reprlib.repr(value)}, which must be {allowed}"
+    try:
+        number = float(value)
+    except OverflowError:
+        return f"is larger than any float, which must be {allowed}"
+    if key == "step" and not (number >= 0 and number.is_integer()):
+        return f"is {number}, which must be {allowed}"
+    return None
 
 
 def scalar_state(value: Any, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:
-    """A scalar state, given as a number or a tensor, as an optimizer keeps it; a copy."""
+    """A scalar state, given as a number or a tensor, as an optimizer keeps it; a copy.
+
+    Raises:
+        ValueError: it is neither.
+    """
     on_device = group["capturable"] or group["fused"]
     device = p.device if on_device else torch.device("cpu")
     if not isinstance(value, torch.Tensor):
         return torch.tensor(float(value), dtype=scalar_dtype(), device=device)
-    return value.detach().reshape(()).to(device, copy=True)
+    dtype = value.dtype if value.is_floating_point() else scalar_dtype()
+    return value.detach().reshape(()).to(device, dtype, copy=True)
 
 
 def _examine_leftovers(
@@ -426,6 +667,32 @@ def _complaint(result: LoadResult, reasons: Mapping[str, str]) -> str:
         f"the state dict does not fit this optimizer ({'; '.join(parts)}); nothing was loaded, "
         "pass strict=False to load what fits"
     )
+
+
+def unpickled(
+    rule: Rule, group: Mapping[str, Any], p: torch.Tensor, entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The entry of a parameter as it came from a pickle, whose scalar states may be numbers.
+
+    Raises:
+        ValueError: a state is neither a tensor nor a number that may stand for one.
+    """
+    scalars = ("step", *(s.key for s in rule.states.values() if s.scalar))
+    parts = [s.key for s in rule.states.values() if not s.scalar]
+    for key in (key for key in (*scalars, *parts) if key in entry):
+        why: str | None = f"is {reprlib.repr(entry[key])}, which must be a tensor"
+        if isinstance(entry[key], torch.Tensor):
+            continue
+        if key in scalars:
+            why = _number_problem(key, entry[key], p)
+        if why is not None:
+            raise ValueError(f"the state {key} of a parameter of shape {tuple(p.shape)} {why}")
+    made = {
+        key: scalar_state(entry[key], p, group)
+        for key in scalars
+        if key in entry and not isinstance(entry[key], torch.Tensor)
+    }
+    return {**entry, **made}
 
 
 def complete_options(hyperparameters: Mapping[str, Hyperparameter], group: dict[str, Any]) -> None:

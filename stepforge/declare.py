@@ -206,6 +206,11 @@ class Hyperparameter:
                 return value
         elif isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number {self.interval}, but got {value!r}")
+        elif not _fits_a_float(value):
+            raise ValueError(
+                f"Invalid {label or f'{name} value'}: it is larger than any float; it must be a "
+                f"number {self.interval}"
+            )
         if self.annotation is int and not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} must be a whole number {self.interval}, but got {value!r}")
         if value not in self.interval:
@@ -214,6 +219,14 @@ class Hyperparameter:
                 f"Invalid {label or f'{name} value'}: {shown}; it must be a number {self.interval}"
             )
         return int(value) if self.annotation is int else value
+
+
+def _fits_a_float(value: Any) -> bool:
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def _without_dimensions(value: Any) -> Any:

@@ -16,9 +16,12 @@ from stepforge.ops import scalar_dtype
 from stepforge.sharding import is_plain, local
 
 __all__ = [
+    "LOW_BITS",
     "SHORT",
     "Kept",
     "Slot",
+    "adopted",
+    "code_keys",
     "completed",
     "converted",
     "decoded",
@@ -30,6 +33,8 @@ __all__ = [
     "local",
     "mismatch",
     "placed",
+    "space",
+    "without_cut_codes",
 ]
 
 #: Parameters with fewer elements keep their states in full: all of them together are little, and
@@ -41,6 +46,13 @@ SHORTEST = BLOCK // 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: The dtypes of weights that can be joined with more bits or rounded at random.
 SHORT = (torch.bfloat16, torch.float16)
+#: The keys under which an entry may have the lower bits of its weight, with their dtypes.
+LOW_BITS = {
+    part.key(): part.dtype
+    for width in (24, 32)
+    for part in joined(torch.bfloat16, width).parts
+    if part.name
+}
 
 
 @dataclass(frozen=True)
@@ -138,12 +150,10 @@ def _kept(
         elif plain == torch.bfloat16 and state_format and state.unsigned:
             formats[letter] = rounded(plain)
         parts = formats[letter].parts if letter in formats else (Part("", plain),)
-        for part in parts:
-            key = f"{state.key}_{part.name}" if part.name else state.key
-            slots.append(Slot(key, letter, part, part.shape(shape)))
+        slots += [Slot(x.key(state.key), letter, x, x.shape(shape)) for x in parts]
     if dtype in SHORT and master_weight_bits:
         formats["p"] = joined(dtype, master_weight_bits)
-        slots += [Slot(f"{x.name}_bits", "p", x, shape) for x in formats["p"].parts if x.name]
+        slots += [Slot(x.key(), "p", x, shape) for x in formats["p"].parts if x.name]
     elif dtype in SHORT and stochastic_rounding:
         formats["p"] = rounded(dtype)
     return Kept(
@@ -238,16 +248,15 @@ def converted(what: Kept, p: torch.Tensor, entry: Mapping[str, Any]) -> dict[str
     """
     new: dict[str, torch.Tensor] = {}
     for column, format_, slots in _columns_to_change(what, entry):
-        if slots[0].key not in entry:
+        found = _low_bits(entry) if column == "p" else _numbers(what.states[column], entry, p)
+        if found is None:
             continue
         made = {slot.key: _full(p, slot, 0) for slot in slots}
         parts = {slot.part.name: local(made[slot.key]) for slot in slots}
         if column == "p":
-            parts["low"].copy_(
-                _low_of_width(local(entry[slots[0].key]), parts["low"].dtype, p.dtype)
-            )
+            parts["low"].copy_(_low_of_width(local(found), parts["low"].dtype, p.dtype))
         else:
-            x = _numbers(entry, slots[0].key, p, unsigned=what.states[column].unsigned)
+            x = found
             if format_ is None:
                 parts[""].copy_(x)
             else:
@@ -303,24 +312,38 @@ def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
 
 def _left_over(what: Kept) -> set[str]:
     """The keys that only other formats have."""
-    possible = {f"{state.key}_scale" for state in what.states.values()} | {"low_bits"}
-    return possible - set(what.keys)
+    keys = {key for s in what.states.values() if not s.scalar for key in (s.key, *code_keys(s))}
+    return (keys | set(LOW_BITS)) - set(what.keys)
 
 
-def _numbers(
-    entry: Mapping[str, Any], key: str, p: torch.Tensor, *, unsigned: bool
-) -> torch.Tensor:
-    """What a state holds, whatever format it is in: the part of it that is here."""
-    tensor, scale = entry[key], entry.get(f"{key}_scale")
-    if tensor.dtype != torch.uint8:
-        return local(tensor)
+def code_keys(state: State) -> tuple[str, str]:
+    """The keys of a state in 8 bits: of its codes, and of their scales."""
+    byte, scale = codes(state.unsigned).parts
+    return byte.key(state.key), scale.key(state.key)
+
+
+def _numbers(state: State, entry: Mapping[str, Any], p: torch.Tensor) -> torch.Tensor | None:
+    """What a state holds, whatever format it is in: the part of it that is here; None if nothing.
+
+    Plain numbers come first, should there be codes left of another time.
+    """
+    of_codes, of_scales = code_keys(state)
+    if state.key in entry or of_codes not in entry:
+        return local(entry[state.key]) if state.key in entry else None
+    tensor, scale = entry[of_codes], entry.get(of_scales)
     problem = mismatch(tensor, scale, p)
     if problem or scale is None:
         raise RuntimeError(
-            f"of a parameter of shape {tuple(p.shape)} the state {key} {problem}: delete "
+            f"of a parameter of shape {tuple(p.shape)} the state {state.key} {problem}: delete "
             "optimizer.state[p] to begin anew"
         )
-    return codes(unsigned).read({"": local(tensor), "scale": local(scale)})
+    return codes(state.unsigned).read({"": local(tensor), "scale": local(scale)})
+
+
+def _low_bits(entry: Mapping[str, Any]) -> torch.Tensor | None:
+    """The lower bits of a weight, however many; None if there are none."""
+    found = (entry[key] for key in LOW_BITS if isinstance(entry.get(key), torch.Tensor))
+    return next(found, None)
 
 
 def mismatch(tensor: torch.Tensor, scale: Any, p: torch.Tensor) -> str | None:
@@ -328,6 +351,8 @@ def mismatch(tensor: torch.Tensor, scale: Any, p: torch.Tensor) -> str | None:
     wanted = Part("scale", torch.float32, of_block=True).shape(p.shape) if p.dim() else ()
     if tensor.shape != p.shape:
         return f"has codes of shape {tuple(tensor.shape)}"
+    if tensor.dtype != torch.uint8:
+        return f"has codes of {tensor.dtype}, which must be torch.uint8"
     if not isinstance(scale, torch.Tensor):
         return f"has codes without scales, which must be of shape {wanted}"
     if tuple(scale.shape) != wanted:
@@ -344,15 +369,16 @@ def decoded(state: State, entry: Mapping[str, Any], p: torch.Tensor) -> torch.Te
 
     Args:
         state: which one.
-        entry: what there is of the parameter.
+        entry: what there is of the parameter; the state, in some format.
         p: the parameter.
 
     Raises:
         RuntimeError: its codes and scales disagree.
     """
-    x = _numbers(entry, state.key, p, unsigned=state.unsigned)
+    x = _numbers(state, entry, p)
+    assert x is not None
     dtype = torch.promote_types(x.dtype, p.dtype)
-    if entry[state.key].dtype == torch.uint8:
+    if state.key not in entry:
         return _sharded_as(p, x.to(dtype), p.shape)
     found: torch.Tensor = entry[state.key].detach()
     return found.to(dtype, copy=True)
@@ -365,8 +391,8 @@ def joined_weight(p: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor | N
         p: the parameter.
         entry: what there is of it.
     """
-    low = entry.get("low_bits")
-    if p.dtype not in SHORT or not isinstance(low, torch.Tensor):
+    low = _low_bits(entry)
+    if p.dtype not in SHORT or low is None:
         return None
     format_ = joined(p.dtype, 24 if low.dtype == torch.int8 else 32)
     return _sharded_as(p, format_.read({"": local(p.detach()), "low": local(low)}), p.shape)
@@ -445,9 +471,95 @@ def placed(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(copied, DTensor):
-        return copied.full_tensor()
+        # No collective operation of gloo takes an int16.
+        wide: Any = copied.to(torch.int32) if copied.dtype == torch.int16 else copied
+        whole: torch.Tensor = wide.full_tensor()
+        return whole.to(copied.dtype)
     assert isinstance(p, DTensor)
     return distribute_tensor(copied, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def adopted(state: State, entry: Mapping[str, Any], p: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A state from elsewhere, where and sharded as its parameter is, in the format that it has.
+
+    A parameter that is cut through blocks gets numbers for codes, as here would not be all that a
+    scale is for. Copies.
+
+    Args:
+        state: which one.
+        entry: what there is elsewhere of the parameter; the state, in some format.
+        p: the parameter.
+    """
+    if state.key not in entry and _is_cut(p):
+        numbers = _numbers(state, entry, p)
+        assert numbers is not None
+        return {state.key: placed(numbers, p)}
+    keys = (state.key,) if state.key in entry else code_keys(state)
+    return {key: placed(entry[key], p) for key in keys}
+
+
+def space(p: torch.Tensor, part: Part) -> torch.Tensor:
+    """Space for a part of a state, sharded as its parameter is: not filled.
+
+    Scales are those of the rows that are here, also of a parameter that is cut through its rows:
+    they are the same then in all processes that share a row.
+
+    Args:
+        p: the parameter.
+        part: says of which dtype it is, and whether it has an element for each element.
+    """
+    if not part.of_block:
+        return torch.empty_like(p.detach(), dtype=part.dtype, memory_format=torch.contiguous_format)
+    here, shape = local(p.detach()), part.shape(p.shape)
+    rows = here.new_empty((here.shape[0], shape[1]), dtype=part.dtype)
+    if not _is_cut(p):
+        return _sharded_as(p, rows, shape)
+    from torch.distributed.tensor import DTensor, Replicate
+
+    assert isinstance(p, DTensor)
+    placements = [x if getattr(x, "dim", 0) == 0 else Replicate() for x in p.placements]
+    return DTensor.from_local(
+        rows, p.device_mesh, placements, run_check=False, shape=torch.Size(shape),
+        stride=(shape[1], 1),
+    )  # fmt: skip
+
+
+def without_cut_codes(what: Kept, entry: Mapping[str, Any], p: torch.Tensor) -> dict[str, Any]:
+    """An entry with numbers for codes if its parameter is cut through blocks, else as it is.
+
+    Args:
+        what: what it should hold.
+        entry: what there is, in tensors of :func:`space`; on the device meta what is not.
+        p: the parameter.
+    """
+    numbers: dict[str, Any] = {}
+    used: set[str] = set()
+    for state in what.states.values() if _is_cut(p) else ():
+        parts = codes(state.unsigned).parts
+        found = [entry.get(part.key(state.key)) for part in parts]
+        if all(
+            x is not None and x.dtype == y.dtype and not x.is_meta for x, y in zip(found, parts)
+        ):
+            columns = _local_columns(p)
+            read = {part.name: local(x) for part, x in zip(parts, found) if x is not None}
+            x = codes(state.unsigned).read(read, blocks=columns // BLOCK)
+            numbers[state.key] = _sharded_as(p, x, p.shape)
+            used |= {part.key(state.key) for part in parts}
+    return {key: x for key, x in entry.items() if key not in used} | numbers
+
+
+def _local_columns(p: torch.Tensor) -> torch.Tensor:
+    """The indices in a row of dimension 0 of what is here of it."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    assert isinstance(p, DTensor)
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    row = p.shape[1:]
+    columns = torch.arange(math.prod(row), device=p.device).view(row)
+    for dim, (size, offset) in enumerate(zip(sizes[1:], offsets[1:])):
+        columns = columns.narrow(dim, min(offset, row[dim]), size)
+    return columns.flatten()
 
 
 def first_index(p: torch.Tensor) -> int:

@@ -77,11 +77,14 @@ class Part:
             for the others.
         dtype: its dtype. Integers are words, negative ones in two's complement.
         of_block: True if it has one element for each block, False if one for each element.
+        suffix: ends its key in ``optimizer.state[p]``. A key says how its tensor is to be read: one
+            without a suffix is plain numbers, and one with a suffix is always of this dtype.
     """
 
     name: str
     dtype: torch.dtype
     of_block: bool = False
+    suffix: str = ""
 
     def shape(self, of: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Its shape if the numbers that are stored have that shape.
@@ -91,6 +94,18 @@ class Part:
             (3, 2)
         """
         return (of[0], -(-math.prod(of[1:]) // BLOCK)) if self.of_block else tuple(of)
+
+    def key(self, state: str = "") -> str:
+        """Its key in ``optimizer.state[p]``.
+
+        Args:
+            state: the key of the state that it is a part of; ``""`` for a part of the parameter.
+
+        Example:
+            >>> Part("scale", torch.float32, of_block=True, suffix="scale").key("exp_avg")
+            'exp_avg_scale'
+        """
+        return "_".join(filter(None, (state, self.suffix)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +145,15 @@ class Format:
         """Whether rounding takes random bits."""
         return "random" in self.encode.inputs
 
-    def read(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def read(
+        self, parts: Mapping[str, torch.Tensor], blocks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The numbers that tensors hold.
 
         Args:
             parts: each part by its name.
+            blocks: for each element of a row the number of its block, where a part of each row is
+                all there is; None where rows are whole.
 
         Returns:
             A new float32 tensor of the shape of the first part.
@@ -143,7 +162,7 @@ class Format:
         for part in self.parts:
             tensor = parts[part.name]
             if part.of_block:
-                inputs[part.name] = _spread(tensor, parts[""].shape)
+                inputs[part.name] = _spread(tensor, parts[""].shape, blocks)
             else:
                 as_word = not part.dtype.is_floating_point
                 inputs[part.name or "stored"] = word(tensor) if as_word else tensor.float()
@@ -193,8 +212,12 @@ def _largest(sizes: torch.Tensor) -> torch.Tensor:
     return blocks.amax(2) if blocks.numel() else blocks.new_zeros(blocks.shape[:2])
 
 
-def _spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def _spread(
+    scales: torch.Tensor, shape: torch.Size, blocks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The scale of each element."""
+    if blocks is not None:
+        return scales[:, blocks].reshape(shape)
     each = scales.repeat_interleave(BLOCK, dim=1)
     return each[:, : math.prod(shape[1:])].reshape(shape)
 
@@ -399,7 +422,8 @@ def codes(unsigned: bool) -> Format:
             most an eighth. False for numbers of either sign, which are rounded to nearest: 15 such
             octaves. The root of a second moment and a first moment then reach equally far.
     """
-    byte, scale = Part("", torch.uint8), Part("scale", torch.float32, of_block=True)
+    byte = Part("", torch.uint8, suffix="codes")
+    scale = Part("scale", torch.float32, of_block=True, suffix="scale")
     decode = _decode_unsigned if unsigned else _decode_signed
     return Format(
         "int8",
@@ -473,7 +497,11 @@ def joined(dtype: torch.dtype, width: int) -> Format:
             from 2**-17 to 65504; below that it is exact to 2**-39. With 24 it has 8 bits more.
         width: of the longer one; 24 or 32.
     """
-    low = torch.int8 if width == 24 else torch.int16
+    low = (
+        Part("low", torch.int8, suffix="low_bits_8")
+        if width == 24
+        else Part("low", torch.int16, suffix="low_bits_16")
+    )
     if dtype == torch.bfloat16:
         spare = 32 - width  # bits of a float32 that are not kept
         join, split = _join_bfloat16(spare), _split_bfloat16(spare)
@@ -483,7 +511,7 @@ def joined(dtype: torch.dtype, width: int) -> Format:
         join, split = _join_float16(spare), _split_float16(spare)
     return Format(
         f"{width} bits",
-        (Part("", dtype), Part("low", low)),
+        (Part("", dtype), low),
         decode=_traced(join, "stored", "low_word"),
         encode=_traced(split, "x"),
     )

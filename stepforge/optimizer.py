@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, dataclass_transform, overload
 
@@ -83,7 +83,9 @@ class Optimizer(_Declared):
             byte an element and a scale for each 128 of a row. With ``"int8"`` parameters below
             4,096 elements, or with rows of dimension 0 below 64, keep their states in full.
         master_weight_bits: for bfloat16 and float16 parameters, 24 or 32: how many bits the weight
-            has that is stepped. Those that the parameter lacks are in the state ``low_bits``.
+            has that is stepped. Those that the parameter lacks are in the state ``low_bits_8``
+            or ``low_bits_16``. Call :func:`stepforge.checkpoint.reset_low_bits` after changing
+            weights beside the optimizer.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
             small steps are not lost on average.
         rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same
@@ -149,6 +151,7 @@ class Optimizer(_Declared):
         self._step_supports_amp_scaling = bool(defaults["fused"])
         self._plan: plan.Plan | None = None
         self._captured = False  # whether a step is part of a CUDA graph
+        self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # by the last state dict
         self._traced: Traced | None = None
         self._step_is_running: list[bool] = []  # empty if not
         _check_ordered(params)
@@ -179,17 +182,17 @@ class Optimizer(_Declared):
         super().__setstate__(state)
         self._plan = None
         self._captured = False
+        self._lent = {}
         self._traced = None
         self._step_is_running = []
+        self.param_groups = list(map(self._param_group, self.param_groups))
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
         for group in self.param_groups:
             checkpoint.complete_options(self._hyperparameters, group)
             for p in group["params"]:
-                entry = self.state.get(p, {})
-                for key in ("step", *(s.key for s in self._rule.states.values() if s.scalar)):
-                    if key in entry and not isinstance(entry[key], torch.Tensor):
-                        entry[key] = checkpoint.scalar_state(entry[key], p, group)
+                if p in self.state:
+                    self.state[p] = checkpoint.unpickled(self._rule, group, p, self.state[p])
 
     def _patch_step_function(self) -> None:
         # torch wraps the step of every class in hooks and a profiler record. Where a subclass
@@ -227,8 +230,11 @@ class Optimizer(_Declared):
         self._check_options(group)
         self._check_params(group)
         self._rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
-        self.param_groups.append(group)
+        self.param_groups.append(self._param_group(group))
         self._traced = None
+
+    def _param_group(self, options: Mapping[str, Any]) -> checkpoint.ParamGroup:
+        return checkpoint.ParamGroup(options, checkpoint.local_options(type(self)))
 
     def _check_params(self, group: Mapping[str, Any]) -> None:
         params = group["params"]
@@ -269,11 +275,15 @@ class Optimizer(_Declared):
             A dict with ``"state"``, the states of each parameter by its number, and
             ``"param_groups"``, the options of each group with its parameters' numbers. Tensors
             are the optimizer's own: copy what has to outlive the next step. For torch.optim
-            there is :func:`stepforge.checkpoint.to_torch`, as it knows no formats.
+            there is :func:`stepforge.checkpoint.to_torch`, as it knows no formats. Options that
+            the twin does not know and that are not loaded are left out: ``state_format``,
+            ``master_weight_bits``, ``stochastic_rounding``, ``rounding_seed``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        state_dict = checkpoint.pack(self.param_groups, self.state)
+        local = checkpoint.local_options(type(self))
+        state_dict = checkpoint.pack(self.param_groups, self.state, local)
+        self._lent = checkpoint.lent(self.state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state_dict = _unless_none(post_hook(self, state_dict), state_dict)
         return state_dict
@@ -306,21 +316,39 @@ class Optimizer(_Declared):
             ValueError: the state dict is not an optimizer's, holds a value out of its range or,
                 if ``strict``, does not fit in every entry.
         """
+        found = self._examined(state_dict, strict)
+        self._apply(found, strict)
+        return found.result
+
+    def _examined(
+        self,
+        state_dict: Mapping[str, Any],
+        strict: bool,
+        names: Sequence[Sequence[str]] | None = None,
+    ) -> checkpoint.Loading:
+        """What loading a state dict will do; its names may stand for those of the groups."""
         given = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             given = _unless_none(pre_hook(self, given), given)
-        found = checkpoint.examine(
+        groups: Sequence[Mapping[str, Any]] = self.param_groups
+        if names is not None:
+            groups = [{**group, "param_names": own} for group, own in zip(groups, names)]
+        return checkpoint.examine(
             self._rule,
-            self.param_groups,
+            groups,
             given,
             strict=strict,
             foreign=_hyperparameters_of_others(self._hyperparameters),
+            state=self.state,
+            lent=self._lent,
         )
-        checkpoint.apply(found, self.param_groups, self.state, strict=strict)
+
+    def _apply(self, loading: checkpoint.Loading, strict: bool) -> None:
+        checkpoint.apply(loading, self.param_groups, self.state, strict=strict)
         self._plan = None
+        self._lent = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-        return found.result
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -189,7 +189,7 @@ def coded_share(config: language_model.Config) -> float:
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
     run.optimizer.step()
-    coded = [p for p, s in run.optimizer.state.items() if s["exp_avg"].dtype == torch.uint8]
+    coded = [p for p, s in run.optimizer.state.items() if "exp_avg_codes" in s]
     return sum(p.numel() for p in coded) / sum(p.numel() for p in run.model.parameters())
 
 

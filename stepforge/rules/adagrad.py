@@ -84,7 +84,12 @@ class Adagrad(Optimizer, rule=adagrad):
         ) -> None: ...
 
     def share_memory(self) -> None:
-        """Moves the states ``sum`` to shared memory, for training from several processes."""
+        """Moves the states ``sum`` to shared memory, for training from several processes.
+
+        Also what else has an element for each element or block of a parameter: scales, low bits.
+        """
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p]["sum"].share_memory_()
+                for key, x in self.state[p].items():
+                    if key != "step":
+                        x.share_memory_()

@@ -153,8 +153,8 @@ def rounding(
         scale = scale[:, : x[0].numel()].reshape(x.shape)
         octaves, step = (31, 1 / 8) if what.states[column].unsigned else (15, 1 / 16)
         return torch.maximum(x.abs() * step, scale * 1.125 * 2.0**-octaves)
-    if column == "p" and "low_bits" in entry:
-        bits = 2.0**-16 if entry["low_bits"].dtype == torch.int8 else 2.0**-24
+    if column == "p" and entry.keys() & {"low_bits_8", "low_bits_16"}:
+        bits = 2.0**-16 if "low_bits_8" in entry else 2.0**-24
         return x.abs() * bits
     stored = dtype if column == "p" else what.storage.dtypes[column]
     at_random = 2 if format_ is not None else 1

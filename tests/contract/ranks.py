@@ -152,6 +152,10 @@ def found(case: Case, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
         "weights": whole(full_precision_weights(model, optimizer)),
     }
     save(model, optimizer, folder)
+    # The state dict of all processes, in one that has whole parameters.
+    gathering, gathering_optimizer = built(case, None)
+    gathering_optimizer.load_state_dict(optimizer.state_dict())
+    results["gathered"] = held(gathering, gathering_optimizer)["state"]
     train(model, optimizer, AFTER)
     resumed, its_optimizer = built(case, mesh, seed=1)
     load(resumed, its_optimizer, folder)
@@ -188,6 +192,26 @@ def cut_through_rows(mesh: DeviceMesh) -> dict[str, Any]:
     return {"weight": whole(cut), "state": whole(dict(optimizer.state[cut]))}
 
 
+def cut_through_blocks(mesh: DeviceMesh) -> dict[str, Any]:
+    """States in codes, whole in all processes, loaded where each has a part of every row.
+
+    Parts and their scales are of fitting shapes, but a part has elements of more blocks.
+    """
+    options = {"lr": LR, "state_format": "int8"}
+    whole_p = torch.nn.Parameter(torch.ones(16, 3, 256))
+    source = stepforge.Adam([whole_p], **options)
+    train(torch.nn.ParameterList([whole_p]), source, BEFORE)
+    cut = torch.nn.Parameter(
+        distribute_tensor(whole_p.detach(), mesh, [Shard(2)], src_data_rank=None)
+    )
+    optimizer = stepforge.Adam([cut], **options)
+    optimizer.load_state_dict(source.state_dict())
+    return {
+        "found": whole(dict(optimizer.state[cut])),
+        "expected": to_torch(source)["state"][0],
+    }
+
+
 def main(rank: int, processes: int, folder: Path) -> None:
     """Runs all cases in one of several processes."""
     torch.set_num_threads(1)
@@ -196,6 +220,7 @@ def main(rank: int, processes: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (processes,))
     results = {name: found(case, mesh, folder / name) for name, case in CASES.items()}
     results["cut"] = cut_through_rows(mesh)
+    results["cut through blocks"] = cut_through_blocks(mesh)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()

@@ -668,7 +668,7 @@ def _of_another_dtype(entry: dict[str, Any]) -> None:
 
 
 def _codes_cut_short(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq"] = entry["exp_avg_sq"][:32]
+    entry["exp_avg_sq_codes"] = entry["exp_avg_sq_codes"][:32]
 
 
 SPOILED_CODES = {

@@ -244,7 +244,7 @@ def bytes_of(optimizer: stepforge.Optimizer) -> dict[str, int]:
                 else "scales"
                 if key.endswith("_scale")
                 else "low_bits"
-                if key == "low_bits"
+                if key.startswith("low_bits_")
                 else "states"
             )
             found[kind] += x.nbytes

@@ -23,6 +23,7 @@ from stepforge.checkpoint import full_precision_weights, to_torch
 from stepforge.declare import NonNegative
 from stepforge.ops import bits, from_bits
 
+from .codes import numbers
 from .twins import (
     LR,
     assert_identical,
@@ -67,32 +68,10 @@ def copies(params: Params) -> Params:
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
-def in_first(upper: int) -> float:
-    """A float of which these are the bits from 20 up: 8 of exponent and 3 of fraction."""
-    return (1 + upper % 8 / 8) * 2.0 ** (upper // 8 - 127)
-
-
-#: What the codes mean, before they are multiplied by their scale.
-UNSIGNED = [0.0] + [in_first(code + 0x3FF - 255) for code in range(1, 256)]
-SIZES = [0.0] + [in_first(code + 0x3FF - 127) for code in range(1, 128)]
-SIGNED = SIZES + [-size for size in SIZES]
-
-
-def numbers(entry: dict[str, Any], key: str) -> torch.Tensor:
-    """What a state holds, in float64."""
-    stored = entry[key]
-    if stored.dtype != torch.uint8:
-        return stored.double()
-    meaning = torch.tensor(SIGNED if key == "exp_avg" else UNSIGNED, dtype=torch.float64)
-    rows = meaning[stored.long()].view(len(stored), -1)
-    scales = entry[f"{key}_scale"].double()
-    return (rows * scales.repeat_interleave(128, 1)[:, : rows.shape[1]]).view(stored.shape)
-
-
 def moments(entry: dict[str, Any]) -> list[str]:
     """The keys of an entry that name states with an element for each element."""
     known = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sum")
-    return [key for key in known if key in entry]
+    return [key for key in known if key in entry or f"{key}_codes" in entry]
 
 
 # Round trips
@@ -129,7 +108,7 @@ def test_random_bits_follow_from_seed_parameter_and_step(way: str) -> None:
 
     shape = (32, 130)
     ((first, second), (again, _), (other, _)) = (stored([shape] * 2, seed) for seed in (0, 0, 1))
-    rounded = "p" if way == "stochastic" else "exp_avg_sq"
+    rounded = {"stochastic": "p", "int8": "exp_avg_sq_codes"}.get(way, "exp_avg_sq")
     assert_identical(again, first)
     assert not torch.equal(other[rounded], first[rounded])
     if rounded != "p":  # the weights began apart
@@ -195,15 +174,15 @@ def test_states_of_any_format_load_into_any(
         assert set(moments(found)) == set(moments(entry))
         for key in moments(entry):
             before, after = numbers(entry, key), numbers(found, key)
-            if found[key].dtype == BFLOAT16:
+            if key in found and found[key].dtype == BFLOAT16:
                 assert_identical(after, before.float().bfloat16().double())
-            elif found[key].dtype == torch.float32 or source == "int8":
+            elif key in found or source == "int8":
                 # Codes that have become numbers are the same numbers in codes.
                 assert_identical(after, before)
             else:
                 # Half of the eighth of an octave between two codes; first moments below 1.0625 *
                 # 2**-15 of the scale, of which the largest of a block is at least 0.9375, are 0.
-                lost = 2.0**-14 * entry[key].abs().max() if key == "exp_avg" else 0.0
+                lost = 2.0**-14 * before.abs().max() if key == "exp_avg" else 0.0
                 assert ((after - before).abs() <= before.abs() / 16 + lost).all()
                 assert (after.sign() == before.sign()).all() or key == "exp_avg"
     run(loaded, params, range(3, 5))
@@ -251,7 +230,7 @@ def test_lower_bits_of_any_width_load_into_any(
     for p, q in zip(params, own, strict=True):
         before, after = (weight_of(*pair) for pair in ((saved, p), (optimizer, q)))
         if target is None:
-            assert "low_bits" not in optimizer.state[q]
+            assert not {"low_bits_8", "low_bits_16"} & set(optimizer.state[q])
         elif source is None or source < target:
             assert_identical(after, before)
         else:
@@ -277,7 +256,7 @@ def test_amsgrad_begins_in_a_format_when_it_is_turned_on(cls: type) -> None:
     run(optimizer, own, range(3, 4))
     for p in own:
         entry = optimizer.state[p]
-        assert entry["max_exp_avg_sq"].dtype == entry["exp_avg_sq"].dtype
+        assert ("max_exp_avg_sq_codes" in entry) == ("exp_avg_sq_codes" in entry)
         # Begun at 0, the largest so far is the newest; each is rounded by bits of its own, by
         # less than an eighth of it.
         newest, largest = numbers(entry, "exp_avg_sq"), numbers(entry, "max_exp_avg_sq")
@@ -320,11 +299,17 @@ def test_a_group_may_change_its_format_between_steps(
 
 def test_a_group_may_change_the_bits_of_its_weights_between_steps() -> None:
     optimizer, params = trained(stepforge.AdamW, {"master_weight_bits": 24}, BFLOAT16)
-    for width, dtype in ((32, torch.int16), (24, torch.int8)):
+    for width, key, dtype in (
+        (32, "low_bits_16", torch.int16),
+        (24, "low_bits_8", torch.int8),
+    ):
         before = [weight_of(optimizer, p) for p in params]
         optimizer.param_groups[0].update(master_weight_bits=width, lr=0.0)
         run(optimizer, params, range(3, 4))
-        assert {optimizer.state[p]["low_bits"].dtype for p in params} == {dtype}
+        assert {optimizer.state[p][key].dtype for p in params} == {dtype}
+        assert all(
+            len(optimizer.state[p].keys() & {"low_bits_8", "low_bits_16"}) == 1 for p in params
+        )
         assert_identical([weight_of(optimizer, p) for p in params], before)
 
 
@@ -348,15 +333,19 @@ def _scales_that_are_a_number(entry: dict[str, Any]) -> None:
 
 
 def _scales_without_codes(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq"] = entry["exp_avg_sq"].float()
+    entry["exp_avg_sq"] = entry.pop("exp_avg_sq_codes").float()
 
 
 def _codes_of_another_shape(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq"] = entry["exp_avg_sq"][:, 1:]
+    entry["exp_avg_sq_codes"] = entry["exp_avg_sq_codes"][:, 1:]
+
+
+def _codes_of_another_dtype(entry: dict[str, Any]) -> None:
+    entry["exp_avg_sq_codes"] = entry["exp_avg_sq_codes"].float()
 
 
 def _low_bits_that_are_numbers(entry: dict[str, Any]) -> None:
-    entry["low_bits"] = torch.ones(32, 130)
+    entry["low_bits_8"] = torch.ones(32, 130)
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
@@ -374,7 +363,14 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "scales that are a number": (_scales_that_are_a_number, "kind: 0.exp_avg_sq_scale"),
     "scales without codes": (_scales_without_codes, "unexpected: 0.exp_avg_sq_scale"),
-    "codes of another shape": (_codes_of_another_shape, "kind: 0.exp_avg_sq"),
+    "codes of another shape": (
+        _codes_of_another_shape,
+        r"kind: 0.exp_avg_sq_codes \(.*\(32, 129\)",
+    ),
+    "codes of another dtype": (
+        _codes_of_another_dtype,
+        r"kind: 0.exp_avg_sq_codes \(.*torch.float32, which must be torch.uint8",
+    ),
 }
 
 
@@ -398,7 +394,7 @@ def test_lower_bits_of_another_dtype_are_refused() -> None:
     _low_bits_that_are_numbers(saved["state"][0])
     optimizer, _ = trained(stepforge.Adam, options, BFLOAT16, steps=2)
     before = frozen(optimizer)
-    with pytest.raises(ValueError, match=r"0.low_bits \(.*torch.float32.*int8 or int16"):
+    with pytest.raises(ValueError, match=r"0.low_bits_8 \(.*torch.float32.*torch.int8"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
 
@@ -443,9 +439,9 @@ def decoded_by_hand(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with the numbers of its codes, and torch's options only."""
     state = {
         number: {
-            key: numbers(entry, key).float() if key in moments(entry) else value
-            for key, value in entry.items()
-            if not key.endswith("_scale")
+            key: numbers(entry, key).float() if key in moments(entry) else entry[key]
+            for key in [*moments(entry), *entry]
+            if not key.endswith(("_codes", "_scale"))
         }
         for number, entry in state_dict["state"].items()
     }

@@ -266,5 +266,5 @@ def test_it_has_formats(backend: str, format_: str) -> None:
                 optimizer.step()
         ends.append(outcome(optimizer, p))
     assert_same_bits(*ends)
-    assert ends[0]["exp_avg"].dtype == torch.uint8
-    assert ("low_bits" in ends[0]) == (dtype == torch.bfloat16)
+    assert ends[0]["exp_avg_codes"].dtype == torch.uint8
+    assert ("low_bits_8" in ends[0]) == (dtype == torch.bfloat16)

@@ -1,0 +1,273 @@
+"""What each of several processes does for the tests of loading any checkpoint into any optimizer.
+
+Run as ``python -m tests.contract.resharding_ranks RANK PROCESSES FOLDER`` for each number of
+processes, all at once: every one saves its own checkpoints, waits for those of the others, and
+loads them all. Each process compares its own part of what it loaded, and writes what was wrong,
+and how many comparisons there were, to ``RANK-of-PROCESSES.pt`` in the folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import stepforge
+from stepforge.checkpoint import load_distributed
+
+from .codes import numbers, weight
+from .ranks import train, whole
+
+STEPS = range(2)
+#: How long to wait for the checkpoints of the others.
+PATIENCE_S = 1800
+
+
+class Format(NamedTuple):
+    """An optimizer with options, of weights of a dtype."""
+
+    cls: type
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+
+FORMATS = {
+    "torch": Format(torch.optim.AdamW, torch.float32, {}),
+    "float32": Format(stepforge.AdamW, torch.float32, {}),
+    "bfloat16": Format(stepforge.AdamW, torch.float32, {"state_format": "bfloat16"}),
+    "int8": Format(stepforge.AdamW, torch.float32, {"state_format": "int8"}),
+    "24": Format(
+        stepforge.AdamW, torch.bfloat16, {"state_format": "float32", "master_weight_bits": 24}
+    ),
+    "32": Format(stepforge.AdamW, torch.bfloat16, {"master_weight_bits": 32}),
+    "24-int8": Format(
+        stepforge.AdamW, torch.bfloat16, {"state_format": "int8", "master_weight_bits": 24}
+    ),
+}
+#: The layouts that so many processes have.
+LAYOUTS = {1: ("plain", "fsdp1"), 2: ("fsdp2", "tp"), 3: ("fsdp3",)}
+ALL = [(layout, name) for group in LAYOUTS.values() for layout in group for name in FORMATS]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: With tensor parallel each process has a part of every row of this one: no codes.
+CUT = "down.weight"
+
+
+class Model(torch.nn.Module):
+    """Two layers: 200 rows, which three processes do not share evenly, and rows of two blocks."""
+
+    def __init__(self, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(64, 200, dtype=dtype)
+        self.down = torch.nn.Linear(200, 65, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+
+def built(layout: str, format_: Format, mesh: DeviceMesh, seed: int) -> tuple[Model, Any]:
+    """A model in a layout, and its optimizer."""
+    model = Model(format_.dtype, seed)
+    if layout.startswith("fsdp"):
+        fully_shard(model, mesh=mesh)
+    elif layout == "tp":
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model, mesh, plan, src_data_rank=None)
+    return model, format_.cls(model.parameters(), lr=0.01, **format_.options)
+
+
+def save(layout: str, name: str, mesh: DeviceMesh, folder: Path) -> None:
+    """Trains, writes a distributed checkpoint, and beside it what it has, whole."""
+    model, optimizer = built(layout, FORMATS[name], mesh, seed=0)
+    train(model, optimizer, STEPS)
+    # The forms of a state dict, under keys of the user's: every other format has the second.
+    is_flat = list(FORMATS).index(name) % 2 == 1
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    state = get_state_dict(model, optimizer, options=options)
+    keys = ("app", "optim") if is_flat else ("model", "optimizer")
+    checkpoint.save(dict(zip(keys, state)), checkpoint_id=folder / f"{layout}-{name}")
+    held = {key: whole({"p": p, **optimizer.state[p]}) for key, p in model.named_parameters()}
+    if mesh.get_rank() == 0:
+        torch.save(held, folder / f"{layout}-{name}.pt")
+
+
+def load(layout: str, target: str, folder: Path, source: str, mesh: DeviceMesh) -> Any:
+    """A model and its optimizer after loading; in torch.optim as users of torch load."""
+    model, optimizer = built(layout, FORMATS[target], mesh, seed=1)
+    if target != "torch":
+        load_distributed(model, optimizer, folder / source)
+        return model, optimizer
+    is_flat = list(FORMATS).index(source.split("-", 1)[1]) % 2 == 1
+    options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+    own = dict(
+        zip(
+            ("app", "optim") if is_flat else ("model", "optimizer"),
+            get_state_dict(model, optimizer, options=options),
+        )
+    )
+    checkpoint.load(own, checkpoint_id=folder / source)
+    set_optimizer_state_dict(
+        model, optimizer, own["optim" if is_flat else "optimizer"], options=options
+    )
+    return model, optimizer
+
+
+def part(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The part of a whole tensor that is here if it is sharded as a parameter is."""
+    if not isinstance(p, DTensor):
+        return x
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
+
+
+def here(x: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that is here."""
+    return (x.to_local() if isinstance(x, DTensor) else x).detach()
+
+
+def wrong(
+    name: str, p: torch.Tensor, entry: dict[str, Any], saved: dict[str, Any], same: bool
+) -> Iterator[str]:
+    """What is wrong with a parameter and its states, if those of a whole one were saved.
+
+    Args:
+        name: the name of the parameter.
+        p: the parameter.
+        entry: its states.
+        saved: the whole parameter that was saved, as ``p``, and its states.
+        same: whether it was saved in the same format, and cut alike.
+    """
+    found = {key: here(x) for key, x in entry.items()}
+    expected = {key: part(x, p) if x.dim() else x for key, x in saved.items()}
+    if same:
+        raw = {"p": here(p), **found}
+        unlike = {
+            key
+            for key in raw.keys() | expected.keys()
+            if key not in raw
+            or key not in expected
+            or raw[key].dtype != expected[key].dtype
+            or not torch.equal(raw[key], expected[key])
+        }
+        if unlike:
+            yield f"{name}: not the same bits: {sorted(unlike)}"
+    if float(found["step"]) != float(saved["step"]):
+        yield f"{name}: step is {found['step']}"
+    # A weight of 24 bits is rounded to 16 bits of fraction, and where they are rounded up to what
+    # 8 bits cannot hold by as much again: 2**-15. Any other holds all bits of what was saved,
+    # but for torch.optim's, into which a bfloat16 goes as the model has it.
+    exact = part(weight(saved["p"], saved), p)
+    allowed = exact.abs() * (2.0**-15 if "low_bits_8" in found else 0.0)
+    if type(entry) is TorchEntry:
+        exact = part(saved["p"].float(), p)
+    if ((weight(here(p), found) - exact).abs() > allowed).any():
+        yield f"{name}: weights"
+    for key in MOMENTS:
+        x = part(numbers(saved, key), p)
+        got = numbers(found, key)
+        if f"{key}_codes" in found:
+            # Half of an eighth of a power of two between codes; of first moments what is below the
+            # smallest code becomes 0: 1.0625 * 2**-15 of the scale, which is less than 1.07 times
+            # the largest of the block.
+            lost = 2.0**-14 * x.abs().max() if key == "exp_avg" and x.numel() else 0.0
+            bound = x.abs() / 16 + lost
+        elif found[key].dtype == torch.bfloat16:
+            bound, x = torch.zeros_like(x), x.float().bfloat16().double()
+        else:
+            bound = torch.zeros_like(x)
+        if got.shape != x.shape or ((got - x).abs() > bound).any():
+            yield f"{name}: {key}"
+
+
+@functools.cache
+def saved_in(file: Path) -> dict[str, dict[str, Any]]:
+    """The whole parameters and states of a checkpoint."""
+    read: dict[str, dict[str, Any]] = torch.load(file, weights_only=True)
+    return read
+
+
+class TorchEntry(dict[str, Any]):
+    """The states of a parameter in torch.optim."""
+
+
+def problems(layout: str, target: str, source: str, mesh: DeviceMesh, folder: Path) -> list[str]:
+    """What is wrong with what was loaded."""
+    from_layout, from_format = source.split("-", 1)
+    saved = saved_in(folder / f"{source}.pt")
+    if target == "torch" and "int8" in from_format:
+        try:
+            load(layout, target, folder, source, mesh)
+        except checkpoint.CheckpointException as error:
+            said = str(error)
+            return [] if "Missing key" in said and ".exp_avg" in said else [said]
+        return ["codes were taken for numbers"]
+    model, optimizer = load(layout, target, folder, source, mesh)
+    found: list[str] = []
+    for name, p in model.named_parameters():
+        cut_alike = name != CUT or (from_layout == "tp") == (layout == "tp")
+        entry = optimizer.state[p]
+        found += wrong(
+            name,
+            p,
+            TorchEntry(entry) if target == "torch" else entry,
+            saved[name],
+            from_format == target and (cut_alike or "int8" not in target),
+        )
+    if optimizer.param_groups[0]["lr"] != 0.01:
+        found.append(f"lr is {optimizer.param_groups[0]['lr']}")
+    return found
+
+
+def wait_for(files: list[Path]) -> None:
+    """Waits until those files are there."""
+    end = time.monotonic() + PATIENCE_S
+    while not all(file.exists() for file in files):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{[str(x) for x in files if not x.exists()]} did not appear")
+        time.sleep(0.2)
+
+
+def main(rank: int, processes: int, folder: Path) -> None:
+    """Saves and loads in one of several processes."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / f"store-{processes}"), processes)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+    mesh = init_device_mesh("cpu", (processes,))
+    for layout in LAYOUTS[processes]:
+        for name in FORMATS:
+            save(layout, name, mesh, folder)
+    torch.distributed.barrier()
+    (folder / f"saved-{rank}-{processes}").touch()
+    wait_for([folder / f"saved-{i}-{n}" for n in LAYOUTS for i in range(n)])
+    results = {
+        (layout, target): {
+            f"{a}-{b}": problems(layout, target, f"{a}-{b}", mesh, folder) for a, b in ALL
+        }
+        for layout in LAYOUTS[processes]
+        for target in FORMATS
+    }
+    torch.save(results, folder / f"{rank}-of-{processes}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
