@@ -78,7 +78,7 @@ class Model(torch.nn.Module):
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
         self.up = torch.nn.Linear(64, 200, dtype=dtype)
-        self.down = torch.nn.Linear(200, 65, dtype=dtype)
+        self.down = torch.nn.Linear(200, 65, bias=False, dtype=dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():
