@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from stepforge.declare import Rule, State
 from stepforge.formats import BLOCK, Format, Part, Storage, codes, joined, rounded, tensor_name
 from stepforge.ops import scalar_dtype
-from stepforge.sharding import is_plain, local
+from stepforge.sharding import local
 
 __all__ = [
     "LOW_BITS",
@@ -28,6 +30,8 @@ __all__ = [
     "dtypes",
     "first_index",
     "initial_state",
+    "is_flat",
+    "is_in_full",
     "joined_weight",
     "kept",
     "local",
@@ -88,7 +92,7 @@ class Kept:
         storage: how they and the parameter are stored.
         as_found: whether states in a longer dtype than theirs stay in it, as torch.optim's do when
             their parameter has changed its own.
-        full: why states are in full precision though the group asks for int8; None if they are not.
+        unmet: for each option that asks of the parameter what it does not get, the reason.
     """
 
     states: Mapping[str, State]
@@ -96,7 +100,7 @@ class Kept:
     slots: tuple[Slot, ...]
     storage: Storage
     as_found: bool
-    full: str | None
+    unmet: Mapping[str, str]
 
     @functools.cached_property
     def keys(self) -> tuple[str, ...]:
@@ -125,7 +129,7 @@ def kept(rule: Rule, group: Mapping[str, Any], p: torch.Tensor) -> Kept:
     """What the entry of a parameter holds under its group's options."""
     states = tuple((letter, s) for letter, s in rule.states.items() if s.on(group))
     options = group["state_format"], group["master_weight_bits"], group["stochastic_rounding"]
-    return _kept(states, *options, p.dtype, tuple(p.shape), _is_cut(p))
+    return _kept(states, *options, p.dtype, tuple(p.shape), _why_cut(p))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,16 +140,20 @@ def _kept(
     stochastic_rounding: bool,
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    is_cut: bool,
+    cut: str | None,
 ) -> Kept:
     formats: dict[str, Format] = {}
-    full = _why_full(dtype, shape, is_cut) if state_format == "int8" else None
+    unmet = {"state_format": _why_not(state_format, dtype, shape, cut)}
+    if master_weight_bits:
+        unmet["master_weight_bits"] = _why_left_alone(dtype, "has them already")
+    if stochastic_rounding:
+        unmet["stochastic_rounding"] = _why_left_alone(dtype, "is stored as it is computed")
     slots = []
     for letter, state in states:
         if state.scalar:
             continue
         plain = _full_dtype(dtype, state_format)
-        if state_format == "int8" and full is None:
+        if state_format == "int8" and unmet["state_format"] is None:
             formats[letter] = codes(state.unsigned)
         elif plain == torch.bfloat16 and state_format and state.unsigned:
             formats[letter] = rounded(plain)
@@ -162,7 +170,7 @@ def _kept(
         tuple(slots),
         Storage(formats, {"p": dtype, **{slot.name: slot.part.dtype for slot in slots}}),
         state_format is None,
-        full,
+        {option: reason for option, reason in unmet.items() if reason is not None},
     )
 
 
@@ -175,25 +183,64 @@ def _full_dtype(dtype: torch.dtype, state_format: str | None) -> torch.dtype:
     return _DTYPES[state_format]
 
 
+def _why_cut(p: torch.Tensor) -> str | None:
+    """Name the sharding of a parameter that cuts rows of dimension 0; None for any other."""
+    if p.dim() == 1 and is_flat(p):
+        return "a flat vector of FullyShardedDataParallel, which has no rows"
+    if _is_cut(p):
+        return "sharded along another dimension than 0, where shards would cut blocks"
+    return None
+
+
 def _is_cut(p: torch.Tensor) -> bool:
-    """Whether a parameter is sharded in another way than between rows of dimension 0."""
-    if is_plain(p):
-        return False
+    """Return True for a parameter that is sharded along another dimension than 0."""
     placements = getattr(p, "placements", ())
-    return not all(x.is_replicate() or repr(x) == "Shard(dim=0)" for x in placements)
+    return any(not x.is_replicate() and getattr(x, "dim", None) != 0 for x in placements)
 
 
-def _why_full(dtype: torch.dtype, shape: tuple[int, ...], is_cut: bool) -> str | None:
-    """Why states of a parameter stay in full precision; None if they need not."""
-    if dtype.is_complex:
+def is_flat(p: torch.Tensor) -> bool:
+    """Return True for a flat vector of FSDP1, and for a view of one that stands for a parameter."""
+    return getattr(p, "_fsdp_flattened", False)
+
+
+def _why_not(
+    state_format: str | None, dtype: torch.dtype, shape: tuple[int, ...], cut: str | None
+) -> str | None:
+    """Say why the states of a parameter are not in that format; None if they are."""
+    if dtype.is_complex and state_format == "int8":
         return "complex numbers have no codes of 8 bits"
+    if dtype.is_complex and state_format and _DTYPES[state_format] != dtype.to_real():
+        return f"states of {_name(dtype)} parameters keep their dtype"
+    if state_format != "int8":
+        return None
+    if cut:
+        return cut
     if math.prod(shape) < SMALLEST:
         return f"fewer than {SMALLEST:,} elements"
     if math.prod(shape[1:]) < SHORTEST:
         return f"fewer than {SHORTEST} elements in a row of dimension 0"
-    if is_cut:
-        return "sharded along another dimension than 0, where shards would cut blocks"
     return None
+
+
+def _why_left_alone(dtype: torch.dtype, in_full: str) -> str | None:
+    """Say why weights of a dtype take no more bits and no random rounding; None if they do.
+
+    Args:
+        dtype: the dtype.
+        in_full: what to say of one that loses no bits of the arithmetic.
+    """
+    if dtype in SHORT:
+        return None
+    return f"{_name(dtype)} {in_full if is_in_full(dtype) else 'is neither bfloat16 nor float16'}"
+
+
+def is_in_full(dtype: torch.dtype) -> bool:
+    """Return True if weights of a dtype hold all bits that a step computes."""
+    return (dtype.to_real() if dtype.is_complex else dtype) in (torch.float32, torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -565,21 +612,72 @@ def _local_columns(p: torch.Tensor) -> torch.Tensor:
 def first_index(p: torch.Tensor) -> int:
     """The index of the first element that is here, from which the others are counted on.
 
-    Of a parameter sharded between rows of dimension 0 it is that in the whole. Shards along other
-    dimensions have not the indices of the whole, but no two have the same.
+    Where all shards of a parameter are rows that follow one another it is that in the whole. Shards
+    of other kinds have not the indices of the whole, but no two have the same.
     """
     if not hasattr(p, "placements"):
         return 0
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(p, DTensor)
+    mesh = p.device_mesh
+    at = mesh.get_coordinate()
+    return 0 if at is None else _first_index(tuple(p.shape), mesh.shape, p.placements, tuple(at))
 
-    sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+
+@functools.lru_cache(maxsize=4096)
+def _first_index(
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    placements: tuple[Any, ...],
+    at: tuple[int, ...],
+) -> int:
+    sizes = [1 if x.is_replicate() else size for x, size in zip(placements, mesh)]
+    # Replicas have the same elements.
+    own = tuple(0 if size == 1 else place for size, place in zip(sizes, at))
+    shards = {own: _indices(shape, mesh, placements, own)}
+    if any(hasattr(x, "split_factor") for x in placements):
+        places = itertools.product(*map(range, sizes))
+        shards = {place: _indices(shape, mesh, placements, place) for place in places}
+    if any(len(x) and x[-1] - x[0] >= len(x) for here in shards.values() for x in here):
+        # Some have pieces of several places: all are counted one after the other.
+        before = itertools.takewhile(own.__ne__, shards)
+        return sum(math.prod(map(len, shards[place])) for place in before)
     return sum(
-        offset * math.prod(sizes[:dim]) * math.prod(p.shape[dim + 1 :])
-        for dim, offset in enumerate(offsets)
+        int(x[0]) * math.prod(map(len, shards[own][:dim])) * math.prod(shape[dim + 1 :])
+        for dim, x in enumerate(shards[own])
+        if len(x)
     )
+
+
+def _indices(
+    shape: tuple[int, ...],
+    mesh: tuple[int, ...],
+    placements: tuple[Any, ...],
+    at: tuple[int, ...],
+) -> list[np.ndarray[Any, Any]]:
+    """The indices along each dimension of what a process has of a sharded parameter.
+
+    Args:
+        shape: that of the parameter.
+        mesh: that of its mesh.
+        placements: how it is sharded.
+        at: the place of the process in the mesh.
+    """
+    indices = [np.arange(size) for size in shape]
+    for placement, size, place in zip(placements, mesh, at):
+        dim = getattr(placement, "dim", None)
+        if dim is not None:
+            # A strided shard has a part of each of several pieces.
+            pieces = _chunks(indices[dim], getattr(placement, "split_factor", 1))
+            indices[dim] = np.concatenate([_chunks(piece, size)[place] for piece in pieces])
+    return indices
+
+
+def _chunks(x: np.ndarray[Any, Any], count: int) -> list[np.ndarray[Any, Any]]:
+    """Cut as torch.chunk does, but into as many as asked for, the last of them empty."""
+    size = -(-len(x) // count)
+    return [x[size * i : size * (i + 1)] for i in range(count)]
 
 
 def _number(declared: State | None, p: torch.Tensor, group: Mapping[str, Any]) -> torch.Tensor:

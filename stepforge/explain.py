@@ -2,76 +2,110 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from stepforge.accounting import Account, account
 from stepforge.backends import choose
 from stepforge.declare import Rule
 from stepforge.entries import kept
 
-__all__ = ["Explanation", "InFull", "Served", "explain"]
+__all__ = ["Explanation", "Frozen", "InFull", "Served", "explain", "without_effect"]
+
+
+#: The options of storage, with what each asks for.
+_ASKED: Mapping[str, Callable[[Any], str]] = {
+    "state_format": str,
+    "master_weight_bits": "{} bits".format,
+    "stochastic_rounding": lambda _: "rounded at random",
+}
 
 
 @dataclass(frozen=True)
 class InFull:
-    """Parameters that keep their states in full precision though int8 was asked for.
+    """Parameters that an option of storage leaves as they are, all for the same reason.
 
     Attributes:
         reason: why.
         tensors: how many parameters they are.
         elements: how many elements they have together.
+        asked: what was asked for.
     """
 
     reason: str
     tensors: int
     elements: int
+    asked: str = "int8"
 
     def __str__(self) -> str:
-        return f"not int8 for {_counted(self.tensors, self.elements)}: {self.reason}"
+        return f"not {self.asked} for {_counted(self.tensors, self.elements)}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class Served:
-    """The parameters of one group that one backend serves for the same reasons.
+class Counted:
+    """Some parameters of one group.
 
     Attributes:
         group: the number of the param group.
-        backend: the name of the backend.
-        reasons: for each faster backend, its name and why it does not serve them.
         tensors: how many parameters they are.
         elements: how many elements they have together.
         dtypes: their dtypes.
         devices: the types of their devices.
         account: the bytes that they, their gradients and their states take after the next step.
-        in_full: those of them that keep their states in full precision though int8 was asked for,
-            reason by reason.
     """
 
     group: int
-    backend: str
-    reasons: tuple[tuple[str, str], ...]
     tensors: int
     elements: int
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
     account: Account
+
+    def _lines(self, what: str, *more: str) -> str:
+        kind = f"{'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
+        title = f"group {self.group}: {what} ({_counted(self.tensors, self.elements)}, {kind})"
+        return "\n  ".join([title, *more])
+
+
+@dataclass(frozen=True)
+class Served(Counted):
+    """The parameters of one group that one backend serves for the same reasons.
+
+    Attributes:
+        backend: the name of the backend.
+        reasons: for each faster backend, its name and why it does not serve them.
+        in_full: those of them that an option of storage leaves as they are, reason by reason.
+    """
+
+    backend: str
+    reasons: tuple[tuple[str, str], ...]
     in_full: tuple[InFull, ...]
 
     def __str__(self) -> str:
-        what = _counted(self.tensors, self.elements)
-        kind = f"{'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
-        lines = [
-            f"group {self.group}: {self.backend} ({what}, {kind})",
+        return self._lines(
+            self.backend,
             *(f"not {name}: {why}" for name, why in self.reasons),
             *([str(self.account)] if self.elements else []),
             *map(str, self.in_full),
-        ]
-        return "\n  ".join(lines)
+        )
+
+
+@dataclass(frozen=True)
+class Frozen(Counted):
+    """The parameters of one group that are not trained.
+
+    They have ``requires_grad=False`` and no gradient, and were never stepped. What they take are
+    their weights, and states if those are made by the constructor, as Adagrad's are.
+    """
+
+    def __str__(self) -> str:
+        return self._lines("frozen", *([str(self.account)] if self.elements else []))
 
 
 def _counted(tensors: int, elements: int) -> str:
@@ -85,31 +119,38 @@ class Explanation:
     Attributes:
         optimizer: the name of the optimizer's class.
         served: what runs, group by group.
+        frozen: what is not trained, group by group.
     """
 
     optimizer: str
     served: tuple[Served, ...]
+    frozen: tuple[Frozen, ...] = ()
 
     @property
     def account(self) -> Account:
         """The bytes of all groups together."""
-        return sum((served.account for served in self.served), Account())
+        return sum((part.account for part in self._parts), Account())
+
+    @property
+    def _parts(self) -> list[Counted]:
+        return sorted([*self.served, *self.frozen], key=lambda part: part.group)
 
     def __str__(self) -> str:
-        lines = [self.optimizer, *map(str, self.served)]
-        return "\n".join([*lines, f"in all {self.account}"] if len(self.served) > 1 else lines)
+        lines = [self.optimizer, *map(str, self._parts)]
+        return "\n".join([*lines, f"in all {self.account}"] if len(self._parts) > 1 else lines)
 
 
 def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     """Says, group by group, which backend the next step would run and why nothing faster does.
 
     And how many bytes an element takes for weights, gradients, states, scales of states in 8 bits
-    and low bits of weights; and which parameters keep their states in full precision though int8
-    was asked for.
+    and low bits of weights; and which parameters an option of storage leaves as they are, and why.
+    A parameter that is frozen counts with its weights alone: it has ``requires_grad=False`` and no
+    gradient, and was never stepped.
 
     Args:
         optimizer: an optimizer of this library. Parameters without a gradient are judged as if
-            they had an ordinary one.
+            they had an ordinary one, unless they are frozen.
 
     Raises:
         TypeError: the optimizer is not one of this library.
@@ -117,8 +158,8 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
     Example:
         >>> import torch, stepforge
-        >>> params = [torch.zeros(64, 128), torch.zeros(64)]
-        >>> optimizer = stepforge.Adam(params, state_format="int8", foreach=True)
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = stepforge.Adam(model.parameters(), state_format="int8", foreach=True)
         >>> print(explain(optimizer))
         Adam
         group 0: foreach (2 parameters, 8,256 elements, float32 on cpu)
@@ -128,7 +169,30 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     # A rule is what tells an optimizer of this library; its class stands to the right of this file.
     if not hasattr(optimizer, "_rule"):
         raise TypeError(f"explain takes a stepforge optimizer, but got {type(optimizer).__name__}")
-    return Explanation(type(optimizer).__name__, tuple(_served(optimizer, optimizer._rule)))
+    return Explanation(
+        type(optimizer).__name__,
+        tuple(_served(optimizer, optimizer._rule)),
+        tuple(_frozen(optimizer, optimizer._rule)),
+    )
+
+
+def without_effect(rule: Rule, groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence for each option of storage that leaves all parameters as they are.
+
+    Args:
+        rule: the optimizer's rule.
+        groups: its param groups.
+    """
+    for option in _ASKED:
+        asking = [
+            (group, p) for group in groups if group[option] for p in dict.fromkeys(group["params"])
+        ]
+        if not asking or any(is_lazy(p) for _, p in asking):
+            continue
+        in_full = list(_in_full(rule, asking, option))
+        if sum(some.tensors for some in in_full) == len(asking):
+            values = dict.fromkeys(repr(group[option]) for group, _ in asking)
+            yield f"{option}={'/'.join(values)} has no effect: {'; '.join(map(str, in_full))}"
 
 
 def _served(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Served]:
@@ -136,34 +200,72 @@ def _served(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Served]:
         graph = rule.graph(group)
         alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[torch.Tensor]] = {}
         for p in dict.fromkeys(group["params"]):  # one that is listed twice is stepped once
+            if _is_frozen(p, optimizer.state.get(p)):
+                continue
             choice = choose(p, p.grad, group, graph, kept(rule, group, p).storage)
             alike.setdefault((choice.backend.name, choice.reasons), []).append(p)
         for (backend, reasons), params in alike.items():
+            accounts = (account(rule, group, p, p.grad, optimizer.state.get(p)) for p in params)
             yield Served(
-                group=index,
+                **_counts(index, params),
+                account=sum(accounts, Account()),
                 backend=backend,
                 reasons=reasons,
-                tensors=len(params),
-                elements=sum(p.numel() for p in params),
-                dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in params})),
-                devices=tuple(sorted({p.device.type for p in params})),
-                account=sum(
-                    (account(rule, group, p, p.grad, optimizer.state.get(p)) for p in params),
-                    Account(),
+                in_full=tuple(
+                    some
+                    for option in _ASKED
+                    for some in _in_full(rule, [(group, p) for p in params], option)
                 ),
-                in_full=tuple(_in_full(rule, group, params)),
             )
 
 
+def _frozen(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Frozen]:
+    for index, group in enumerate(optimizer.param_groups):
+        state = optimizer.state
+        params = [p for p in dict.fromkeys(group["params"]) if _is_frozen(p, state.get(p))]
+        if params:
+            accounts = (_at_rest(rule, group, p, state.get(p)) for p in params)
+            yield Frozen(**_counts(index, params), account=sum(accounts, Account()))
+
+
+def _is_frozen(p: torch.Tensor, entry: Mapping[str, Any] | None) -> bool:
+    """True if no step is to be expected of a parameter. Some are given gradients by hand."""
+    return not p.requires_grad and p.grad is None and not (entry or {}).get("step")
+
+
+def _at_rest(
+    rule: Rule, group: Mapping[str, Any], p: torch.Tensor, entry: Mapping[str, Any] | None
+) -> Account:
+    """The account of a parameter that is not stepped."""
+    stepped = account(rule, group, p, None, entry)
+    if entry:
+        return dataclasses.replace(stepped, gradients=0, read=0, written=0)
+    return Account(elements=stepped.elements, weights=stepped.weights)
+
+
+def _counts(group: int, params: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """All that :class:`Counted` has of parameters, but for their account."""
+    return {
+        "group": group,
+        "tensors": len(params),
+        "elements": sum(p.numel() for p in params),
+        "dtypes": tuple(sorted({str(p.dtype).removeprefix("torch.") for p in params})),
+        "devices": tuple(sorted({p.device.type for p in params})),
+    }
+
+
 def _in_full(
-    rule: Rule, group: Mapping[str, Any], params: Iterable[torch.Tensor]
+    rule: Rule, members: Iterable[tuple[Mapping[str, Any], torch.Tensor]], option: str
 ) -> Iterator[InFull]:
-    tensors: Counter[str] = Counter()
-    elements: Counter[str] = Counter()
-    for p in params:
-        reason = kept(rule, group, p).full
+    """Parameters, each with its group, that one option leaves as they are, reason by reason."""
+    tensors: Counter[tuple[str, str]] = Counter()
+    elements: Counter[tuple[str, str]] = Counter()
+    for group, p in members:
+        reason = kept(rule, group, p).unmet.get(option)
         if reason is not None:
-            tensors[reason] += 1
-            elements[reason] += p.numel()
-    for reason, count in tensors.items():
-        yield InFull(reason, count, elements[reason])
+            case = reason, _ASKED[option](group[option])
+            tensors[case] += 1
+            elements[case] += p.numel()
+    for case, count in tensors.items():
+        reason, asked = case
+        yield InFull(reason, count, elements[case], asked)

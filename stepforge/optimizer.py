@@ -21,7 +21,8 @@ from stepforge import checkpoint, plan
 from stepforge.backends.batch import LossScale, is_capturing
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Hyperparameter, Rule, Seed, hyper, read_body, signature_of
-from stepforge.entries import SHORT, initial_state
+from stepforge.entries import SHORT, initial_state, is_flat, is_in_full
+from stepforge.explain import without_effect
 
 if TYPE_CHECKING:
     from stepforge.compiled import Traced
@@ -81,13 +82,15 @@ class Optimizer(_Declared):
         state_format: how states with a value for every element are stored: None in the dtype of
             the parameter, as torch.optim does; ``"float32"``; ``"bfloat16"``; or ``"int8"``, one
             byte an element and a scale for each 128 of a row. With ``"int8"`` parameters below
-            4,096 elements, or with rows of dimension 0 below 64, keep their states in full.
+            4,096 elements, or with rows of dimension 0 below 64, keep their states in full, as do
+            those that are sharded along another dimension.
         master_weight_bits: for bfloat16 and float16 parameters, 24 or 32: how many bits the weight
             has that is stepped. Those that the parameter lacks are in the state ``low_bits_8``
-            or ``low_bits_16``. Call :func:`stepforge.checkpoint.reset_low_bits` after changing
-            weights beside the optimizer.
+            or ``low_bits_16``. Longer parameters have them already and are stepped as they are.
+            Call :func:`stepforge.checkpoint.reset_low_bits` after changing weights beside the
+            optimizer.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
-            small steps are not lost on average.
+            small steps are not lost on average. Longer parameters are stepped as they are.
         rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same
             bits on every backend, number of threads and sharding between rows of dimension 0.
 
@@ -160,6 +163,8 @@ class Optimizer(_Declared):
             for group in self.param_groups:
                 for p in group["params"]:
                     self.state[p] = initial_state(self._rule, p, group)
+        for message in without_effect(self._rule, self.param_groups):
+            warnings.warn(message, stacklevel=3)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raises if options that are right by themselves exclude each other."""
@@ -247,11 +252,22 @@ class Optimizer(_Declared):
             if not self.defaults["differentiable"] and not (p.is_leaf or p.retains_grad):
                 raise ValueError("can't optimize a non-leaf Tensor")
             for name in ("master_weight_bits", "stochastic_rounding"):
-                if group[name] and p.dtype not in SHORT:
+                if (
+                    group[name]
+                    and p.requires_grad
+                    and not (p.dtype in SHORT or is_in_full(p.dtype))
+                ):
                     raise ValueError(
-                        f"{name}={group[name]} is for bfloat16 and float16 parameters, but one of "
-                        f"the params is {p.dtype}: give it a param group without {name}"
+                        f"{name}={group[name]} is for bfloat16 and float16 parameters and leaves "
+                        f"longer ones alone, but one of the params is {p.dtype}: give it a param "
+                        f"group without {name}"
                     )
+            if group["master_weight_bits"] and p.dtype in SHORT and is_flat(p):
+                raise ValueError(
+                    f"master_weight_bits={group['master_weight_bits']} is not for parameters that "
+                    "FullyShardedDataParallel has flattened, as its optim_state_dict takes no "
+                    "states of integers: use fully_shard, or stochastic_rounding"
+                )
         if len(params) != len(set(params)):
             warnings.warn(
                 "optimizer contains a parameter group with duplicate parameters; each is stepped "

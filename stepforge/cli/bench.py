@@ -330,7 +330,9 @@ def _is_shaken(result: Result) -> bool:
 
 
 def _kept(result: Result, place: Place) -> dict[str, Any]:
-    made = getattr(stepforge, result.optimizer)([torch.zeros(1, device=place.device)])
+    made = getattr(stepforge, result.optimizer)(
+        [torch.zeros(1, device=place.device, requires_grad=True)]
+    )
     return {
         "workload": result.workload,
         "optimizer": result.optimizer,

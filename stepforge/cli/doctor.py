@@ -161,7 +161,7 @@ def _environment() -> str:
 
 def _served(name: str, dtype: torch.dtype, device: torch.device) -> Served:
     try:
-        p = torch.zeros(1, dtype=dtype, device=device)
+        p = torch.zeros(1, dtype=dtype, device=device, requires_grad=True)
     except (RuntimeError, TypeError):
         return Served("-")
     try:

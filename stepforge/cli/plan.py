@@ -196,6 +196,12 @@ def plan(
     weights = _weights(dtype, master_weight_bits, stochastic_rounding)
     gradients = gradient_dtype or weights
     options = _options(option or ())
+    if options.get("stochastic_rounding") in (True,) and _dtype(weights) not in SHORT:
+        raise typer.BadParameter(
+            "stochastic_rounding=True is for bfloat16 and float16 weights, but --dtype is "
+            f"{weights}.",
+            param_hint="--option",
+        )
     formats: dict[str, Any] = {
         "state_format": state_format and str(state_format),
         "master_weight_bits": master_weight_bits and int(master_weight_bits),

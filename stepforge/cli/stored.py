@@ -58,8 +58,8 @@ INT8_TARGET = {("large", _INT8.name): 0.75}
 
 def has_codes(workload: Workload) -> bool:
     """Whether any parameter is large enough for states of 8 bits."""
-    optimizer = stepforge.Adam([torch.empty(1)], **_INT8.options)
-    group = optimizer.param_groups[0]
+    optimizer = stepforge.Adam([torch.empty(1)])
+    group = optimizer.param_groups[0] | dict(_INT8.options)
     shaped = (torch.empty(shape, device="meta") for shape in workload.shapes)
     return any(kept(optimizer._rule, group, p).storage.formats for p in shaped)
 

@@ -450,7 +450,9 @@ def test_the_command_on_a_gpu(gpu, few, tmp_path, monkeypatch):
         assert (
             step["backend"]
             == stepforge.explain(
-                getattr(stepforge, step["optimizer"])([torch.zeros(1, device=gpu)])
+                getattr(stepforge, step["optimizer"])(
+                    [torch.zeros(1, device=gpu, requires_grad=True)]
+                )
             )
             .served[0]
             .backend

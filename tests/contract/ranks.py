@@ -3,11 +3,13 @@
 Run as ``python -m tests.contract.ranks RANK PROCESSES FOLDER``. For each case a model is sharded,
 trained, saved, and restored; what the first process finds, with whole tensors, it writes to
 ``results.pt`` in the folder, and all processes the checkpoint of a case to a folder of its name.
+Two processes shard along one dimension of a mesh, four along two.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +17,26 @@ import torch
 import torch.distributed
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
 
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
+from stepforge.entries import first_index, local
 
 LR, SEED = 0.1, 9
 BEFORE, AFTER = range(3), range(3, 6)
@@ -53,6 +64,10 @@ CASES = {
         stepforge.NAdam, {"state_format": "int8", "stochastic_rounding": True}, torch.bfloat16
     ),
 }
+
+
+#: Those that are tried on a mesh of two dimensions: all kinds of tensors, and all that is random.
+IN_TWO_DIMENSIONS = ("24 bits", "stochastic")
 
 
 class Model(torch.nn.Module):
@@ -212,15 +227,202 @@ def cut_through_blocks(mesh: DeviceMesh) -> dict[str, Any]:
     }
 
 
+def flat_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A model whose matrices have rows that are long enough for codes."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 96)).to(dtype)
+
+
+def backward(model: torch.nn.Module, step: int) -> None:
+    """Gradients of a batch that is the same in all processes."""
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(4, 128, generator=generator).to(next(model.parameters()).dtype)
+    model.zero_grad()
+    model(x).square().sum().backward()
+
+
+def flattened(use_orig_params: bool) -> dict[str, Any]:
+    """FSDP1: two steps, a sharded checkpoint, and two steps more; and what is said and refused."""
+    device = torch.device("cpu")
+
+    def wrapped(dtype: torch.dtype = torch.float32) -> FullyShardedDataParallel:
+        return FullyShardedDataParallel(
+            flat_model(dtype), device_id=device, use_orig_params=use_orig_params
+        )
+
+    model = wrapped()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        optimizer = stepforge.AdamW(model.parameters(), lr=LR, state_format="int8")
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    results: dict[str, Any] = {
+        "said": [str(x.message) for x in said if "state_format" in str(x.message)],
+        "explained": str(stepforge.explain(optimizer)),
+        "dtypes": sorted({str(x.dtype) for e in optimizer.state.values() for x in e.values()}),
+    }
+    resumed = wrapped()
+    resumed.load_state_dict(model.state_dict())
+    its_optimizer = stepforge.AdamW(resumed.parameters(), lr=0.5, state_format="float32")
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+        saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+    with FullyShardedDataParallel.state_dict_type(resumed, StateDictType.SHARDED_STATE_DICT):
+        its_optimizer.load_state_dict(
+            FullyShardedDataParallel.optim_state_dict_to_load(resumed, its_optimizer, saved)
+        )
+    for name, run, its in (("trained", model, optimizer), ("resumed", resumed, its_optimizer)):
+        for step in range(2, 4):
+            backward(run, step)
+            its.step()
+        with FullyShardedDataParallel.summon_full_params(run):
+            results[name] = [p.detach().clone() for p in run.module.parameters()]
+    short = wrapped(torch.bfloat16)
+    for width in (24, 32):
+        try:
+            stepforge.AdamW(short.parameters(), master_weight_bits=width)
+        except ValueError as error:
+            results[f"{width} bits"] = str(error)
+    return results
+
+
+def replicated(zero: bool, options: dict[str, Any]) -> dict[str, Any]:
+    """DDP over whole weights of bfloat16, each process with all states or with its own."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch.jit
+
+    model = DistributedDataParallel(flat_model(torch.bfloat16))
+    options = {"lr": LR, "rounding_seed": SEED, **options}
+    params = model.parameters()
+    optimizer: Any = (
+        ZeroRedundancyOptimizer(params, optimizer_class=stepforge.AdamW, **options)
+        if zero
+        else stepforge.AdamW(params, **options)
+    )
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    own = [p.detach().clone() for p in model.module.parameters()]
+    all_of_them: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(all_of_them, own)
+    return {"params": own, "processes": all_of_them}
+
+
+def sent_as_int16(mesh: DeviceMesh) -> str:
+    """What is said where low bits of 16 bits are gathered."""
+    model, optimizer = built(CASES["32 bits"], mesh)
+    train(model, optimizer, range(1))
+    try:
+        get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def in_two_dimensions(case: Case, mesh: DeviceMesh | None) -> tuple[torch.nn.Module, Any]:
+    """Two layers, the first cut along its outputs and the second along its inputs; FSDP2 over it.
+
+    The rows of the first are cut twice, by ``_StridedShard`` and ``Shard``, those of the second
+    and their columns once.
+    """
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(130, 65), torch.nn.Linear(65, 96)).to(case.dtype)
+    if mesh is not None:
+        plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        parallelize_module(model, mesh["tensor"], plan)
+        fully_shard(model, mesh=mesh["data"])
+    return model, case.cls(model.parameters(), lr=LR, rounding_seed=SEED, **case.options)
+
+
+def of_placements(case: Case, mesh: DeviceMesh, placements: Any) -> dict[str, Any]:
+    """One matrix, sharded by hand."""
+    x = torch.randn(72, 200, generator=torch.Generator().manual_seed(0)).to(case.dtype)
+    if placements is not None:
+        x = distribute_tensor(x, mesh, placements, src_data_rank=None)
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(x)
+    optimizer = case.cls(model.parameters(), lr=LR, rounding_seed=SEED, **case.options)
+    train(model, optimizer, range(1))
+    first = first_index(model.weight)
+    places: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(places, (first, first + local(model.weight).numel()))
+    return held(model, optimizer) | {
+        "misplaced": misplaced(model, optimizer) if placements else [],
+        "places": places,
+    }
+
+
+#: Ways to train replicas, and the options of each.
+REPLICATED: dict[str, dict[str, Any]] = {
+    "DDP": {"state_format": "int8", "master_weight_bits": 24},
+    "DDP, stochastic": {"state_format": "int8", "stochastic_rounding": True},
+    "ZeRO": {"state_format": "float32", "master_weight_bits": 32},
+    "ZeRO, stochastic": {"state_format": "int8", "stochastic_rounding": True},
+}
+#: Ways to shard a matrix over two dimensions of a mesh, and those of them that leave each process
+#: rows that follow one another.
+PLACEMENTS = {
+    "rows twice": [Shard(0), Shard(0)],
+    "rows of replicas": [Replicate(), Shard(0)],
+    "rows, strided": [_StridedShard(0, split_factor=2), Shard(0)],
+    "replicas of pieces": [Replicate(), _StridedShard(0, split_factor=3)],
+    "pieces of parts": [Shard(0), _StridedShard(0, split_factor=2)],
+}
+IN_ORDER = ("rows twice", "rows of replicas", "rows, strided")
+
+
+def on_one_mesh(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """What two processes find."""
+    results = {name: found(case, mesh, folder / name) for name, case in CASES.items()}
+    results["cut"] = cut_through_rows(mesh)
+    results["cut through blocks"] = cut_through_blocks(mesh)
+    results["flat"] = {orig: flattened(orig) for orig in (False, True)}
+    results["replicated"] = {
+        name: replicated(name.startswith("ZeRO"), options) for name, options in REPLICATED.items()
+    }
+    results["int16"] = sent_as_int16(mesh)
+    return results
+
+
+def on_two_dimensions(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """What four processes find."""
+    results: dict[str, Any] = {}
+    for name in IN_TWO_DIMENSIONS:
+        case = CASES[name]
+        model, optimizer = in_two_dimensions(case, mesh)
+        train(model, optimizer, BEFORE)
+        save(model, optimizer, folder / name)
+        results[name] = {
+            "saved": held(model, optimizer),
+            "misplaced": misplaced(model, optimizer),
+            "placements": [str(p.placements) for p in model.parameters()],
+        }
+        resumed, its_optimizer = in_two_dimensions(case, mesh)
+        load(resumed, its_optimizer, folder / name)
+        train(resumed, its_optimizer, AFTER)
+        results[name]["resumed"] = held(resumed, its_optimizer)
+    # FSDP2 takes a mesh of two dimensions for HSDP: replicas of shards.
+    model, optimizer = built(CASES["stochastic"], mesh)
+    train(model, optimizer, BEFORE)
+    results["HSDP"] = held(model, optimizer) | {
+        "placements": [str(p.placements) for p in model.parameters()]
+    }
+    results["placements"] = {
+        name: of_placements(CASES["stochastic"], mesh, placements)
+        for name, placements in ({"whole": None} | PLACEMENTS).items()
+    }
+    return results
+
+
 def main(rank: int, processes: int, folder: Path) -> None:
     """Runs all cases in one of several processes."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), processes)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    mesh = init_device_mesh("cpu", (processes,))
-    results = {name: found(case, mesh, folder / name) for name, case in CASES.items()}
-    results["cut"] = cut_through_rows(mesh)
-    results["cut through blocks"] = cut_through_blocks(mesh)
+    if processes == 2:
+        results = on_one_mesh(init_device_mesh("cpu", (2,)), folder)
+    else:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        results = on_two_dimensions(mesh, folder)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()

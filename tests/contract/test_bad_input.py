@@ -195,16 +195,6 @@ FORMAT_EXCLUSIONS = {
         ValueError,
         ("`master_weight_bits` and `stochastic_rounding` exclude each other",),
     ),
-    "master_weight_bits, float32": Bad(
-        {"master_weight_bits": 24},
-        ValueError,
-        ("master_weight_bits=24 is for bfloat16 and float16 parameters", "torch.float32"),
-    ),
-    "stochastic_rounding, float32": Bad(
-        {"stochastic_rounding": True},
-        ValueError,
-        ("stochastic_rounding=True is for bfloat16 and float16 parameters", "torch.float32"),
-    ),
 }
 
 
@@ -272,6 +262,19 @@ def test_adding_a_group_with_a_bad_option_changes_nothing(cls: type, bad: Bad) -
     group = {"params": params[2:], **bad.options}
     assert_refused(lambda: optimizer.add_param_group(group), bad.error, bad.words)
     assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("master_weight_bits", 24), ("stochastic_rounding", True)]
+)
+def test_weights_of_8_bits_are_refused_more_bits(option: str, value: Any) -> None:
+    """They lack bits, other than float32's, and would not get them."""
+    params = make_params(dtype=torch.bfloat16)
+    params.append(torch.nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn)))
+    words = (f"{option}={value} is for bfloat16 and float16 parameters", "torch.float8_e4m3fn")
+    assert_refused(lambda: stepforge.Adam(params, **{option: value}), ValueError, words)
+    params[-1].requires_grad_(False)
+    stepforge.Adam(params, **{option: value})
 
 
 # NAdam and RAdam of torch.optim have no fused path.

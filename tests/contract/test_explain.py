@@ -19,9 +19,17 @@ import torch
 import stepforge
 from stepforge import backends
 from stepforge.accounting import Account
-from stepforge.explain import InFull
+from stepforge.explain import Frozen, InFull
 
-from .twins import assert_unchanged, each_optimizer, frozen, make_params, run, twin_of
+from .twins import (
+    assert_unchanged,
+    each_optimizer,
+    frozen,
+    give_gradients,
+    make_params,
+    run,
+    twin_of,
+)
 
 SETTINGS = list(itertools.product([None, False, True], [None, False]))
 every_setting = pytest.mark.parametrize(("foreach", "fused"), SETTINGS, ids=str)
@@ -264,13 +272,12 @@ def assert_bytes(account: Account, expected: dict[str, int]) -> None:
 
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64])
+@pytest.mark.filterwarnings("ignore:.* has no effect")
 @each_optimizer
 def test_bytes_are_those_of_the_tensors(
     cls: type, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     """Before a step they are already those after it."""
-    if dtype.itemsize > 2:
-        options = {k: v for k, v in options.items() if k == "state_format"}
     params = make_params(MANY_SHAPES, dtype)
     optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **options)
     before = stepforge.explain(optimizer).account
@@ -284,14 +291,14 @@ def test_bytes_are_those_of_the_tensors(
 
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_a_flag_that_adds_a_state_adds_its_bytes(amsgrad: bool) -> None:
-    optimizer = stepforge.Adam([torch.zeros(10)], amsgrad=amsgrad)
+    optimizer = stepforge.Adam(make_params([(10,)]), amsgrad=amsgrad)
     assert stepforge.explain(optimizer).account.states == (120 if amsgrad else 80)
 
 
 def test_what_a_step_reads_and_writes() -> None:
     """By hand: 8192 elements of a bfloat16, its low bits and two codes, in 64 blocks of 128."""
-    p = torch.zeros(64, 128, dtype=torch.bfloat16)
-    optimizer = stepforge.AdamW([p], state_format="int8", master_weight_bits=24)
+    params = make_params([(64, 128)], torch.bfloat16)
+    optimizer = stepforge.AdamW(params, state_format="int8", master_weight_bits=24)
     account = stepforge.explain(optimizer).account
     assert account.written == 8192 * (2 + 1 + 2) + 64 * 4 * 2
     assert account.read == account.written + 8192 * 2
@@ -368,9 +375,36 @@ def test_parameters_in_full_precision_and_why() -> None:
         InFull("fewer than 64 elements in a row of dimension 0", 2, 10000),
         InFull("fewer than 4,096 elements", 2, 1),
     )
-    complex_one = stepforge.Adam(make_params([(64, 128)], torch.complex64), state_format="int8")
+    with pytest.warns(UserWarning, match="no effect"):
+        complex_one = stepforge.Adam(make_params([(64, 128)], torch.complex64), state_format="int8")
     (served,) = stepforge.explain(complex_one).served
     assert served.in_full == (InFull("complex numbers have no codes of 8 bits", 1, 8192),)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "reason"),
+    [
+        ({"master_weight_bits": 24}, "24 bits", "has them already"),
+        ({"master_weight_bits": 32}, "32 bits", "has them already"),
+        ({"stochastic_rounding": True}, "rounded at random", "is stored as it is computed"),
+    ],
+    ids=["24 bits", "32 bits", "stochastic"],
+)
+def test_weights_that_options_leave_alone_and_why(
+    options: dict[str, Any], asked: str, reason: str
+) -> None:
+    params = [
+        *make_params([(7,)], torch.bfloat16),
+        *make_params([(10, 2), (5,)]),
+        *make_params([(3,)], torch.float64),
+    ]
+    (served,) = stepforge.explain(stepforge.Adam(params, foreach=True, **options)).served
+    assert served.in_full == (
+        InFull(f"float32 {reason}", 2, 25, asked),
+        InFull(f"float64 {reason}", 1, 3, asked),
+    )
+    lines = str(served).splitlines()
+    assert lines[-2] == f"  not {asked} for 2 parameters, 25 elements: float32 {reason}"
 
 
 @pytest.mark.parametrize("options", [{}, {"state_format": "bfloat16"}])
@@ -399,5 +433,59 @@ def test_the_text_tells_bytes_an_element() -> None:
 
 
 def test_the_text_tells_no_bytes_of_nothing() -> None:
-    text = str(stepforge.explain(stepforge.Adam([torch.zeros(0, 3)], foreach=True)))
+    text = str(stepforge.explain(stepforge.Adam(make_params([(0, 3)]), foreach=True)))
     assert text == "Adam\ngroup 0: foreach (1 parameter, 0 elements, float32 on cpu)"
+
+
+# What is not trained. -----------------------------------------------------------------------------
+
+
+@each_optimizer
+def test_frozen_parameters_count_with_what_they_have(cls: type) -> None:
+    """The bytes are those of all tensors there are after a step; Adagrad's have states at once."""
+    frozen_one, *trained = params = make_params([(64, 128), (500, 10), (5,)])
+    frozen_one.requires_grad_(False)
+    optimizer = cls(params, foreach=True)
+    before = stepforge.explain(optimizer)
+    give_gradients(trained, 0)
+    optimizer.step()
+    after = stepforge.explain(optimizer)
+    assert_bytes(before.account, bytes_of(optimizer) | {"numbers": before.account.numbers})
+    assert after == before
+    (served,), (frozen,) = after.served, after.frozen
+    assert (served.tensors, served.elements) == (2, 5005)
+    assert isinstance(frozen, Frozen)
+    assert (frozen.group, frozen.tensors, frozen.elements) == (0, 1, 8192)
+    assert frozen.account.weights == 4 * 8192
+    assert frozen.account.states == (4 * 8192 if cls is stepforge.Adagrad else 0)
+    assert frozen.account.moved == frozen.account.gradients == 0
+
+
+def test_the_text_tells_what_is_frozen() -> None:
+    """By hand, for a frozen matrix of bfloat16 under a trained layer of float32: 2 and 16 bytes."""
+    base, *adapter = (*make_params([(100, 90)], torch.bfloat16), *make_params([(100, 5), (500,)]))
+    base.requires_grad_(False)
+    groups = [{"params": [base]}, {"params": adapter}]
+    optimizer = stepforge.Adam(groups, foreach=True, master_weight_bits=24)
+    assert str(stepforge.explain(optimizer)).splitlines() == [
+        "Adam",
+        "group 0: frozen (1 parameter, 9,000 elements, bfloat16 on cpu)",
+        "  2 bytes an element: weights 2",
+        "group 1: foreach (2 parameters, 1,000 elements, float32 on cpu)",
+        "  16 bytes an element: weights 4, gradients 4, states 8",
+        "  not 24 bits for 2 parameters, 1,000 elements: float32 has them already",
+        "in all 3.4 bytes an element: weights 2.2, gradients 0.4, states 0.8",
+    ]
+
+
+def test_a_tensor_whose_gradients_are_set_by_hand_is_not_frozen() -> None:
+    p = torch.zeros(10)
+    optimizer = stepforge.Adam([p])
+    assert stepforge.explain(optimizer).served == ()
+    p.grad = torch.ones(10)
+    (served,) = stepforge.explain(optimizer).served
+    assert served.elements == 10
+    optimizer.step()
+    p.grad = None
+    assert [x.elements for x in stepforge.explain(optimizer).served] == [10]
+    assert stepforge.explain(optimizer).frozen == ()

@@ -12,6 +12,7 @@ import io
 import itertools
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -656,3 +657,109 @@ def test_joined_weights_alias_nothing() -> None:
         joined[name].fill_(math.pi)
     assert_unchanged(optimizer, before)
     assert_identical(model.state_dict(), weights)
+
+
+# Options that some parameters, or all, have no use for
+
+
+#: Weights as trainers find them: a body of bfloat16, norms and adapters of longer dtypes.
+MIXED = (BFLOAT16, torch.float32, torch.float64, torch.complex64, torch.float16)
+FOR_SHORT_WEIGHTS: dict[str, dict[str, Any]] = {
+    "24 bits": {"master_weight_bits": 24},
+    "32 bits": {"master_weight_bits": 32},
+    "stochastic": {"stochastic_rounding": True},
+}
+
+
+def mixed_params() -> Params:
+    return [p for dtype in MIXED for p in make_params([(40, 3)], dtype)]
+
+
+def in_every_dtype(params: Params, step: int) -> None:
+    for index, p in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * step + index)
+        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+
+
+@pytest.mark.parametrize("options", FOR_SHORT_WEIGHTS.values(), ids=FOR_SHORT_WEIGHTS)
+@each_optimizer
+def test_weights_that_have_the_bits_already_are_stepped_as_they_are(
+    cls: type, options: dict[str, Any]
+) -> None:
+    """The oracle has a group for each parameter, and the option where it is of use alone."""
+    together, apart = mixed_params(), mixed_params()
+    optimizer = cls(together, lr=LR, **options)
+    groups = [{"params": [p], **(options if p.dtype.itemsize == 2 else {})} for p in apart]
+    expected = cls(groups, lr=LR)
+    for step in range(3):
+        for params, one in ((together, optimizer), (apart, expected)):
+            in_every_dtype(params, step)
+            one.step()
+    assert_identical(frozen(optimizer)["params"], frozen(expected)["params"])
+    states = [
+        [dict(one.state[p]) for p in params]
+        for params, one in ((together, optimizer), (apart, expected))
+    ]
+    assert_identical(*states)
+    with_low_bits = ["low_bits_8" in entry for entry in states[0]]
+    assert with_low_bits == [
+        p.dtype.itemsize == 2 and "master_weight_bits" in options for p in together
+    ]
+    own = copies(together)
+    resumed = cls(own, lr=LR, **options)
+    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_identical([dict(resumed.state[p]) for p in own], states[0])
+
+
+def test_low_bits_of_a_weight_that_has_become_longer_are_dropped_on_loading() -> None:
+    optimizer, params = trained(stepforge.AdamW, {"master_weight_bits": 24}, BFLOAT16)
+    own = [torch.nn.Parameter(p.detach().float()) for p in params]
+    own.append(torch.nn.Parameter(torch.ones(3, dtype=BFLOAT16)))
+    names = [(str(i), p) for i, p in enumerate(own)]
+    resumed = stepforge.AdamW(names, master_weight_bits=24)
+    named = optimizer.state_dict()
+    named["param_groups"][0]["param_names"] = [str(i) for i in range(len(params))]
+    resumed.load_state_dict(named, strict=False)
+    assert all("exp_avg" in resumed.state[p] for p in own[:-1])
+    assert not any("low_bits_8" in entry for entry in resumed.state.values())
+
+
+def warnings_of(params: Any, **options: Any) -> list[str]:
+    """Those of a constructor, which point to the line that called it."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        stepforge.Adam(params, **options)
+    assert all(x.category is UserWarning and x.filename == __file__ for x in said)
+    return [str(x.message) for x in said]
+
+
+def test_an_option_that_no_parameter_can_use_is_warned_of_once() -> None:
+    small, large = make_params([(5,), (7, 3)]), make_params([(64, 128)])
+    for option, value, left in (
+        ("master_weight_bits", 24, "not 24 bits for 2 parameters, 26 elements: float32 has them"),
+        ("stochastic_rounding", True, "not rounded at random for 2 parameters, 26 elements: flo"),
+        ("state_format", "int8", "not int8 for 2 parameters, 26 elements: fewer than 4,096 elem"),
+    ):
+        groups = [{"params": [p]} for p in small]
+        (said,) = warnings_of(groups, **{option: value})
+        assert said.startswith(f"{option}={value!r} has no effect: {left}")
+    # One that can is enough, in whatever group; and groups that ask for nothing do not count.
+    assert not warnings_of([*small, *large], state_format="int8")
+    mixed = [{"params": small}, {"params": make_params([(2,)], BFLOAT16)}]
+    assert not warnings_of(mixed, master_weight_bits=24)
+    (said,) = warnings_of([{"params": small, "state_format": "int8"}, {"params": large}])
+    assert said.startswith("state_format='int8' has no effect: not int8 for 2 parameters")
+
+
+def test_parameters_of_lazy_modules_may_yet_use_an_option() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Lazy modules")
+        params = list(torch.nn.LazyLinear(5).parameters())
+    assert not warnings_of(params, state_format="int8")
+
+
+def test_complex_states_keep_their_dtype_and_say_so() -> None:
+    params = make_params([(4,)], torch.complex64)
+    (said,) = warnings_of(params, state_format="bfloat16")
+    assert "not bfloat16 for 1 parameter, 4 elements: states of complex64" in said
+    assert not warnings_of(params, state_format="float32")

@@ -6,6 +6,7 @@ whole shape, blocks are not cut, and random bits follow from an element's place 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,18 +22,26 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
 
-from .processes import run_ranks
+from .processes import ROOT, run_ranks
 from .ranks import (
     AFTER,
     BEFORE,
     CASES,
+    IN_ORDER,
+    IN_TWO_DIMENSIONS,
     LR,
+    PLACEMENTS,
+    REPLICATED,
     SEED,
     Case,
+    backward,
     built,
+    flat_model,
     held,
+    in_two_dimensions,
     load,
     misplaced,
     save,
@@ -58,6 +67,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Any]:
     """What two processes have found in each case."""
+    results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
+    return results
+
+
+@pytest.fixture(scope="module")
+def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What four processes have found on a mesh of two dimensions."""
+    folder = run_ranks("tests.contract.ranks", (4,), lambda: tmp_path_factory.mktemp("ranks"))
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
 
@@ -258,3 +275,129 @@ def test_rows_that_are_cut_keep_states_in_full_and_random_bits_of_their_own(foun
 def test_whole_codes_become_numbers_where_rows_are_cut(found: Any) -> None:
     """The oracle is what the codes say as they are exported, whole."""
     assert_identical(found["cut through blocks"]["found"], found["cut through blocks"]["expected"])
+
+
+# A mesh of two dimensions
+
+
+@pytest.mark.parametrize("name", IN_TWO_DIMENSIONS)
+def test_tensor_parallel_fsdp2_stores_what_one_process_does(name: str, found_by_four: Any) -> None:
+    """Rows that FSDP2 cuts after tensor parallelism has (``_StridedShard``) follow one another."""
+    ours, case = found_by_four[name], CASES[name]
+    rows, _, columns, _ = ours["placements"]
+    assert rows == "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
+    assert columns == "(Shard(dim=0), Shard(dim=1))"
+    assert ours["misplaced"] == []
+    model, optimizer = in_two_dimensions(case, None)
+    train(model, optimizer, BEFORE)
+    # What is cut along columns keeps states in full, and has random bits of its own.
+    assert_identical(without(ours["saved"], 2), without(held(model, optimizer), 2))
+    train(model, optimizer, AFTER)
+    assert_identical(without(ours["resumed"], 2), without(held(model, optimizer), 2))
+
+
+def test_hsdp_stores_what_one_process_does(found_by_four: Any, expected: Any) -> None:
+    ours = dict(found_by_four["HSDP"])
+    assert set(ours.pop("placements")) == {"(Replicate(), Shard(dim=0))"}
+    assert_identical(ours, expected["stochastic"]["saved"])
+
+
+def without(numbers: dict[str, Any], index: int) -> dict[str, Any]:
+    """All numbers of a run but those of one parameter."""
+    return {key: [*of[:index], *of[index + 1 :]] for key, of in numbers.items()}
+
+
+def test_tensor_parallel_fsdp2_has_codes_where_dimension_0_alone_is_cut(
+    found_by_four: Any,
+) -> None:
+    first, _, second, _ = found_by_four["24 bits"]["saved"]["state"]
+    assert first["exp_avg_codes"].dtype == torch.uint8
+    assert first["exp_avg_scale"].shape == (65, 2)
+    assert second["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_rows_cut_over_two_dimensions_of_a_mesh_have_codes(name: str, found_by_four: Any) -> None:
+    """Equal bits where shards are in order; elsewhere in all that is not rounded at random."""
+    ours, whole_one = (found_by_four["placements"][key] for key in (name, "whole"))
+    assert ours["misplaced"] == []
+    assert ours["state"][0]["exp_avg_codes"].dtype == torch.uint8
+    if name in IN_ORDER:
+        assert_identical(ours["params"], whole_one["params"])
+        assert_identical(ours["state"], whole_one["state"])
+        return
+    (state,), (whole_state,) = ours["state"], whole_one["state"]
+    for key in ("step", "exp_avg_codes", "exp_avg_scale", "exp_avg_sq_scale"):
+        assert_identical(state[key], whole_state[key])
+    # Rounded up or down, by one code.
+    apart = (state["exp_avg_sq_codes"].int() - whole_state["exp_avg_sq_codes"].int()).abs()
+    assert apart.max() == 1
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_no_two_shards_have_the_same_random_bits(name: str, found_by_four: Any) -> None:
+    """Each range of indices is that of another process or of a replica, or lies apart."""
+    places = sorted(set(found_by_four["placements"][name]["places"]))
+    replicas = 2 if "replicas" in name else 1
+    assert len(places) == 4 // replicas
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
+
+
+# FSDP1
+
+
+@pytest.mark.parametrize("orig", [False, True], ids=["flat", "use_orig_params"])
+def test_flat_vectors_of_fsdp1_keep_states_in_full_and_say_so(orig: bool, found: Any) -> None:
+    """Oracle: the run of one process whose states are in float32, bit for bit."""
+    ours = found["flat"][orig]
+    reason = "a flat vector of FullyShardedDataParallel, which has no rows"
+    assert ours["dtypes"] == ["torch.float32"]
+    (said,) = ours["said"]
+    assert said.startswith("state_format='int8' has no effect: not int8 for ")
+    assert said.endswith(reason)
+    assert f" elements: {reason}" in ours["explained"]
+    model = flat_model()
+    optimizer = stepforge.AdamW(model.parameters(), lr=LR)
+    for step in range(4):
+        backward(model, step)
+        optimizer.step()
+    assert_identical(ours["trained"], [p.detach() for p in model.parameters()])
+    assert_identical(ours["resumed"], ours["trained"])
+
+
+@pytest.mark.parametrize("width", [24, 32])
+@pytest.mark.parametrize("orig", [False, True], ids=["flat", "use_orig_params"])
+def test_fsdp1_refuses_weights_of_more_bits_as_it_could_not_load_them(
+    orig: bool, width: int, found: Any
+) -> None:
+    assert found["flat"][orig][f"{width} bits"] == (
+        f"master_weight_bits={width} is not for parameters that FullyShardedDataParallel has "
+        "flattened, as its optim_state_dict takes no states of integers: use fully_shard, or "
+        "stochastic_rounding"
+    )
+
+
+# Replicas, and what backends of communication do not send
+
+
+@pytest.mark.parametrize("name", REPLICATED)
+def test_replicas_agree_bit_for_bit(name: str, found: Any) -> None:
+    """With one process too, but where random bits follow from what parameters each process has."""
+    ours = found["replicated"][name]
+    for params in ours["processes"]:
+        assert_identical(params, ours["params"])
+    if name == "ZeRO, stochastic":
+        return
+    model = flat_model(torch.bfloat16)
+    options = {"lr": LR, "rounding_seed": SEED, **REPLICATED[name]}
+    optimizer = stepforge.AdamW(model.parameters(), **options)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    assert_identical(ours["params"], [p.detach() for p in model.parameters()])
+
+
+def test_what_gloo_says_of_int16_is_what_the_guide_says(found: Any) -> None:
+    assert found["int16"].splitlines()[-1] == "Invalid scalar type"
+    guide = (ROOT / "docs" / "low-precision.md").read_text(encoding="utf-8")
+    assert f"`{found['int16'].splitlines()[-1]}`" in guide

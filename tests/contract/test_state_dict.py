@@ -261,6 +261,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:state_format='int8' has no effect")  # on small parameters
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()))
 @each_optimizer
 def test_how_this_optimizer_runs_is_kept(cls: type, flags: dict[str, bool]) -> None:
@@ -271,6 +272,7 @@ def test_how_this_optimizer_runs_is_kept(cls: type, flags: dict[str, bool]) -> N
         assert optimizer.param_groups[0][name] is flags.get(name, cls(make_params()).defaults[name])
 
 
+@pytest.mark.filterwarnings("ignore:state_format='int8' has no effect")  # on small parameters
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "-".join(f"{k}={v}" for k, v in f.items()))
 @each_optimizer
 def test_how_the_saved_optimizer_ran_is_not_taken_over(cls: type, flags: dict[str, bool]) -> None:
