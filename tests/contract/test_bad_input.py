@@ -677,7 +677,7 @@ def _codes_cut_short(entry: dict[str, Any]) -> None:
 SPOILED_CODES = {
     "no scales": (_without_scale, "exp_avg_sq has codes without scales"),
     "scales of another shape": (_of_another_shape, r"of shape \(64, 2\).*must be.*\(64, 1\)"),
-    "scales of another dtype": (_of_another_dtype, r"scales of torch.int32.*torch.float32"),
+    "scales of another dtype": (_of_another_dtype, r"scales? of .*torch.int32.*torch.float32"),
     "codes of another shape": (_codes_cut_short, r"\(32, 64\)"),
 }
 

@@ -226,7 +226,7 @@ STORED = {
 
 @each_optimizer
 def test_state_dicts_leave_out_what_is_stored_and_pickles_keep_it(cls: type) -> None:
-    params = make_params(dtype=torch.bfloat16)
+    params = make_params([(64, 64), (3,)], dtype=torch.bfloat16)
     optimizer = cls(params, **STORED)
     run(optimizer, params, range(2))
     (packed,) = optimizer.state_dict()["param_groups"]
