@@ -26,13 +26,13 @@ class Deferred:
     main thread it does nothing, as handlers only run in that one.
 
     Example:
+        >>> before = signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
         >>> with Deferred():
-        ...     signal.raise_signal(signal.SIGINT)
-        ...     finished = True
-        Traceback (most recent call last):
-        KeyboardInterrupt
-        >>> finished
-        True
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     print("finished")
+        finished
+        handled
+        >>> _ = signal.signal(signal.SIGTERM, before)
     """
 
     __slots__ = ("_arrived", "_handlers")
