@@ -391,14 +391,14 @@ class Optimizer(_Declared):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if torch.compiler.is_compiling():
-                # Brings torch._dynamo, and with it a second that only those who compile should pay.
-                from stepforge import compiled
+        if torch.compiler.is_compiling():
+            # Brings torch._dynamo, and with it a second that only those who compile should pay.
+            from stepforge import compiled
 
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
                 compiled.step(self)
-            else:
-                self._run()
+        else:
+            self._run()
         return loss
 
     def _is_traceable(self) -> bool:
@@ -409,7 +409,10 @@ class Optimizer(_Declared):
 
     def _run(self) -> None:
         scale = LossScale.of(self)
+        was_enabled = torch.is_grad_enabled()
         try:
+            # By one call: an interrupt within torch's context manager would leave autograd off.
+            torch._C._set_grad_enabled(self.defaults["differentiable"])
             if scale is not None and scale.on_host and scale.found_inf:
                 return
             launches = self._launches()
@@ -422,6 +425,8 @@ class Optimizer(_Declared):
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
+        finally:
+            torch._C._set_grad_enabled(was_enabled)
 
     def _launches(self) -> list[plan.Launch]:
         """What the next step runs. Nothing has changed if this raises."""

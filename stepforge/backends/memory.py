@@ -129,7 +129,9 @@ def count_writes(batch: Batch) -> None:
 
 
 def extent(x: torch.Tensor) -> int:
-    """The bytes from the first element of a tensor to the end of its last."""
+    """The bytes from the first element of a tensor to the end of its last; 0 without elements."""
+    if not x.numel():
+        return 0
     last = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape))
     return (last + 1) * x.element_size()
 

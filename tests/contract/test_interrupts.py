@@ -96,6 +96,7 @@ def twins_after(setting: str, steps: int) -> list[list[dict[str, torch.Tensor]]]
 def assert_of_one_step(
     optimizer: stepforge.Optimizer, history: list[list[dict[str, torch.Tensor]]]
 ) -> None:
+    assert torch.is_grad_enabled(), "autograd was left off"
     for number, (count, tensors) in enumerate(tensors_of(optimizer)):
         expected = history[count][number]
         for key, tensor in tensors.items():
