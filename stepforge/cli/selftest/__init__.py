@@ -69,11 +69,12 @@ def selftest(
         ),
     ] = False,
 ) -> None:
-    """Steps all optimizers on fixed numbers by every backend, and compares the bits they store.
+    """Compares the bits that all backends store.
 
-    They are compared with those of the reference on this CPU, and these with hashes that the
-    package carries. Every optimizer steps every dtype; of all other options (formats, gradients of
-    another dtype, flags) every two meet in some case. Layouts are in every case.
+    All optimizers step fixed numbers by every backend. The bits are compared with those of the
+    reference on this CPU, and these with hashes that the package carries. Every optimizer steps
+    every dtype; of all other options (formats, gradients of another dtype, flags) every two meet in
+    some case. Layouts are in every case.
 
     The exit code is 0 if all bits are equal, otherwise 1.
     """

@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -97,7 +98,9 @@ class Case:
             for of_group, members in self._groups()
         ]
         make = getattr(stepforge, self.optimizer)
-        optimizer: stepforge.Optimizer = make(groups, **self.options, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of options that a dtype has no use for
+            optimizer: stepforge.Optimizer = make(groups, **self.options, **options)
         return optimizer
 
     def _groups(self) -> list[tuple[dict[str, Any], tuple[Member, ...]]]:
