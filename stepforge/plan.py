@@ -73,7 +73,8 @@ class Launch:
         if scale is not None and scale.on_host and scale.found_inf:
             return
         self.backend.run(self.batch)
-        torch.autograd.graph.increment_version(self.sharded)
+        if self.sharded:
+            torch.autograd.graph.increment_version(self.sharded)
         skipped = self._skipped()
         with torch.set_grad_enabled(self.batch.differentiable):
             for state, value in self.scalars:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # The C functions under `signal`'s own, whose conversions to enums would take most of the time.
 import _signal  # type: ignore[import-not-found]
+import itertools
 import signal
 import threading
 from types import TracebackType
@@ -42,8 +43,8 @@ class Deferred:
         self._handlers: list[tuple[int, Any]] = []
         if threading.get_ident() != threading.main_thread().ident:
             return
-        handlers = zip(_NUMBERS, map(_signal.getsignal, _NUMBERS))
-        self._handlers = [pair for pair in handlers if callable(pair[1])]
+        handlers = list(map(_signal.getsignal, _NUMBERS))
+        self._handlers = list(itertools.compress(zip(_NUMBERS, handlers), map(callable, handlers)))
         try:
             for number, _ in self._handlers:
                 _signal.signal(number, self._note)
