@@ -31,7 +31,6 @@ from stepforge.coefficients import (
 from stepforge.declare import EXECUTION_FLAGS, Rule, is_off
 from stepforge.entries import first_index
 from stepforge.expr import Graph
-from stepforge.ops import scalar_dtype
 from stepforge.rows import Row, checked_rows, keep_new_states, stepping
 from stepforge.sharding import is_plain, is_sharded, local
 from stepforge.signals import Deferred
@@ -227,7 +226,7 @@ def _is_plain(row: Row) -> bool:
         row.group["differentiable"]
         or row.p.is_complex()
         or row.g.is_sparse
-        or step.dtype != (torch.float32 if _on_device(row) else scalar_dtype())
+        or step.dtype not in (torch.float32, torch.float64)
         or (_on_device(row) and step.device != row.p.device)
         or not all(map(is_plain, tensors))
     )
@@ -521,7 +520,7 @@ def _layout(x: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _batches(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows that can run together: of one backend, graph, device, arithmetic and formats.
+    """Rows that can run together: of one backend, graph, device, arithmetic, formats, numbers.
 
     Options that are not flags may differ within a batch; but device values cannot be told apart
     without waiting for them, so there a group is alone.
@@ -535,6 +534,7 @@ def _batches(rows: Sequence[Row]) -> list[list[Row]]:
             row.kept.storage.key,
             row.p.device,
             arithmetic(row.p.dtype),
+            tuple(row.state[key].dtype for key in row.kept.scalars),  # a vector has but one
             id(row.group) if alone else None,
         )
         batches.setdefault(key, []).append(row)
