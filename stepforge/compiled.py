@@ -25,7 +25,7 @@ __all__ = ["Traced", "make_ready", "step"]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The compiler calls it when it traces, not in the steps that follow, and takes its result for a
-# constant. It is a method, as torch 2.10 and 2.11 pass no optimizer to a function that is marked so.
+# constant. It is a method, as torch 2.10 and 2.11 give a function so marked no optimizer.
 torch.compiler.assume_constant_result(Optimizer._is_traceable)  # type: ignore[no-untyped-call]
 
 
