@@ -138,7 +138,9 @@ def test_a_backend_without_kernels_is_named_and_does_not_count_as_tested(no_kern
     code, output = run("--optimizer", FEW)
     assert code == 0
     assert f"native was not tested: {no_kernels}" in output
-    assert verdict(output).startswith(f"Equal: in {number_of(FEW)} cases foreach store")
+    assert verdict(output).startswith(
+        f"Equal: in {number_of(FEW)} cases foreach stores the reference's bits"
+    )
 
 
 def test_a_backend_that_is_asked_for_and_can_test_nothing(
@@ -459,7 +461,7 @@ def test_every_layout_is_stepped() -> None:
 def test_kernels_leave_no_case_to_the_reference(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of which the bits would be right, and would say nothing of a kernel."""
+    """Its bits would be right, and would say nothing of a kernel."""
     if backend == "native":
         needs_compiler()
     elif not is_interpreted():

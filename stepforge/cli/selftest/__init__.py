@@ -108,7 +108,7 @@ def selftest(
         raise typer.Exit(1)
 
 
-# What is asked for. -------------------------------------------------------------------------------
+# Options. -----------------------------------------------------------------------------------------
 
 
 def _device(text: str) -> torch.device:
@@ -164,9 +164,9 @@ def _usable(backends: Sequence[str], device: torch.device) -> tuple[list[str], d
 
 
 def _refusal(case: Case, backend: str, device: torch.device) -> str | None:
-    """Why a backend serves some parameter of a case not; None if it serves all.
+    """Why a backend cannot serve some parameter of a case; None if it serves all.
 
-    The native backend compiles its kernels on the way.
+    The native backend compiles the kernels of the case on the way.
     """
     members = case.members()
     params = [member.parameter(0, case.dtype, device) for member in members]
@@ -283,8 +283,9 @@ def _verdict(results: Sequence[Result], backends: Sequence[str]) -> str:
         return f"DIFFERENT: {'; '.join(found)}."
     if not backends:
         return f"Equal: the reference stores the bits that the package carries in {count} cases."
+    store = "stores" if len(backends) == 1 else "store"
     return (
-        f"Equal: in {count} cases {names} store the reference's bits, which are those that the "
+        f"Equal: in {count} cases {names} {store} the reference's bits, which are those that the "
         "package carries."
     )
 

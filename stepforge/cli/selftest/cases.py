@@ -29,7 +29,7 @@ __all__ = ["FACTORS", "GROUPS", "STEPS", "Case", "Member", "cases", "fits", "val
 #: RAdam's form changes at its sixth step.
 STEPS = 6
 
-#: What a case chooses, and from what. The first choice of each is the default.
+#: Choices of a case. The first of each is the default.
 FACTORS: Mapping[str, tuple[Any, ...]] = {
     "optimizer": OPTIMIZERS,
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64),
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What tables and files call it."""
+        """Name in tables and files."""
         words = [self.optimizer, str(self.dtype), f"gradients {self.gradient}"]
         words += [f"{key}={value}" for key, value in self.options.items()]
         return ", ".join(words).replace("torch.", "")

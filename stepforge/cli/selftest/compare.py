@@ -39,7 +39,7 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def outcomes(case: Case, backend: str, device: torch.device) -> list[Outcome]:
-    """What a case comes to by one backend: an outcome for each step.
+    """Steps a case by one backend; gives an outcome for each step.
 
     Raises:
         RuntimeError: the backend cannot serve it.
@@ -88,12 +88,12 @@ def digest(outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """Whether a case stores the bits that it should.
+    """Comparison of the bits that a case stores with those that it should.
 
     Attributes:
         case: the case.
         backend: the backend that stepped it.
-        against: what its bits were compared with.
+        against: name of what its bits were compared with.
         expected: the hash of each step that it should have.
         found: the hash of each step that it has; empty if a step could not be taken.
         differing: of the first step that differs the tensors that do, as far as they are known.
@@ -114,7 +114,7 @@ class Result:
         return self.expected == self.found
 
     def report(self) -> dict[str, Any]:
-        """What a file tells of it."""
+        """The entry of a report."""
         told: dict[str, Any] = {
             "case": self.case.name,
             "backend": self.backend,
