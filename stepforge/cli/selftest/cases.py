@@ -287,7 +287,7 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, wide: bool)
 
     Example:
         >>> values((3,), torch.bfloat16, 1, wide=False).tolist()
-        [0.00148773193359375, 0.9296875, -0.00136566162109375]
+        [-0.01019287109375, -0.027099609375, 0.000469207763671875]
     """
     if dtype.is_complex:
         return torch.view_as_complex(values((*shape, 2), dtype.to_real(), seed, wide=wide))
