@@ -50,11 +50,11 @@ torch_of = $(word 2,$(subst -torch, ,$1))
 
 # Measures the rounding errors and writes docs/numerics.md.
 numerics: $(READY)
-	$(BIN)/python docs/make_numerics.py
+	$(BIN)/python experiments/make_numerics.py
 
-# Measures formats, trains what docs/low_precision/results.json lacks, and writes docs/low-precision.md.
+# Measures formats, trains what experiments/low_precision/results.json lacks, and writes docs/low-precision.md.
 low-precision: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python docs/make_low_precision.py
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/make_low_precision.py
 
 # Times the step of every optimizer; a few minutes on a machine with nothing else to do.
 bench: $(READY)

@@ -14,10 +14,7 @@ Example:
 from stepforge.checkpoint import LoadResult
 from stepforge.explain import Explanation, explain
 from stepforge.optimizer import Optimizer
-from stepforge.rules.adagrad import Adagrad
-from stepforge.rules.adam import Adam, AdamW
-from stepforge.rules.nadam import NAdam
-from stepforge.rules.radam import RAdam
+from stepforge.rules import Adagrad, Adam, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from stepforge.declare import Rule
-from stepforge.entries import dtypes, kept
-from stepforge.formats import tensors_of
+from stepforge.formats import tensor_names
+from stepforge.rule import Rule
+from stepforge.state.layout import dtypes_after_step, state_layout
 
 __all__ = ["Account", "account"]
 
@@ -110,21 +110,21 @@ def account(
         >>> import stepforge
         >>> p = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
         >>> optimizer = stepforge.AdamW([p], state_format="int8", master_weight_bits=24)
-        >>> print(account(optimizer._rule, optimizer.param_groups[0], p))
+        >>> print(account(optimizer.rule, optimizer.param_groups[0], p))
         7.06 bytes an element: weights 2, gradients 2, states 2, scales 0.06, low bits 1
     """
-    what, graph = kept(rule, group, p), rule.graph(group)
-    kinds = dtypes(what, group, entry or {})
-    states = {slot: math.prod(slot.shape) * kinds[slot.key].itemsize for slot in what.slots}
+    layout, graph = state_layout(rule, group, p), rule.graph(group)
+    dtypes = dtypes_after_step(layout, group, entry or {})
+    states = {x: math.prod(x.shape) * dtypes[x.key].itemsize for x in layout.tensors}
     sizes = {"p": _size(p), "g": _size(p if g is None else g)}
-    sizes |= {slot.name: size for slot, size in states.items()}
+    sizes |= {x.name: size for x, size in states.items()}
 
     def of(columns: Iterable[str]) -> int:
-        names = [name for column in columns for name in tensors_of(column, what.storage.formats)]
+        names = [name for column in columns for name in tensor_names(column, layout.formats)]
         return sum(sizes[name] for name in names)
 
-    low_bits = sum(size for slot, size in states.items() if slot.column == "p")
-    scales = sum(size for slot, size in states.items() if slot.part.of_block)
+    low_bits = sum(size for x, size in states.items() if x.column == "p")
+    scales = sum(size for x, size in states.items() if x.part.of_block)
     return Account(
         elements=p.numel(),
         weights=sizes["p"],
@@ -132,7 +132,7 @@ def account(
         states=sum(states.values()) - scales - low_bits,
         scales=scales,
         low_bits=low_bits,
-        numbers=sum(kinds[key].itemsize for key in what.scalars),
+        numbers=sum(dtypes[key].itemsize for key in layout.scalars),
         read=of(graph.varying.inputs),
         written=of(graph.results),
     )

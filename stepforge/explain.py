@@ -12,9 +12,10 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from stepforge.accounting import Account, account
-from stepforge.backends import choose
-from stepforge.declare import Rule
-from stepforge.entries import kept
+from stepforge.backends import ParamSpec, choose
+from stepforge.rule import Rule
+from stepforge.state.layout import dtypes_after_step, state_layout
+from stepforge.step.params import kernel_spec
 
 __all__ = ["Explanation", "Frozen", "InFull", "Served", "explain", "without_effect"]
 
@@ -167,12 +168,12 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
           not int8 for 1 parameter, 64 elements: fewer than 4,096 elements
     """
     # A rule is what tells an optimizer of this library; its class stands to the right of this file.
-    if not hasattr(optimizer, "_rule"):
+    if not hasattr(optimizer, "rule"):
         raise TypeError(f"explain takes a stepforge optimizer, but got {type(optimizer).__name__}")
     return Explanation(
         type(optimizer).__name__,
-        tuple(_served(optimizer, optimizer._rule)),
-        tuple(_frozen(optimizer, optimizer._rule)),
+        tuple(_served(optimizer, optimizer.rule)),
+        tuple(_frozen(optimizer, optimizer.rule)),
     )
 
 
@@ -202,7 +203,10 @@ def _served(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Served]:
         for p in dict.fromkeys(group["params"]):  # one that is listed twice is stepped once
             if _is_frozen(p, optimizer.state.get(p)):
                 continue
-            choice = choose(p, p.grad, group, graph, kept(rule, group, p).storage)
+            layout = state_layout(rule, group, p)
+            dtypes = dtypes_after_step(layout, group, optimizer.state.get(p, {}))
+            spec = kernel_spec(graph, layout, p, p.grad, dtypes)
+            choice = choose(ParamSpec(p, p.grad, group, spec))
             alike.setdefault((choice.backend.name, choice.reasons), []).append(p)
         for (backend, reasons), params in alike.items():
             accounts = (account(rule, group, p, p.grad, optimizer.state.get(p)) for p in params)
@@ -261,7 +265,7 @@ def _in_full(
     tensors: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
     for group, p in members:
-        reason = kept(rule, group, p).unmet.get(option)
+        reason = state_layout(rule, group, p).unmet.get(option)
         if reason is not None:
             case = reason, _ASKED[option](group[option])
             tensors[case] += 1

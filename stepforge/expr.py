@@ -18,22 +18,39 @@ the same order and stores the same bits:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 Operand: TypeAlias = "Expr | float"
 
+
 COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
-#: What arithmetic is called on words, which wrap around.
-ON_WORDS = {"add": "word_add", "sub": "word_sub", "mul": "word_mul"}
-#: The operations whose result is a word: 32 bits, an unsigned integer. They are for formats, which
-#: choose bits; rules compute with numbers.
-WORDS = frozenset(
-    {*ON_WORDS.values(), "and", "or", "xor", "shift_left", "shift_right", "bits", "word"}
+
+
+#: The names of arithmetic on uint32, which wraps around.
+ON_UINT32 = {"add": "u32_add", "sub": "u32_sub", "mul": "u32_mul"}
+
+
+#: The operations with a uint32 result. They are for formats, which choose bits; rules compute with
+#: numbers.
+UINT32_OPS = frozenset(
+    {
+        *ON_UINT32.values(),
+        "and",
+        "or",
+        "xor",
+        "shift_left",
+        "shift_right",
+        "bitcast_u32",
+        "f32_to_i32",
+    }
 )
-#: Those of them that take a word for every operand.
-_WORDS_ONLY = WORDS - {"bits", "word"} | {"from_bits", "number"}
+
+
+#: The operations that take a uint32 for every operand.
+_UINT32_OPERANDS = UINT32_OPS - {"bitcast_u32", "f32_to_i32"} | {"bitcast_f32", "i32_to_f32"}
+
+
 #: No two backends round these alike, so they may not reach a kernel.
 UNIFORM_ONLY = frozenset({"exp", "log", "pow", "stored"})
 
@@ -50,11 +67,11 @@ class Expr:
         value: the name of an input, the number of a constant, otherwise None.
         varying: True if the value differs between the elements of a tensor.
         boolean: True if the value is the outcome of a comparison.
-        word: True if the value is a word.
+        uint32: True if the value is a uint32.
         index: the position in the order of creation; operands come before their users.
     """
 
-    __slots__ = ("args", "boolean", "index", "op", "trace", "value", "varying", "word")
+    __slots__ = ("args", "boolean", "index", "op", "trace", "uint32", "value", "varying")
 
     def __init__(
         self,
@@ -63,7 +80,7 @@ class Expr:
         args: tuple[Expr, ...],
         value: str | float | None,
         varying: bool,
-        word: bool = False,
+        uint32: bool = False,
     ) -> None:
         self.trace = trace
         self.op = op
@@ -71,7 +88,7 @@ class Expr:
         self.value = value
         self.varying = varying
         self.boolean: bool = op in COMPARISONS or (op == "where" and args[1].boolean)
-        self.word: bool = word or op in WORDS or (op == "where" and args[1].word)
+        self.uint32: bool = uint32 or op in UINT32_OPS or (op == "where" and args[1].uint32)
         self.index = len(trace)
 
     def __add__(self, other: Operand) -> Expr:
@@ -204,13 +221,13 @@ class Trace:
         return len(self._nodes)
 
     @property
-    def has_words(self) -> bool:
-        """Whether any node is a word."""
-        return any(node.word for node in self._nodes.values())
+    def has_uint32(self) -> bool:
+        """Whether any node is a uint32."""
+        return any(node.uint32 for node in self._nodes.values())
 
-    def input(self, name: str, *, varying: bool = False, word: bool = False) -> Expr:
+    def input(self, name: str, *, varying: bool = False, uint32: bool = False) -> Expr:
         """The symbol of that name."""
-        return self._node("input", value=name, varying=varying, word=word)
+        return self._node("input", value=name, varying=varying, uint32=uint32)
 
     def constant(self, value: float) -> Expr:
         """The node of a number that the rule itself contains."""
@@ -223,9 +240,11 @@ class Trace:
             TypeError: an operand is neither a number nor a node of this trace, is a truth value
                 where a number is due (or the reverse), or varies where only a uniform may stand.
         """
-        with_words = op in _WORDS_ONLY or any(isinstance(x, Expr) and x.word for x in operands)
-        op = ON_WORDS.get(op, op) if with_words else op
-        args = [self._lift(operand, with_words) for operand in operands]
+        on_uint32 = op in _UINT32_OPERANDS or any(
+            isinstance(x, Expr) and x.uint32 for x in operands
+        )
+        op = ON_UINT32.get(op, op) if on_uint32 else op
+        args = [self._lift(operand, on_uint32) for operand in operands]
         _check_kinds(op, args)
         node = _NORMAL_FORM[op](self, *args) if op in _NORMAL_FORM else self._node(op, *args)
         if node.op in UNIFORM_ONLY and node.varying:
@@ -235,13 +254,13 @@ class Trace:
             )
         return node
 
-    def _lift(self, operand: object, with_words: bool) -> Expr:
+    def _lift(self, operand: object, on_uint32: bool) -> Expr:
         if isinstance(operand, Expr):
             if operand.trace is not self:
                 raise TypeError(f"`{operand}` belongs to another trace")
             return operand
-        if with_words and type(operand) is int and 0 <= operand < 2**32:
-            return self._node("constant", value=operand, word=True)
+        if on_uint32 and type(operand) is int and 0 <= operand < 2**32:
+            return self._node("constant", value=operand, uint32=True)
         if isinstance(operand, (int, float)):
             return self.constant(operand)
         raise TypeError(
@@ -255,22 +274,22 @@ class Trace:
         *args: Expr,
         value: str | float | None = None,
         varying: bool = False,
-        word: bool = False,
+        uint32: bool = False,
     ) -> Expr:
         # repr tells 0.0 from -0.0, which compare equal.
         key = (op, repr(value), *(arg.index for arg in args))
         node = self._nodes.get(key)
         if node is None:
             varying = varying or any(arg.varying for arg in args)
-            node = self._nodes[key] = Expr(self, op, args, value, varying, word)
+            node = self._nodes[key] = Expr(self, op, args, value, varying, uint32)
         return node
 
 
 def _check_kinds(op: str, args: Sequence[Expr]) -> None:
     """Raises unless operands are of the kinds that an operation takes."""
-    due = ["a word" if op in _WORDS_ONLY else "a number"] * len(args)
-    if op in COMPARISONS and all(arg.word for arg in args):
-        due = ["a word"] * 2
+    due = ["a uint32" if op in _UINT32_OPERANDS else "a number"] * len(args)
+    if op in COMPARISONS and all(arg.uint32 for arg in args):
+        due = ["a uint32"] * 2
     if op == "where":
         alike = _kind(args[1]) == _kind(args[2])
         due = ["a comparison", *(_kind(arg) if alike else "a number" for arg in args[1:])]
@@ -280,7 +299,7 @@ def _check_kinds(op: str, args: Sequence[Expr]) -> None:
 
 
 def _kind(node: Expr) -> str:
-    return "a comparison" if node.boolean else "a word" if node.word else "a number"
+    return "a comparison" if node.boolean else "a uint32" if node.uint32 else "a number"
 
 
 def _is(node: Expr, number: float) -> bool:
@@ -402,165 +421,3 @@ _NORMAL_FORM: dict[str, Callable[..., Expr]] = {
     "where": _where,
     "and": _and,
 }
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One operation of a program, on numbered registers.
-
-    Attributes:
-        op: the operation's name.
-        args: the registers of its operands.
-        out: the register of its value, which nothing has written before.
-        last: the registers that neither a later instruction nor an output reads.
-    """
-
-    op: str
-    args: tuple[int, ...]
-    out: int
-    last: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Program:
-    """A straight-line program over numbered registers.
-
-    The first registers hold the inputs, then come values given from outside, then constants, then
-    the value of each instruction in turn.
-
-    Attributes:
-        inputs: the names of the inputs.
-        given: the nodes whose values are given.
-        constants: the numbers; those that are words are integers.
-        instructions: the operations, operands first.
-        outputs: the registers of the results.
-        nodes: the node of the graph that each register holds.
-    """
-
-    inputs: tuple[str, ...]
-    given: tuple[Expr, ...]
-    constants: tuple[float, ...]
-    instructions: tuple[Instruction, ...]
-    outputs: tuple[int, ...]
-    nodes: tuple[Expr, ...]
-
-    @classmethod
-    def of(cls, results: Sequence[Expr], given: Sequence[Expr] = ()) -> Program:
-        """The program that computes those nodes, with the given ones taken as known."""
-        nodes = _reachable(results, stop=given)
-        inputs = [node for node in nodes if node.op == "input" and node not in set(given)]
-        constants = [node for node in nodes if node.op == "constant"]
-        operations = [node for node in nodes if node.args and node not in set(given)]
-        held = (*inputs, *given, *constants, *operations)
-        register = {node: number for number, node in enumerate(held)}
-        last_reader = {arg: node for node in operations for arg in node.args}
-        kept = {*results, *constants}
-        return cls(
-            inputs=tuple(str(node.value) for node in inputs),
-            given=tuple(given),
-            constants=tuple(node.value for node in constants),  # type: ignore[misc]
-            instructions=tuple(
-                Instruction(
-                    node.op,
-                    tuple(register[arg] for arg in node.args),
-                    register[node],
-                    tuple(
-                        register[arg]
-                        for arg in dict.fromkeys(node.args)
-                        if last_reader[arg] is node and arg not in kept
-                    ),
-                )
-                for node in operations
-            ),
-            outputs=tuple(register[node] for node in results),
-            nodes=held,
-        )
-
-    def registers(self, inputs: Mapping[str, Any], given: Sequence[Any] = ()) -> list[Any]:
-        """The registers at the start, those of the instructions empty."""
-        loaded = [inputs[name] for name in self.inputs]
-        return [*loaded, *given, *self.constants, *[None] * len(self.instructions)]
-
-    def may_alias(self, register: int) -> bool:
-        """Whether a register can hold the very object that another holds, not a fresh one."""
-        return self.nodes[register].op in ("input", "where")
-
-
-def evaluate(
-    program: Program,
-    inputs: Mapping[str, Any],
-    given: Sequence[Any],
-    operations: Mapping[str, Callable[..., Any]],
-) -> list[Any]:
-    """Runs a program.
-
-    Args:
-        program: what to run.
-        inputs: the value of each input, by name.
-        given: the given values, in the program's order.
-        operations: what each operation does, by name.
-
-    Returns:
-        The values of the program's outputs, in their order.
-    """
-    registers = program.registers(inputs, given)
-    for instruction in program.instructions:
-        args = [registers[register] for register in instruction.args]
-        registers[instruction.out] = operations[instruction.op](*args)
-        for register in instruction.last:
-            registers[register] = None
-    return [registers[register] for register in program.outputs]
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """A traced rule: two straight-line programs, the uniform one and the varying one.
-
-    Attributes:
-        coefficients: the uniform nodes that the varying program reads (constants left out). They
-            are all that a kernel needs to be told.
-        scalars: the names of the results that are uniform.
-        uniform: computes the coefficients, then the scalars.
-        results: the names of the results that vary and are not simply an input of their own name.
-        varying: computes the results, given the coefficients.
-    """
-
-    coefficients: tuple[Expr, ...]
-    scalars: tuple[str, ...]
-    uniform: Program
-    results: tuple[str, ...]
-    varying: Program
-
-    @classmethod
-    def of(cls, outputs: Mapping[str, Expr]) -> Graph:
-        """The graph of those results, without the nodes that no result needs."""
-        scalars = {name: node for name, node in outputs.items() if not node.varying}
-        results = {
-            name: node
-            for name, node in outputs.items()
-            if node.varying and not (node.op == "input" and node.value == name)
-        }
-        varying = [node for node in _reachable(results.values()) if node.varying]
-        read = {arg for node in varying for arg in node.args if not arg.varying}
-        coefficients = tuple(
-            sorted((n for n in read if n.op != "constant"), key=lambda node: node.index)
-        )
-        return cls(
-            coefficients=coefficients,
-            scalars=tuple(scalars),
-            uniform=Program.of([*coefficients, *scalars.values()]),
-            results=tuple(results),
-            varying=Program.of(list(results.values()), given=coefficients),
-        )
-
-
-def _reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:
-    """The nodes that the roots depend on, operands first, none beyond those to stop at."""
-    seen: set[Expr] = set()
-    pending = list(roots)
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(() if node in set(stop) else node.args)
-    return sorted(seen, key=lambda node: node.index)

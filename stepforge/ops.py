@@ -23,28 +23,29 @@ from stepforge.expr import Expr
 #: A number, a numpy array, a torch tensor or a symbol.
 Value: TypeAlias = Any
 
-#: 32 bits: a tensor or array of int64 from 0 up and below 2**32, a Python int or a symbol.
-Word: TypeAlias = Any
+#: A uint32: a tensor or array of int64 from 0 up and below 2**32, a Python int or a symbol.
+UInt32: TypeAlias = Any
 
 __all__ = [
     "VOCABULARY",
+    "UInt32",
     "Value",
-    "Word",
-    "bits",
+    "bitcast_f32",
+    "bitcast_u32",
     "decay",
     "ema",
     "exp",
+    "f32_to_i32",
     "finite",
-    "from_bits",
+    "i32_to_f32",
     "log",
     "maximum",
     "minimum",
-    "number",
+    "round_to_state_dtype",
     "sign",
     "sqrt",
     "stored",
     "where",
-    "word",
 ]
 
 _Implementations: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -171,68 +172,73 @@ def finite(x: Value) -> Value:
     return _apply("finite", (_number_finite, _array_finite, _tensor_finite), x)
 
 
-def stored(x: Value) -> Value:
-    """A uniform value rounded to what a scalar state holds: float32, as torch.optim keeps it.
+def round_to_state_dtype(x: Value) -> Value:
+    """Round a uniform value to the dtype of a scalar state: float32, as in torch.optim.
 
-    Under ``torch.set_default_dtype(torch.float64)`` scalar states are float64 and nothing is
+    Under ``torch.set_default_dtype(torch.float64)`` scalar states are float64, and nothing is
     rounded.
 
     Example:
-        >>> stored(0.1)
+        >>> round_to_state_dtype(0.1)
         0.10000000149011612
     """
-    return _apply("stored", (_number_stored, _array_stored, _tensor_stored), x)
+    # The graph calls it "stored", as do comments of generated kernels, whose hashes name them.
+    implementations = (_round_number, _round_array, _round_tensor)
+    return _apply("stored", implementations, x)
 
 
-def bits(x: Value) -> Word:
-    """The word that holds a float32 number.
+#: The former name of :func:`round_to_state_dtype`.
+stored = round_to_state_dtype
 
-    This and the three functions below are for formats, which choose bits. A rule has no use for
-    them, and may not have words.
+
+def bitcast_u32(x: Value) -> UInt32:
+    """Read the bits of a float32 as a uint32.
+
+    This and the three functions below are for formats, which choose bits. A rule may not use them.
 
     Example:
-        >>> hex(bits(torch.tensor(1.0)).item())
+        >>> hex(bitcast_u32(torch.tensor(1.0)).item())
         '0x3f800000'
     """
     if isinstance(x, Expr):
-        return x.trace.apply("bits", x)
-    return x.view(torch.int32).to(torch.int64) & _ALL
+        return x.trace.apply("bitcast_u32", x)
+    return x.view(torch.int32).to(torch.int64) & _UINT32_MAX
 
 
-def from_bits(w: Word) -> Value:
-    """The float32 number that a word holds.
+def bitcast_f32(w: UInt32) -> Value:
+    """Read a uint32 as the bits of a float32.
 
     Example:
-        >>> from_bits(torch.tensor(0x3F800000)).item()
+        >>> bitcast_f32(torch.tensor(0x3F800000)).item()
         1.0
     """
     if isinstance(w, Expr):
-        return w.trace.apply("from_bits", w)
+        return w.trace.apply("bitcast_f32", w)
     return _signed(w).to(torch.int32).view(torch.float32)
 
 
-def number(w: Word) -> Value:
-    """A word as a number: those from 2**31 up stand for negative integers.
+def i32_to_f32(w: UInt32) -> Value:
+    """Convert a uint32, read as an int32 in two's complement, to a float32.
 
     Example:
-        >>> number(torch.tensor([3, 2**32 - 1])).tolist()
+        >>> i32_to_f32(torch.tensor([3, 2**32 - 1])).tolist()
         [3.0, -1.0]
     """
     if isinstance(w, Expr):
-        return w.trace.apply("number", w)
+        return w.trace.apply("i32_to_f32", w)
     return _signed(w).to(torch.float32)
 
 
-def word(x: Value) -> Word:
-    """A number below 2**31 in size as a word, what is behind the point cut off.
+def f32_to_i32(x: Value) -> UInt32:
+    """Truncate a number below 2**31 in size to an int32, returned as the uint32 of its bits.
 
     Example:
-        >>> word(torch.tensor([3.75, -1.0])).tolist()
+        >>> f32_to_i32(torch.tensor([3.75, -1.0])).tolist()
         [3, 4294967295]
     """
     if isinstance(x, Expr):
-        return x.trace.apply("word", x)
-    return x.to(torch.int64) & _ALL
+        return x.trace.apply("f32_to_i32", x)
+    return x.to(torch.int64) & _UINT32_MAX
 
 
 def ema(average: Value, value: Value, beta: Value) -> Value:
@@ -286,16 +292,16 @@ def decay(h: Any, p: Value, g: Value) -> tuple[Value, Value]:
     return g + h.weight_decay * p, 0.0
 
 
-_ALL = 2**32 - 1
+_UINT32_MAX = 2**32 - 1
 
 
 def _signed(w: torch.Tensor) -> torch.Tensor:
-    """A word as the integer that two's complement has it stand for."""
+    """Read a uint32 as an int32 in two's complement."""
     return (w ^ 2**31) - 2**31
 
 
-def _wrapped(operation: Callable[..., Word]) -> Callable[..., Word]:
-    return lambda *words: operation(*words) & _ALL
+def _wrapped(operation: Callable[..., UInt32]) -> Callable[..., UInt32]:
+    return lambda *operands: operation(*operands) & _UINT32_MAX
 
 
 def _number_sqrt(x: float) -> float:
@@ -333,8 +339,8 @@ def _number_finite(x: float) -> float:
     return x if x != x else min(max(x, -sys.float_info.max), sys.float_info.max)
 
 
-def _number_stored(x: float) -> float:
-    return float(_array_stored(x))
+def _round_number(x: float) -> float:
+    return float(_round_array(x))
 
 
 def _array_sign(x: Value) -> Value:
@@ -346,7 +352,7 @@ def _array_finite(x: Value) -> Value:
     return np.clip(x, -largest, largest)
 
 
-def _array_stored(x: Value) -> Value:
+def _round_array(x: Value) -> Value:
     return np.asarray(x).astype(scalar_numpy_dtype()).astype(np.float64)
 
 
@@ -359,7 +365,7 @@ def _tensor_finite(x: torch.Tensor) -> torch.Tensor:
     return torch.clamp(x, -largest, largest)
 
 
-def _tensor_stored(x: torch.Tensor) -> torch.Tensor:
+def _round_tensor(x: torch.Tensor) -> torch.Tensor:
     return x.to(scalar_dtype()).to(x.dtype)
 
 
@@ -435,21 +441,21 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     "minimum": minimum,
     "finite": finite,
     "where": where,
-    "stored": stored,
+    "stored": round_to_state_dtype,
     "lt": operator.lt,
     "le": operator.le,
     "eq": operator.eq,
     "ne": operator.ne,
-    "word_add": _wrapped(operator.add),
-    "word_sub": _wrapped(operator.sub),
-    "word_mul": _wrapped(operator.mul),
+    "u32_add": _wrapped(operator.add),
+    "u32_sub": _wrapped(operator.sub),
+    "u32_mul": _wrapped(operator.mul),
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
     "shift_left": _wrapped(operator.lshift),
     "shift_right": operator.rshift,
-    "bits": bits,
-    "from_bits": from_bits,
-    "number": number,
-    "word": word,
+    "bitcast_u32": bitcast_u32,
+    "bitcast_f32": bitcast_f32,
+    "i32_to_f32": i32_to_f32,
+    "f32_to_i32": f32_to_i32,
 }

@@ -12,20 +12,21 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, dataclass_transform, overload
+from typing import Any, ClassVar, Literal, cast, dataclass_transform, overload
 
 import torch
 from torch.optim.optimizer import ParamsT
 
-from stepforge import checkpoint, plan
-from stepforge.backends.batch import LossScale, is_capturing
+from stepforge import checkpoint
+from stepforge.backends.grad_scale import GradScale
 from stepforge.checkpoint import LoadResult
-from stepforge.declare import Hyperparameter, Rule, Seed, hyper, read_body, signature_of
-from stepforge.entries import SHORT, initial_state, is_flat, is_in_full
+from stepforge.declare import Seed, hyper, read_body, signature_of
 from stepforge.explain import without_effect
-
-if TYPE_CHECKING:
-    from stepforge.compiled import Traced
+from stepforge.hyperparameter import Hyperparameter
+from stepforge.rule import Rule
+from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
+from stepforge.state.values import initial_state
+from stepforge.step.stepper import Stepper
 
 __all__ = ["Optimizer", "ParamsT"]
 
@@ -45,12 +46,13 @@ class _Declared(torch.optim.Optimizer):
     """
 
     _hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
-    _rule: ClassVar[Rule]  # absent from bases
+    #: The rule that an optimizer steps by; bases of optimizers have none.
+    rule: ClassVar[Rule]
 
     def __init_subclass__(cls, rule: Callable[..., Any] | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         hyperparameters, states = read_body(cls, cls._hyperparameters)
-        inherited: Rule | None = getattr(cls, "_rule", None)
+        inherited: Rule | None = getattr(cls, "rule", None)
         if rule is None and hyperparameters == cls._hyperparameters and not states:
             return  # a subclass that changes behaviour only; trainers make them at run time
         cls._hyperparameters = hyperparameters
@@ -58,7 +60,7 @@ class _Declared(torch.optim.Optimizer):
             rule, states = rule or inherited.function, states or dict(inherited.states)
         if rule is None:
             return  # a base of optimizers, not one itself
-        cls._rule = Rule(rule, hyperparameters, states)
+        cls.rule = Rule(rule, hyperparameters, states)
         if "__init__" not in vars(cls):
             _give_constructor(cast(type[Optimizer], cls))
 
@@ -125,20 +127,22 @@ class Optimizer(_Declared):
     _eager_state: ClassVar[bool] = False
 
     params: InitVar[ParamsT]
-    maximize: bool = hyper(default=False, kw_only=True, newer=True)
-    foreach: bool | None = hyper(default=None, kw_only=True, newer=True)
-    capturable: bool = hyper(default=False, kw_only=True, newer=True)
-    differentiable: bool = hyper(default=False, kw_only=True, newer=True)
-    fused: bool | None = hyper(default=None, kw_only=True, newer=True)
+    maximize: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
+    foreach: bool | None = hyper(default=None, kw_only=True, optional_in_checkpoint=True)
+    capturable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
+    differentiable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
+    fused: bool | None = hyper(default=None, kw_only=True, optional_in_checkpoint=True)
     state_format: Literal["float32", "bfloat16", "int8"] | None = hyper(
-        default=None, kw_only=True, newer=True
+        default=None, kw_only=True, optional_in_checkpoint=True
     )
-    master_weight_bits: Literal[24, 32] | None = hyper(default=None, kw_only=True, newer=True)
-    stochastic_rounding: bool = hyper(default=False, kw_only=True, newer=True)
-    rounding_seed: Seed = hyper(default=0, kw_only=True, newer=True)
+    master_weight_bits: Literal[24, 32] | None = hyper(
+        default=None, kw_only=True, optional_in_checkpoint=True
+    )
+    stochastic_rounding: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
+    rounding_seed: Seed = hyper(default=0, kw_only=True, optional_in_checkpoint=True)
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
-        if not hasattr(self, "_rule"):
+        if not hasattr(self, "rule"):
             raise TypeError(
                 f"{type(self).__name__} has no rule: name it in the class header, rule=..."
             )
@@ -152,18 +156,16 @@ class Optimizer(_Declared):
         self._check_options(defaults)
         # A gradient scaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = bool(defaults["fused"])
-        self._plan: plan.Plan | None = None
-        self._captured = False  # whether a step is part of a CUDA graph
+        self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # by the last state dict
-        self._traced: Traced | None = None
         self._step_is_running: list[bool] = []  # empty if not
         _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
             for group in self.param_groups:
                 for p in group["params"]:
-                    self.state[p] = initial_state(self._rule, p, group)
-        for message in without_effect(self._rule, self.param_groups):
+                    self.state[p] = initial_state(self.rule, p, group)
+        for message in without_effect(self.rule, self.param_groups):
             warnings.warn(message, stacklevel=3)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
@@ -185,10 +187,8 @@ class Optimizer(_Declared):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
-        self._captured = False
+        self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent = {}
-        self._traced = None
         self._step_is_running = []
         self.param_groups = list(map(self._param_group, self.param_groups))
         checkpoint.complete_options(self._hyperparameters, self.defaults)
@@ -197,7 +197,7 @@ class Optimizer(_Declared):
             checkpoint.complete_options(self._hyperparameters, group)
             for p in group["params"]:
                 if p in self.state:
-                    self.state[p] = checkpoint.unpickled(self._rule, group, p, self.state[p])
+                    self.state[p] = checkpoint.unpickled(self.rule, group, p, self.state[p])
 
     def _patch_step_function(self) -> None:
         # torch wraps the step of every class in hooks and a profiler record. Where a subclass
@@ -234,9 +234,9 @@ class Optimizer(_Declared):
             group[name] = declared.checked(group[name])
         self._check_options(group)
         self._check_params(group)
-        self._rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
+        self.rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
         self.param_groups.append(self._param_group(group))
-        self._traced = None
+        self._stepper.traced = None
 
     def _param_group(self, options: Mapping[str, Any]) -> checkpoint.ParamGroup:
         return checkpoint.ParamGroup(options, checkpoint.local_options(type(self)))
@@ -255,14 +255,14 @@ class Optimizer(_Declared):
                 if (
                     group[name]
                     and p.requires_grad
-                    and not (p.dtype in SHORT or is_in_full(p.dtype))
+                    and not (p.dtype in HALF_DTYPES or holds_all_bits(p.dtype))
                 ):
                     raise ValueError(
                         f"{name}={group[name]} is for bfloat16 and float16 parameters and leaves "
                         f"longer ones alone, but one of the params is {p.dtype}: give it a param "
                         f"group without {name}"
                     )
-            if group["master_weight_bits"] and p.dtype in SHORT and is_flat(p):
+            if group["master_weight_bits"] and p.dtype in HALF_DTYPES and is_flat(p):
                 raise ValueError(
                     f"master_weight_bits={group['master_weight_bits']} is not for parameters that "
                     "FullyShardedDataParallel has flattened, as its optim_state_dict takes no "
@@ -350,7 +350,7 @@ class Optimizer(_Declared):
         if names is not None:
             groups = [{**group, "param_names": own} for group, own in zip(groups, names)]
         return checkpoint.examine(
-            self._rule,
+            self.rule,
             groups,
             given,
             strict=strict,
@@ -361,7 +361,7 @@ class Optimizer(_Declared):
 
     def _apply(self, loading: checkpoint.Loading, strict: bool) -> None:
         checkpoint.apply(loading, self.param_groups, self.state, strict=strict)
-        self._plan = None
+        self._stepper.plan = None
         self._lent = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -393,59 +393,36 @@ class Optimizer(_Declared):
                 loss = closure()
         if torch.compiler.is_compiling():
             # Brings torch._dynamo, and with it a second that only those who compile should pay.
-            from stepforge import compiled
+            from stepforge.step import compiled
 
             with torch.set_grad_enabled(self.defaults["differentiable"]):
-                compiled.step(self)
+                if getattr(self, "found_inf", None) is None:
+                    compiled.step(self._stepper, self.state, self._run)
+                else:  # a gradient scaler's numbers are not for a graph
+                    compiled.step_outside(self._run)
         else:
             self._run()
         return loss
 
-    def _is_traceable(self) -> bool:
-        """Gets ready for torch.compile; False if the step must run outside of the graph."""
-        from stepforge import compiled  # which marks this method as one that is not traced but run
-
-        return compiled.make_ready(self)
-
     def _run(self) -> None:
-        scale = LossScale.of(self)
+        scale = GradScale.of(self)
         was_enabled = torch.is_grad_enabled()
         try:
             # By one call: an interrupt within torch's context manager would leave autograd off.
             torch._C._set_grad_enabled(self.defaults["differentiable"])
             if scale is not None and scale.on_host and scale.found_inf:
                 return
-            launches = self._launches()
-            if scale is not None:
-                launches = [launch.scaled(scale) for launch in launches]
-            plan.run(launches)
+            self._stepper.step(scale)
         except BaseException:
-            # What was said is about this step only; a gradient scaler would multiply what it says
-            # at the next one with what it finds.
+            # GradScaler multiplies into leftovers: they are about this step only.
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
             raise
         finally:
             torch._C._set_grad_enabled(was_enabled)
 
-    def _launches(self) -> list[plan.Launch]:
-        """What the next step runs. Nothing has changed if this raises."""
-        self._captured |= is_capturing()
-        launches = self._plan and self._plan.renewed(self.param_groups, self.state)
-        if launches:
-            return launches
-        self._plan = None
-        launches, self._plan = plan.lay_out(
-            self._rule,
-            self.param_groups,
-            self.state,
-            refuses_sparse=self._refuses_sparse(),
-            captured=self._captured,
-        )
-        return launches
-
-    def _refuses_sparse(self) -> str | None:
-        """What to say of a sparse gradient; None if the rule takes them."""
+    def _sparse_gradient_error(self) -> str | None:
+        """Return the error for a sparse gradient; None if the rule takes them."""
         if self._takes_sparse:
             return None
         return (

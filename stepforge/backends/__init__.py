@@ -1,8 +1,6 @@
 """The ways to run a step, and the choice between them.
 
-A backend is a module with a ``name``, ``OPERATIONS`` by name, ``refuses(p, g, group, graph,
-storage)``, which says why it cannot serve a parameter, ``prepare(batch)`` and ``run(batch)``, and
-``asynchronous``, whether it takes all numbers on the device and waits for none.
+A backend is a module with the members of :class:`Backend`.
 """
 
 from __future__ import annotations
@@ -15,90 +13,94 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.backends import foreach, native, reference, triton
-from stepforge.backends.batch import Batch, Prepared
-from stepforge.expr import Graph
-from stepforge.formats import Storage
+from stepforge.backends.batch import Batch, KernelTable
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import KernelSpec, ParamSpec
 
-__all__ = ["BACKENDS", "Backend", "Batch", "Choice", "choose"]
+__all__ = ["BACKENDS", "FUSED", "Backend", "Batch", "Choice", "KernelSpec", "ParamSpec", "choose"]
 
 
 class Backend(Protocol):
-    """What the rest of the library knows of a backend."""
+    """A way to run a step.
+
+    Attributes:
+        name: its name in ``STEPFORGE_BACKEND`` and in :func:`stepforge.explain`.
+        device_scalars: True if it takes all numbers of a step as device tensors and never
+            synchronizes; False if it needs Python numbers.
+        OPERATIONS: its form of each operation of the vocabulary.
+    """
 
     name: str
-    asynchronous: bool
+    device_scalars: bool
     OPERATIONS: Mapping[str, Any]
 
-    def refuses(
+    def unsupported_reason(self, param: ParamSpec) -> str | None:
+        """Say why it cannot step a parameter; None if it can."""
+
+    def prepare(self, batch: Batch) -> KernelTable | None:
+        """Return what a batch's tensors need in every step; None if nothing can be kept.
+
+        Raises:
+            RuntimeError: a tensor has no memory.
+        """
+
+    def run(
         self,
-        p: torch.Tensor,
-        g: torch.Tensor | None,
-        group: Mapping[str, Any],
-        graph: Graph,
-        storage: Storage,
-    ) -> str | None:
-        """Why it cannot serve a parameter with that gradient and options; None if it can."""
+        batch: Batch,
+        table: KernelTable | None = None,
+        grad_scale: GradScale | None = None,
+    ) -> None:
+        """Step a batch in place.
 
-    def prepare(self, batch: Batch) -> Prepared | None:
-        """What can be kept of a batch for the next step of the same tensors; None if nothing."""
+        Args:
+            batch: the tensors and values of one step.
+            table: the result of :meth:`prepare` for the same tensors, with this step's gradients
+                bound to it.
+            grad_scale: the scale of the gradients; None if they are not scaled.
+        """
 
-    def run(self, batch: Batch) -> None:
-        """Computes a batch and stores its results."""
 
-
-#: Every backend.
+#: Every backend, by name.
 BACKENDS: dict[str, Backend] = {
     module.name: module for module in (native, triton, foreach, reference)
 }
-#: By the type of a device the backend that ``fused=True`` asks for: it runs a kernel that is
-#: generated from the whole graph. Triton's "cuda" is also what torch calls AMD's GPUs.
+#: The backend of ``fused=True``, by the type of device: it runs a kernel that is generated from the
+#: whole graph. torch's "cuda" includes AMD's GPUs.
 FUSED = {"cpu": "native", "cuda": "triton", "xpu": "triton"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend that serves a parameter, and why none that is faster does.
+    """The backend of a parameter, and why no faster one serves it.
 
     Attributes:
         backend: the backend.
-        reasons: for each that was passed over, its name and why, in one clause.
+        reasons: for each backend that was passed over, its name and the reason, in one clause.
     """
 
     backend: Backend
     reasons: tuple[tuple[str, str], ...] = ()
 
 
-def choose(
-    p: torch.Tensor,
-    g: torch.Tensor | None,
-    group: Mapping[str, Any],
-    graph: Graph,
-    storage: Storage,
-) -> Choice:
-    """The backend for a parameter, by its group's ``fused`` and ``foreach``.
+def choose(param: ParamSpec) -> Choice:
+    """Choose the backend of a parameter, by its group's ``fused`` and ``foreach``.
 
-    ``fused=True`` asks for a generated kernel and ``foreach=True`` for the foreach path; with
-    either False and the other unset, or both False, the reference runs; with both unset the
-    fastest that can. The environment variable ``STEPFORGE_BACKEND`` overrides them.
-
-    Args:
-        p: the parameter.
-        g: its gradient, if it has one.
-        group: the options of its param group.
-        graph: what is to be computed.
-        storage: how it and its states are stored.
+    ``fused=True`` asks for a generated kernel, ``foreach=True`` for the foreach path. With both
+    unset, the fastest backend that can serve the parameter runs. In all other cases the reference
+    runs. The environment variable ``STEPFORGE_BACKEND`` overrides the options.
 
     Raises:
         ValueError: ``STEPFORGE_BACKEND`` names no backend.
-        RuntimeError: what was asked for cannot serve this parameter.
+        RuntimeError: the backend that was asked for cannot serve this parameter.
     """
     reasons: list[tuple[str, str]] = []
-    for candidate, asked_for in _candidates(group, p.device):
+    p = param.p
+    for candidate, asked_for in _candidates(param.group, p.device):
         backend = BACKENDS.get(candidate)
         if backend is None:
             why_not: str | None = f"there are no kernels for {p.device.type} devices"
         else:
-            why_not = backend.refuses(p, g, group, graph, storage)
+            why_not = backend.unsupported_reason(param)
             if why_not is None:
                 return Choice(backend, tuple(reasons))
         reasons.append((candidate, str(why_not)))
@@ -107,11 +109,11 @@ def choose(
                 f"{asked_for} cannot serve a parameter of shape {tuple(p.shape)}, {p.dtype} on "
                 f"{p.device.type}: {why_not}"
             )
-    raise AssertionError("the reference refuses nothing")
+    raise AssertionError("the reference supports every parameter")
 
 
 def _candidates(group: Mapping[str, Any], device: torch.device) -> Iterator[tuple[str, str]]:
-    """Backends to try in turn, each with the words that ask for it and no other, if any do."""
+    """Yield backends to try in turn, each with the option that demands it, or ``""``."""
     forced = os.environ.get("STEPFORGE_BACKEND")
     fused, wants_foreach = group["fused"], group["foreach"]
     generated = FUSED.get(device.type, "")

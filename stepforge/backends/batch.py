@@ -1,182 +1,149 @@
-"""What a backend is given: one graph and the rows it is to be run on."""
+"""Batches: parameters that one kernel steps together, with the values of one step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 
-from stepforge.expr import Graph
-from stepforge.formats import Format, apart, random_words, tensor_name, tensors_of
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import KernelSpec
+from stepforge.formats import Format, random_uint32, result_salt, tensor_name
+from stepforge.program import Graph
 
-#: How many elements a part of a batch has, so that the dozen tensors of a step stay in the cache
-#: of a CPU. Between 2**16 and 2**18 measures the same; the whole of a large tensor 10 times more.
-CACHED = 2**17
+__all__ = [
+    "CHUNK_ELEMENTS",
+    "Batch",
+    "Coefficient",
+    "KernelTable",
+    "Seeds",
+    "is_capturing",
+]
 
-
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which parameters of a dtype are stepped: float32, or float64 for float64."""
-    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
-
+#: Elements of a chunk, so that the dozen tensors of a step stay in a CPU's cache. Between 2**16 and
+#: 2**18 measures the same; whole large tensors take 10 times as long.
+CHUNK_ELEMENTS = 2**17
 
 #: The values of a uniform node.
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor]"
 
-
-#: A word for each row, as int64, where the coefficients are.
-Words: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
-
-
-class Prepared(Protocol):
-    """What a backend keeps of a batch for the next step of the same tensors."""
-
-    def aim(self, gradients: list[torch.Tensor]) -> None:
-        """Takes the next step's gradients; raises before anything has run if it cannot."""
+#: One uint32 per parameter, as int64, on the device of the coefficients.
+Seeds: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
 
-@dataclass(frozen=True)
-class LossScale:
-    """What a gradient scaler says of a step's gradients; ``torch.amp.GradScaler`` does.
+class KernelTable(Protocol):
+    """The part of a batch that a backend keeps for the next step of the same tensors."""
 
-    Attributes:
-        scale: what the loss was multiplied by; None if the gradients are divided by it already.
-        found_inf: not zero if a gradient is not finite, and the step is to be skipped.
-    """
-
-    scale: torch.Tensor | float | None
-    found_inf: torch.Tensor | float
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer) -> LossScale | None:
-        """What has been said to an optimizer; None if nothing has."""
-        scale = getattr(optimizer, "grad_scale", None)
-        found_inf = getattr(optimizer, "found_inf", None)
-        if scale is None and found_inf is None:
-            return None
-        return cls(scale, 0.0 if found_inf is None else found_inf)
-
-    @property
-    def on_host(self) -> bool:
-        """Whether its numbers can be read without waiting for a device."""
-        return all(
-            not isinstance(x, torch.Tensor) or x.device.type == "cpu"
-            for x in (self.scale, self.found_inf)
-        )
-
-    def read(self) -> LossScale:
-        """The same in numbers of the host, which waits for those on a device."""
-        return LossScale(None if self.scale is None else float(self.scale), float(self.found_inf))
-
-    def on_device(
-        self, device: torch.device, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What gradients are multiplied by and ``found_inf``, an element each, without waiting."""
-        found_inf = _placed(self.found_inf, device)
-        if self.scale is None:
-            return torch.ones((), dtype=dtype, device=device), found_inf
-        return _placed(self.scale, device).double().reciprocal().to(dtype), found_inf
-
-    def unscale(self, dtype: torch.dtype) -> float:
-        """What gradients are multiplied by, rounded to the dtype of the arithmetic."""
-        if self.scale is None:
-            return 1.0
-        wide = torch.tensor(1.0 / float(self.scale), dtype=torch.float64, device="cpu")
-        return float(wide.to(dtype))
-
-
-def _placed(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    return torch.full((), value, dtype=torch.float64, device=device)
+    def bind_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """Take the gradients of the next step. Raises before any kernel has run if it cannot."""
 
 
 def is_capturing() -> bool:
-    """Whether what is done on the GPU is only recorded, for a CUDA graph."""
+    """Return True while a CUDA graph records the current stream."""
     ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return ready and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that share a graph, a device and an arithmetic; one row for each parameter.
+    """Parameters of one kernel and one device, and the values of one step.
 
     Attributes:
-        graph: what to compute.
-        columns: for each varying input its tensors, one a row: parameters ``p``, gradients ``g``
-            and states, all real, a row's all of one shape. Results are stored into the column
-            of the same name. Storage may be of any floating dtype and any strides. Where there is
-            a format its other parts stand beside it, as ``"m.scale"``.
-        coefficients: for each of ``graph.coefficients``, in order, its value, rounded to ``dtype``
-            or true or false: a number for all rows, an array or a vector on the device with one a
-            row, or, where autograd has to see them, a list of tensors without dimensions.
-        dtype: the dtype of the arithmetic, float32 or float64, whatever the storage.
-        formats: of the columns that have one.
-        keys: for each row the word from which its random bits follow; None if no format rounds at
-            random.
-        starts: for each row the index of its first element, as a word, which is not 0 in a part of
-            a tensor; int64.
-        differentiable: whether autograd must see the step.
-        loss_scale: what a gradient scaler says of the gradients; None if nothing.
-        prepared: what the backend's ``prepare`` made of these rows with other gradients of the
-            same layout and other coefficients; None if it made nothing.
+        spec: the kernel.
+        columns: the tensors of each name, one per parameter: parameters ``p``, gradients ``g``,
+            states, and parts of formats such as ``m.scale``. All are real and local, and those of a
+            parameter have one shape, scales excepted. Strides are any.
+        coefficients: the value of each of the graph's coefficients, in order, rounded to the
+            arithmetic or boolean: one number for all parameters, an array or a device vector with
+            one per parameter, or, where autograd must see them, a list of zero-dimensional tensors.
+        step_seeds: the seed of each parameter's random bits; None if no format rounds at random.
+        first_indices: the flat index of each parameter's first element, int64; not 0 in a slice.
+        differentiable: True if autograd must see the step.
     """
 
-    graph: Graph
+    spec: KernelSpec
     columns: dict[str, list[torch.Tensor]]
     coefficients: list[Coefficient]
-    dtype: torch.dtype
-    formats: Mapping[str, Format] = field(default_factory=dict)
-    keys: Words | None = None
-    starts: np.ndarray[Any, Any] | None = None
+    step_seeds: Seeds | None = None
+    first_indices: np.ndarray[Any, Any] | None = None
     differentiable: bool = False
-    loss_scale: LossScale | None = None
-    prepared: Prepared | None = None
+
+    @classmethod
+    def of(
+        cls,
+        graph: Graph,
+        columns: dict[str, list[torch.Tensor]],
+        coefficients: list[Coefficient],
+        formats: Mapping[str, Format] = MappingProxyType({}),
+        arithmetic: torch.dtype | None = None,
+        **values: Any,
+    ) -> Batch:
+        """Return a batch of tensors, with the spec that follows from their dtypes.
+
+        Args:
+            graph: the computation.
+            columns: the tensors.
+            coefficients: the values of the coefficients.
+            formats: the format of each column that has one.
+            arithmetic: float32 or float64; None for the arithmetic of ``p``'s dtype.
+            values: the other attributes.
+
+        Raises:
+            ValueError: tensors of one name have several dtypes, so no one kernel takes them.
+        """
+        for name, column in columns.items():
+            if len({x.dtype for x in column}) > 1:
+                raise ValueError(
+                    f"{name} has several dtypes: {sorted({str(x.dtype) for x in column})}"
+                )
+        dtypes = {name: column[0].dtype for name, column in columns.items()}
+        spec = KernelSpec.of(graph, dtypes, formats, arithmetic)
+        return cls(spec, columns, coefficients, **values)
 
     def __len__(self) -> int:
         return len(self.columns["p"])
 
     @property
-    def written(self) -> list[str]:
-        """The names of the tensors that a step writes to."""
-        return [name for column in self.graph.results for name in tensors_of(column, self.formats)]
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether elements share scales."""
-        return any(format_.in_blocks for format_ in self.formats.values())
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.columns["p"][0].device
 
     def read(self, column: str, index: int) -> torch.Tensor:
-        """The numbers of a row's tensor, in the dtype of the arithmetic; perhaps the tensor."""
-        if column not in self.formats:
-            return self.columns[column][index].to(self.dtype)
-        return self.formats[column].read(self._parts(column, index)).to(self.dtype)
+        """Return a parameter's values of a column, in the arithmetic; maybe the tensor itself."""
+        formats = self.spec.formats
+        if column not in formats:
+            return self.columns[column][index].to(self.spec.arithmetic)
+        return formats[column].read(self._parts(column, index)).to(self.spec.arithmetic)
 
     def store(self, column: str, index: int, value: torch.Tensor) -> None:
-        """Stores numbers into a row's tensor."""
-        if column not in self.formats:
+        """Store a parameter's values of a column."""
+        formats = self.spec.formats
+        if column not in formats:
             self.columns[column][index].copy_(value)
             return
         random = {}
-        if self.formats[column].is_random:
-            assert self.keys is not None
-            assert self.starts is not None
-            key = self.keys[index] + apart(self.graph.results.index(column))
-            start = int(self.starts[index])
-            random = {"random": random_words(value.shape, start, key, value.device)}
-        self.formats[column].write(self._parts(column, index), value, **random)
+        if formats[column].is_random:
+            assert self.step_seeds is not None
+            assert self.first_indices is not None
+            seed = self.step_seeds[index] + result_salt(self.spec.graph.results.index(column))
+            start = int(self.first_indices[index])
+            random = {"random": random_uint32(value.shape, start, seed, value.device)}
+        formats[column].write(self._parts(column, index), value, **random)
 
     def _parts(self, column: str, index: int) -> dict[str, torch.Tensor]:
-        parts = self.formats[column].parts
+        parts = self.spec.formats[column].parts
         return {part.name: self.columns[tensor_name(column, part)][index] for part in parts}
 
-    def pieces(self, limit: int) -> Iterator[Batch]:
-        """The same work in parts of about ``limit`` elements each.
+    def chunks(self, limit: int) -> Iterator[Batch]:
+        """Yield the same work in chunks of about ``limit`` elements.
 
-        An operation on a part leaves its result in the processor's cache, where the next one finds
-        it; on the whole each would go through memory. Long rows are cut, short ones share a part.
+        An operation on a chunk leaves its result in the processor's cache, where the next one finds
+        it; on a whole tensor each would go through memory. Large parameters are cut, small ones
+        share a chunk.
         """
         rows: list[dict[str, torch.Tensor]] = []
         origins: list[int] = []
@@ -185,33 +152,28 @@ class Batch:
         for index in range(len(self)):
             whole = {name: c[index] for name, c in self.columns.items()}
             for offset, row in _cut(
-                whole, limit, flat=not self.in_blocks, any_dim=not self.formats
+                whole, limit, flat=not self.spec.in_blocks, any_dim=not self.spec.formats
             ):
                 if rows and size + row["p"].numel() > limit:
-                    yield self._part(rows, origins, offsets)
+                    yield self._slices(rows, origins, offsets)
                     rows, origins, offsets, size = [], [], [], 0
                 rows.append(row)
                 origins.append(index)
                 offsets.append(offset)
                 size += row["p"].numel()
         if rows:
-            yield self._part(rows, origins, offsets)
+            yield self._slices(rows, origins, offsets)
 
-    @property
-    def unscale(self) -> float:
-        """What gradients are multiplied by before all else."""
-        return 1.0 if self.loss_scale is None else self.loss_scale.unscale(self.dtype)
-
-    def unscaled(self) -> Batch:
-        """The same work on gradients that no loss scale is in, copies if need be."""
-        factor = self.unscale
+    def unscaled(self, grad_scale: GradScale | None) -> Batch:
+        """Return the same work on unscaled gradients, which are copies if there is a scale."""
+        factor = 1.0 if grad_scale is None else grad_scale.factor(self.spec.arithmetic)
         if factor == 1.0:
             return self
-        gradients = [g.to(self.dtype) * factor for g in self.columns["g"]]
-        return replace(self.with_columns(self.columns | {"g": gradients}), loss_scale=None)
+        gradients = [g.to(self.spec.arithmetic) * factor for g in self.columns["g"]]
+        return self.with_columns(self.columns | {"g": gradients})
 
-    def numbers(self) -> list[list[Any]]:
-        """The coefficients as lists, one element a row, of Python numbers or of tensors."""
+    def coefficients_by_param(self) -> list[list[Any]]:
+        """Return each coefficient as a list, one Python number or tensor per parameter."""
         return [
             c.tolist()
             if isinstance(c, np.ndarray)
@@ -223,52 +185,63 @@ class Batch:
             for c in self.coefficients
         ]
 
-    def rows(self, indices: list[int]) -> Batch:
-        """Only the rows of those numbers."""
-        return self._part(
+    def select(self, indices: list[int]) -> Batch:
+        """Return the batch of some of the parameters."""
+        return self._slices(
             [{name: c[index] for name, c in self.columns.items()} for index in indices],
             indices,
             [0] * len(indices),
         )
 
     def with_columns(self, columns: dict[str, list[torch.Tensor]]) -> Batch:
-        """The same rows in other tensors."""
-        return replace(self, columns=columns, prepared=None)
+        """Return the same work on other tensors, possibly of other dtypes."""
+        dtypes = {name: column[0].dtype for name, column in columns.items()}
+        spec = KernelSpec.of(
+            self.spec.graph, dtypes, self.spec.formats, arithmetic=self.spec.arithmetic
+        )
+        return replace(self, spec=spec, columns=columns)
 
-    def _part(
+    def _slices(
         self, rows: list[dict[str, torch.Tensor]], origins: list[int], offsets: list[int]
     ) -> Batch:
+        """Return a batch of slices of parameters.
+
+        Args:
+            rows: the tensors of each slice, by name.
+            origins: the index of each slice's parameter.
+            offsets: the flat index of each slice's first element in its parameter.
+        """
+        starts = self.first_indices
         return replace(
             self,
-            prepared=None,
             columns={name: [row[name] for row in rows] for name in self.columns},
-            coefficients=[_of_rows(c, origins) for c in self.coefficients],
-            keys=None if self.keys is None else self.keys[origins],
-            starts=None if self.starts is None else self.starts[origins] + np.array(offsets),
+            coefficients=[_of_params(c, origins) for c in self.coefficients],
+            step_seeds=None if self.step_seeds is None else self.step_seeds[origins],
+            first_indices=None if starts is None else starts[origins] + np.array(offsets),
         )
 
 
-def _of_rows(coefficient: Coefficient, rows: list[int]) -> Coefficient:
+def _of_params(coefficient: Coefficient, indices: list[int]) -> Coefficient:
     if isinstance(coefficient, np.ndarray):
-        return coefficient[rows]
+        return coefficient[indices]
     if isinstance(coefficient, torch.Tensor):
-        return coefficient[torch.tensor(rows, device=coefficient.device)]
-    return [coefficient[row] for row in rows] if isinstance(coefficient, list) else coefficient
+        return coefficient[torch.tensor(indices, device=coefficient.device)]
+    return [coefficient[i] for i in indices] if isinstance(coefficient, list) else coefficient
 
 
 def _cut(
     row: dict[str, torch.Tensor], limit: int, *, flat: bool, any_dim: bool
 ) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """A row in parts of at most ``limit`` elements, or nearly, each a view.
+    """Cut a parameter's tensors into views of about ``limit`` elements each.
 
     Args:
-        row: the tensors.
-        limit: how many elements a part has.
-        flat: whether a part may end within a row of dimension 0.
-        any_dim: whether the elements of a part need not follow one another.
+        row: the tensors, by name.
+        limit: the elements of a slice.
+        flat: True if a slice may end within a row of dimension 0.
+        any_dim: True if the elements of a slice need not be consecutive.
 
-    Returns:
-        For each part the index of its first element, and its tensors.
+    Yields:
+        The flat index of a slice's first element, and its tensors.
     """
     p = row["p"]
     if p.numel() <= limit or row["g"].is_sparse:

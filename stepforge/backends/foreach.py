@@ -1,72 +1,70 @@
 """The foreach backend: a graph evaluated on lists of tensors through ``torch._foreach_*``.
 
-One call for each operation and all parameters together, which on an accelerator is one launch.
-No form that fuses a product into a sum (``alpha``, ``value``, ``addcmul``) is used, as those round
-once where the graph rounds twice.
+Each operation is one call for all parameters, which on an accelerator is one launch. No form that
+fuses a product into a sum (``alpha``, ``value``, ``addcmul``) is used: those round once where the
+graph rounds twice.
 """
 
 from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from stepforge.backends import reference
-from stepforge.backends.batch import CACHED, Batch
+from stepforge.backends.aliasing import Aliasing
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
 from stepforge.backends.exact import choose, correct_sqrt, divide
-from stepforge.backends.memory import Aliasing
-from stepforge.expr import WORDS, Graph
-from stepforge.formats import Storage
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import ParamSpec
+from stepforge.expr import UINT32_OPS
 from stepforge.ops import VOCABULARY
-from stepforge.sharding import is_plain
+from stepforge.state.sharding import is_plain
 
 name = "foreach"
-asynchronous = False
+device_scalars = False
 
 Tensors: TypeAlias = list[torch.Tensor]
-#: What stands for a uniform value: one number for all rows, or a list with one for each row.
+#: A uniform value: one number for all parameters, or a list with one per parameter.
 Uniform: TypeAlias = "float | list[Any]"
 
 
-def refuses(
-    p: torch.Tensor,
-    g: torch.Tensor | None,
-    group: Mapping[str, Any],
-    graph: Graph,
-    storage: Storage,
-) -> str | None:
-    """Why this backend cannot serve a parameter, or None if it can."""
-    if group["differentiable"]:
+def unsupported_reason(param: ParamSpec) -> str | None:
+    """Say why this backend cannot step a parameter; None if it can."""
+    if param.group["differentiable"]:
         return "autograd does not go through torch._foreach operations"
-    if g is not None and g.is_sparse:
+    if param.g is not None and param.g.is_sparse:
         return "its gradient is sparse"
     return None
 
 
 def prepare(batch: Batch) -> Aliasing | None:
-    """What finds shared memory in every step; None for tensors that may have no memory."""
+    """Return the check for shared memory; None if a tensor may have no memory."""
     tensors = itertools.chain.from_iterable(batch.columns.values())
     return Aliasing(batch) if all(map(is_plain, tensors)) else None
 
 
-def run(batch: Batch) -> None:
-    """Computes all rows together and stores their results."""
-    if isinstance(batch.prepared, Aliasing) and batch.prepared.found():
-        reference.run(batch)  # which has an order of reads and writes
+def run(
+    batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
+) -> None:
+    """Step all parameters together, in place."""
+    if isinstance(table, Aliasing) and table.found():
+        # The reference reads and writes in a defined order.
+        reference.run(batch, grad_scale=grad_scale)
         return
-    on_cpu = batch.columns["p"][0].device.type == "cpu"
-    for part in batch.pieces(CACHED) if on_cpu else [batch]:
-        _run_part(part.unscaled())
+    on_cpu = batch.device.type == "cpu"
+    for chunk in batch.chunks(CHUNK_ELEMENTS) if on_cpu else [batch]:
+        _run_chunk(chunk.unscaled(grad_scale))
 
 
-def _run_part(batch: Batch) -> None:
-    program = batch.graph.varying
-    rows = range(len(batch))
-    columns = {name: [batch.read(name, row) for row in rows] for name in program.inputs}
-    registers = program.registers(columns, batch.numbers())
+def _run_chunk(batch: Batch) -> None:
+    program = batch.spec.graph.varying
+    params = range(len(batch))
+    columns = {name: [batch.read(name, index) for index in params] for name in program.inputs}
+    registers = program.registers(columns, batch.coefficients_by_param())
     owned: set[int] = set()  # registers whose tensors nothing else refers to: free to overwrite
     for instruction in program.instructions:
         op, first = instruction.op, instruction.args[0]
@@ -77,7 +75,7 @@ def _run_part(batch: Batch) -> None:
             registers[instruction.out] = args[0]
         elif op == "where":
             condition, x, y = args
-            registers[instruction.out] = _where(condition, x, y, batch.dtype)
+            registers[instruction.out] = _where(condition, x, y, batch.spec.arithmetic)
         else:
             registers[instruction.out] = list(OPERATIONS[op](*args))
         if program.may_alias(instruction.out):
@@ -86,17 +84,17 @@ def _run_part(batch: Batch) -> None:
             owned.add(instruction.out)
         for register in instruction.last:
             registers[register] = None
-    # No result may change because another is stored first.
+    # Storing one result must not change another.
     results = [
         [x.clone() for x in registers[register]]
         if program.may_alias(register)
         else registers[register]
         for register in program.outputs
     ]
-    for name, result in zip(batch.graph.results, results):
-        if name in batch.formats:
-            for row in rows:
-                batch.store(name, row, result[row])
+    for name, result in zip(batch.spec.graph.results, results):
+        if name in batch.spec.formats:
+            for index in params:
+                batch.store(name, index, result[index])
         elif any(x.is_neg() for x in batch.columns[name]):  # which _foreach_copy_ does not take
             for x, value in zip(batch.columns[name], result):
                 x.copy_(value)
@@ -119,19 +117,19 @@ def _sub(x: Any, y: Any) -> Sequence[torch.Tensor]:
 def _div(x: Any, y: Tensors) -> Sequence[torch.Tensor]:
     if _is_list_of_tensors(x):
         return torch._foreach_div(x, y)
-    return [divide(*pair) for pair in zip(_for_each_row(x, y), y, strict=True)]
+    return [divide(*pair) for pair in zip(_per_param(x, y), y, strict=True)]
 
 
 def _sqrt(x: Tensors) -> Sequence[torch.Tensor]:
     if x[0].device.type == "cpu":
-        return [correct_sqrt(row) for row in x]
+        return [correct_sqrt(each) for each in x]
     return torch._foreach_sqrt(x)
 
 
 def _with_positive_zeros(
     function: Callable[..., tuple[torch.Tensor, ...]],
 ) -> Callable[..., Sequence[torch.Tensor]]:
-    """As the vocabulary has it: torch's choice between 0 and -0 depends on the length."""
+    """Return +0 for any zero: torch's choice between 0 and -0 depends on the length."""
 
     def on_lists(x: Tensors, y: Any) -> Sequence[torch.Tensor]:
         chosen = function(x, y)
@@ -150,24 +148,24 @@ def _finite(x: Tensors) -> Sequence[torch.Tensor]:
 
 def _where(condition: list[Any], x: Any, y: Any, dtype: torch.dtype = torch.float32) -> Tensors:
     like = next(operand for operand in (x, y, condition) if _is_list_of_tensors(operand))
-    rows = zip(condition, _for_each_row(x, like), _for_each_row(y, like), like, strict=True)
+    rows = zip(condition, _per_param(x, like), _per_param(y, like), like, strict=True)
     return [choose(*row, dtype) for row in rows]
 
 
-def _for_each_row(x: Uniform | Tensors, like: Tensors) -> list[Any]:
+def _per_param(x: Uniform | Tensors, like: Tensors) -> list[Any]:
     return x if isinstance(x, list) else [x] * len(like)
 
 
-def _row_by_row(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
+def _one_by_one(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]:
     def on_lists(*operands: Any) -> Tensors:
         like = next(x for x in operands if isinstance(x, list))
-        rows = zip(*(_for_each_row(x, like) for x in operands), strict=True)
+        rows = zip(*(_per_param(x, like) for x in operands), strict=True)
         return [function(*row) for row in rows]
 
     return on_lists
 
 
-#: What each operation of the vocabulary does here.
+#: The function of lists for each operation of the vocabulary.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": torch._foreach_add,
     "sub": _sub,
@@ -181,11 +179,11 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "minimum": _with_positive_zeros(torch._foreach_minimum),
     "finite": _finite,
     "where": _where,
-    "lt": _row_by_row(operator.lt),
-    "le": _row_by_row(operator.le),
-    "eq": _row_by_row(operator.eq),
-    "ne": _row_by_row(operator.ne),
-    **{op: _row_by_row(VOCABULARY[op]) for op in (*WORDS, "from_bits", "number")},
+    "lt": _one_by_one(operator.lt),
+    "le": _one_by_one(operator.le),
+    "eq": _one_by_one(operator.eq),
+    "ne": _one_by_one(operator.ne),
+    **{op: _one_by_one(VOCABULARY[op]) for op in (*UINT32_OPS, "bitcast_f32", "i32_to_f32")},
 }
 
 #: The operations that can overwrite their first operand when nothing reads it again.

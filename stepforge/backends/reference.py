@@ -1,74 +1,71 @@
 """The reference: a graph evaluated with torch operations, one parameter at a time.
 
-Serves everything: differentiable steps, sparse gradients, any device and tensor subclass. The
+It serves everything: differentiable steps, sparse gradients, any device and tensor subclass. The
 other backends are held to its bits.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from stepforge.backends.batch import CACHED, Batch
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
 from stepforge.backends.exact import choose, correct_sqrt, divide
-from stepforge.expr import Graph, evaluate
-from stepforge.formats import Storage
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import ParamSpec
 from stepforge.ops import VOCABULARY
+from stepforge.program import evaluate
 
 name = "reference"
-asynchronous = False
+device_scalars = False
 
 
-def refuses(
-    p: torch.Tensor,
-    g: torch.Tensor | None,
-    group: Mapping[str, Any],
-    graph: Graph,
-    storage: Storage,
-) -> str | None:
-    """Why this backend cannot serve a parameter; None, as it serves all."""
+def unsupported_reason(param: ParamSpec) -> str | None:
+    """Return None: the reference supports every parameter."""
     return None
 
 
 def prepare(batch: Batch) -> None:
-    """Nothing of a batch is worth keeping here."""
+    """Return None: the reference keeps nothing between steps."""
 
 
-def run(batch: Batch) -> None:
-    """Computes every row and stores its results."""
-    whole = batch.differentiable or batch.columns["p"][0].device.type != "cpu"
-    for part in [batch] if whole else batch.pieces(CACHED):
-        part = part.unscaled()
-        numbers = part.numbers()
-        for index in range(len(part)):
-            _run_row(part, index, [column[index] for column in numbers])
+def run(
+    batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
+) -> None:
+    """Step each parameter in place."""
+    whole = batch.differentiable or batch.device.type != "cpu"
+    for chunk in [batch] if whole else batch.chunks(CHUNK_ELEMENTS):
+        chunk = chunk.unscaled(grad_scale)
+        coefficients = chunk.coefficients_by_param()
+        for index in range(len(chunk)):
+            _step_param(chunk, index, [column[index] for column in coefficients])
 
 
-def _run_row(batch: Batch, index: int, given: list[Any]) -> None:
-    program = batch.graph.varying
-    stored = {name: column[index] for name, column in batch.columns.items()}
-    sparse = stored["g"].is_sparse
+def _step_param(batch: Batch, index: int, given: list[Any]) -> None:
+    program, arithmetic = batch.spec.graph.varying, batch.spec.arithmetic
+    tensors = {name: column[index] for name, column in batch.columns.items()}
+    sparse = tensors["g"].is_sparse
     if sparse:
-        named = _named_elements(stored)
-        inputs = {name: named[name].to(batch.dtype) for name in program.inputs}
+        named = _named_elements(tensors)
+        inputs = {name: named[name].to(arithmetic) for name in program.inputs}
     else:
         inputs = {name: batch.read(name, index) for name in program.inputs}
     if batch.differentiable:
         # Autograd keeps operands for the backward pass, and the step overwrites them.
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-    operations = _operations(batch.dtype, batch.differentiable)
+    operations = _operations(arithmetic, batch.differentiable)
     results = evaluate(program, inputs, given, operations)
-    # No result may change because another is stored first.
+    # Storing one result must not change another.
     results = [
         result.clone() if program.may_alias(register) else result
         for register, result in zip(program.outputs, results)
     ]
-    for name, result in zip(batch.graph.results, results):
+    for name, result in zip(batch.spec.graph.results, results):
         if sparse:
-            stored[name][_indices(stored["g"])] = result.to(stored[name].dtype)
+            tensors[name][_indices(tensors["g"])] = result.to(tensors[name].dtype)
         else:
             batch.store(name, index, result)
 
@@ -77,12 +74,10 @@ def _indices(g: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(g._indices())
 
 
-def _named_elements(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The elements of a row that its sparse (coalesced) gradient names."""
-    where = _indices(stored["g"])
-    return {
-        name: tensor._values() if name == "g" else tensor[where] for name, tensor in stored.items()
-    }
+def _named_elements(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the elements of a parameter's tensors that its sparse, coalesced gradient names."""
+    where = _indices(tensors["g"])
+    return {name: x._values() if name == "g" else x[where] for name, x in tensors.items()}
 
 
 def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -90,7 +85,7 @@ def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -
     return choose(condition, x, y, like, dtype)
 
 
-#: What each operation of the vocabulary does here.
+#: The torch function of each operation of the vocabulary.
 OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
     "div": divide,
     "sqrt": correct_sqrt,
@@ -100,6 +95,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
 
 @functools.cache
 def _operations(dtype: torch.dtype, differentiable: bool) -> dict[str, Callable[..., Any]]:
-    """The operations in an arithmetic. A root through numpy is out of autograd's sight."""
+    """Return the operations in a dtype. Autograd cannot see a root through numpy."""
     operations = OPERATIONS | {"where": functools.partial(_where, dtype=dtype)}
     return operations | {"sqrt": torch.sqrt} if differentiable else operations

@@ -30,7 +30,6 @@ from stepforge.cli.clock import Lap
 from stepforge.cli.machine import describe
 from stepforge.cli.measure import (
     LIMIT,
-    OPTIMIZERS,
     OURS,
     TORCH,
     WARM_UPS,
@@ -46,11 +45,12 @@ from stepforge.cli.scores import Result
 from stepforge.cli.stored import FULL, INT8_TARGET, has_codes, measure_stored
 from stepforge.cli.tables import print_whole
 from stepforge.cli.workloads import WORKLOADS, Workload, read_shapes
+from stepforge.rules import ALL
 
 __all__ = ["bench"]
 
 #: The names that the options take.
-OptimizerName = StrEnum("OptimizerName", [(name, name) for name in OPTIMIZERS])  # type: ignore[misc]
+OptimizerName = StrEnum("OptimizerName", [(name, name) for name in ALL])  # type: ignore[misc]
 WorkloadName = StrEnum("WorkloadName", [(name, name) for name in WORKLOADS])  # type: ignore[misc]
 
 #: How many param groups ``--all`` compares with one.

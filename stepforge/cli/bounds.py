@@ -14,7 +14,9 @@ from torch import Tensor
 import stepforge
 from stepforge.accounting import account
 from stepforge.backends.native import Kernel
-from stepforge.expr import Graph, Trace
+from stepforge.backends.spec import KernelSpec
+from stepforge.expr import Trace
+from stepforge.program import Graph
 
 __all__ = ["Access", "Copy", "Limit", "Stepper", "bytes_per_element", "traffic"]
 
@@ -37,11 +39,11 @@ class Limit:
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
         graph = traffic(optimizer)
-        float32 = (torch.float32,) * len({*graph.varying.inputs, *graph.results})
-        self.kernel = Kernel(graph, float32, torch.float32)
+        columns = {*graph.varying.inputs, *graph.results}
+        self.kernel = Kernel(KernelSpec.of(graph, dict.fromkeys(columns, torch.float32)))
         self.tensors = {
             column: params if column == "p" else [torch.zeros_like(p) for p in params]
-            for column in self.kernel.record.tensors
+            for column in self.kernel.args.tensors
         }
         sizes = [p.numel() for p in params]
         self.starts = np.cumsum([0, *sizes], dtype=np.int64)
@@ -50,9 +52,7 @@ class Limit:
     def feed(self, gradients: Sequence[Tensor]) -> None:
         """Copies the gradients and writes all addresses into the kernel's table."""
         self.tensors["g"] = [gradient.clone() for gradient in gradients]
-        columns = [
-            [t.data_ptr() for t in self.tensors[name]] for name in self.kernel.record.tensors
-        ]
+        columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.args.tensors]
         self.pointers = np.array(columns, dtype=np.uint64).T.copy()
 
     def step(self) -> None:
@@ -115,7 +115,7 @@ def bytes_per_element(optimizer: str) -> int:
     """
     p = torch.zeros(1)
     made = getattr(stepforge, optimizer)([p])
-    return account(made._rule, made.param_groups[0], p).moved
+    return account(made.rule, made.param_groups[0], p).moved
 
 
 def traffic(optimizer: str) -> Graph:
@@ -125,7 +125,7 @@ def traffic(optimizer: str) -> Graph:
         optimizer: the optimizer's name.
     """
     made = getattr(stepforge, optimizer)([torch.zeros(1)])
-    rule = made._rule.graph(made.param_groups[0])
+    rule = made.rule.graph(made.param_groups[0])
     trace = Trace()
     read = {name: trace.input(name, varying=True) for name in rule.varying.inputs}
     return Graph.of({name: read[name] + read["g"] for name in rule.results})

@@ -22,9 +22,9 @@ from stepforge.backends.native import build, prebuilt
 from stepforge.cli import device as devices
 from stepforge.cli import variants
 from stepforge.cli.machine import describe
-from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.prebuild import PLAIN
 from stepforge.cli.tables import print_whole
+from stepforge.rules import ALL
 
 __all__ = ["doctor", "facts"]
 
@@ -75,7 +75,7 @@ def doctor() -> None:
 
 def _report(console: Console, device: torch.device) -> bool:
     """Prints what runs on a device; gives whether nothing faster could be had there."""
-    kinds = [(name, dtype) for name in OPTIMIZERS for dtype in _DTYPES]
+    kinds = [(name, dtype) for name in ALL for dtype in _DTYPES]
     served = {kind: _served(*kind, device) for kind in kinds}
     console.print()
     print_whole(console, _table(served, device))
@@ -189,7 +189,7 @@ def _table(served: Mapping[_Kind, Served], device: torch.device) -> Table:
     table.add_column(f"would run on {device.type}")
     for dtype in _DTYPES:
         table.add_column(_bare(dtype))
-    for name in OPTIMIZERS:
+    for name in ALL:
         table.add_row(name, *(served[name, dtype].backend or "an error" for dtype in _DTYPES))
     return table
 
@@ -207,7 +207,7 @@ def _reasons(served: Mapping[_Kind, Served], device: torch.device) -> dict[str, 
 def _summary(kinds: list[_Kind]) -> str:
     names = list(dict.fromkeys(name for name, _ in kinds))
     dtypes = list(dict.fromkeys(_bare(dtype) for _, dtype in kinds))
-    if len(kinds) == len(OPTIMIZERS) * len(_DTYPES):
+    if len(kinds) == len(ALL) * len(_DTYPES):
         return "any of them"
     if len(kinds) == len(names) * len(dtypes):
         return f"{', '.join(names)} in {', '.join(dtypes)}"

@@ -25,7 +25,6 @@ __all__ = [
     "ARMS",
     "GPU_ARMS",
     "LIMIT",
-    "OPTIMIZERS",
     "OURS",
     "TORCH",
     "WARM_UPS",
@@ -42,7 +41,6 @@ __all__ = [
 #: The first rounds allocate state, compile kernels and fill caches; they are no part of a result.
 WARM_UPS = 2
 #: The optimizers that torch.optim and stepforge both have.
-OPTIMIZERS = ("Adagrad", "Adam", "AdamW", "NAdam", "RAdam")
 
 _HOST = HostClock()
 

@@ -22,11 +22,11 @@ from rich.table import Table
 
 import stepforge
 from stepforge.accounting import Account, account
-from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.output import file_option, write
 from stepforge.cli.tables import print_whole
-from stepforge.entries import SHORT
 from stepforge.formats import BLOCK
+from stepforge.rules import ALL
+from stepforge.state.layout import HALF_DTYPES
 
 __all__ = ["Budget", "plan"]
 
@@ -39,7 +39,7 @@ def _choices(name: str) -> list[tuple[str, str]]:
 
 
 #: The names that the options take.
-OptimizerName = StrEnum("OptimizerName", [(name, name) for name in OPTIMIZERS])  # type: ignore[misc]
+OptimizerName = StrEnum("OptimizerName", [(name, name) for name in ALL])  # type: ignore[misc]
 StateFormat = StrEnum("StateFormat", _choices("state_format"))  # type: ignore[misc]
 MasterWeightBits = StrEnum("MasterWeightBits", _choices("master_weight_bits"))  # type: ignore[misc]
 DtypeName = StrEnum(  # type: ignore[misc]
@@ -196,7 +196,7 @@ def plan(
     weights = _weights(dtype, master_weight_bits, stochastic_rounding)
     gradients = gradient_dtype or weights
     options = _options(option or ())
-    if options.get("stochastic_rounding") in (True,) and _dtype(weights) not in SHORT:
+    if options.get("stochastic_rounding") in (True,) and _dtype(weights) not in HALF_DTYPES:
         raise typer.BadParameter(
             "stochastic_rounding=True is for bfloat16 and float16 weights, but --dtype is "
             f"{weights}.",
@@ -280,7 +280,7 @@ def _weights(
     if not (master_weight_bits or stochastic_rounding):
         return asked or DtypeName("float32")
     dtype = asked or DtypeName("bfloat16")
-    if _dtype(dtype) not in SHORT:
+    if _dtype(dtype) not in HALF_DTYPES:
         why, option = (
             ("have no low bits", "--master-weight-bits")
             if master_weight_bits
@@ -324,7 +324,7 @@ def _account(optimizer: str, weights: str, gradients: str, options: Mapping[str,
         made = getattr(stepforge, optimizer)([p], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(f"{str(error).rstrip('.')}.", param_hint="--option") from None
-    return account(made._rule, made.param_groups[0], p, p.to(_dtype(gradients)))
+    return account(made.rule, made.param_groups[0], p, p.to(_dtype(gradients)))
 
 
 # What is said. ------------------------------------------------------------------------------------

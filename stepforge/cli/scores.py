@@ -10,7 +10,8 @@ from typing import TypeAlias
 import torch
 
 from stepforge.cli.clock import Lap
-from stepforge.cli.measure import ARMS, LIMIT, OPTIMIZERS, OURS, TORCH
+from stepforge.cli.measure import ARMS, LIMIT, OURS, TORCH
+from stepforge.rules import ALL
 
 __all__ = [
     "FIRST_STEP_TARGET",
@@ -140,7 +141,7 @@ TARGETS: Targets = {
         ("model", 0.80, 1.0, 3.0, 2.5, 2.5),
         ("small", None, 8.0, 8.0, 20.0, 12.0),
     )
-    for optimizer in OPTIMIZERS
+    for optimizer in ALL
 }
 #: How many times the time of one param group many groups may take on a CPU.
 GROUPS_TARGET = 1.3
@@ -156,5 +157,5 @@ _GPU_LARGE = {
 #: What is to be reached on a GPU, by workload and optimizer.
 GPU_TARGETS: Targets = {
     **{("large", optimizer): ratios for optimizer, ratios in _GPU_LARGE.items()},
-    **{("small", optimizer): Ratios(None, 2.0, None) for optimizer in OPTIMIZERS},
+    **{("small", optimizer): Ratios(None, 2.0, None) for optimizer in ALL},
 }

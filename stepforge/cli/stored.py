@@ -13,7 +13,7 @@ import stepforge
 from stepforge.cli.clock import Clock, HostClock
 from stepforge.cli.measure import Stepped, measure
 from stepforge.cli.workloads import Workload
-from stepforge.entries import kept
+from stepforge.state.layout import state_layout
 
 __all__ = ["FULL", "INT8_TARGET", "STORED", "Stored", "has_codes", "measure_stored"]
 
@@ -61,7 +61,7 @@ def has_codes(workload: Workload) -> bool:
     optimizer = stepforge.Adam([torch.empty(1)])
     group = optimizer.param_groups[0] | dict(_INT8.options)
     shaped = (torch.empty(shape, device="meta") for shape in workload.shapes)
-    return any(kept(optimizer._rule, group, p).storage.formats for p in shaped)
+    return any(state_layout(optimizer.rule, group, p).formats for p in shaped)
 
 
 def measure_stored(

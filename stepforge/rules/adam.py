@@ -65,7 +65,7 @@ class Adam(Optimizer, rule=adam):
     eps: NonNegative = 1e-8
     weight_decay: Decay = 0
     amsgrad: bool = False
-    decoupled_weight_decay: bool = hyper(default=False, kw_only=True, newer=True)
+    decoupled_weight_decay: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     m, v = zeros("exp_avg"), zeros("exp_avg_sq", unsigned=True)
     v_max = zeros("max_exp_avg_sq", when="amsgrad", unsigned=True)
 
@@ -81,7 +81,7 @@ class Adam(Optimizer, rule=adam):
                     f"{name} as a Tensor is not supported for capturable=False and foreach=True"
                 )
 
-    def _refuses_sparse(self) -> str:
+    def _sparse_gradient_error(self) -> str:
         return "Adam does not support sparse gradients, please consider SparseAdam instead"
 
 
@@ -115,7 +115,7 @@ class AdamW(Adam):
     """
 
     weight_decay: Decay = 1e-2
-    decoupled_weight_decay: bool = hyper(default=True, init=False, newer=True)
+    decoupled_weight_decay: bool = hyper(default=True, init=False, optional_in_checkpoint=True)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from stepforge.declare import Betas, Decay, LearningRate, NonNegative, hyper, scalar, zeros
-from stepforge.ops import Value, decay, ema, sqrt, stored
+from stepforge.ops import Value, decay, ema, round_to_state_dtype, sqrt
 from stepforge.optimizer import Optimizer
 
 
@@ -17,7 +17,8 @@ def nadam(
     g, shrink = decay(h, p, g)  # not in the paper
     mu = beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * h.momentum_decay))
-    mu_product = stored(mu_product * stored(mu))  # kept, and used, in float32 as torch.optim does
+    # Kept, and used, in float32 as torch.optim does.
+    mu_product = round_to_state_dtype(mu_product * round_to_state_dtype(mu))
     m, v = ema(m, g, beta1), ema(v, g * g, beta2)  # the paper averages m with mu instead of beta1
     m_hat = mu_next * m / (1 - mu_product * mu_next) + (1 - mu) * g / (1 - mu_product)
     v_hat = v / (1 - beta2**t)
@@ -60,7 +61,7 @@ class NAdam(Optimizer, rule=nadam):
     eps: NonNegative = 1e-8
     weight_decay: Decay = 0
     momentum_decay: NonNegative = 4e-3
-    decoupled_weight_decay: bool = hyper(default=False, newer=True)
+    decoupled_weight_decay: bool = hyper(default=False, optional_in_checkpoint=True)
     m, v, mu_product = (
         zeros("exp_avg"),
         zeros("exp_avg_sq", unsigned=True),

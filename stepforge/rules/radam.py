@@ -64,5 +64,5 @@ class RAdam(Optimizer, rule=radam):
     betas: Betas = (0.9, 0.999)
     eps: NonNegative = 1e-8
     weight_decay: Decay = 0
-    decoupled_weight_decay: bool = hyper(default=False, newer=True)
+    decoupled_weight_decay: bool = hyper(default=False, optional_in_checkpoint=True)
     m, v = zeros("exp_avg"), zeros("exp_avg_sq", unsigned=True)

@@ -209,14 +209,14 @@ def test_an_accelerator_that_no_kernel_is_made_for():
 @pytest.mark.usefixtures("elsewhere")
 def test_a_gpu_that_its_kernels_do_not_serve(monkeypatch):
     monkeypatch.setitem(FUSED, "meta", "triton")
-    monkeypatch.setattr(triton, "refuses", lambda *_: "Triton is not installed")
+    monkeypatch.setattr(triton, "unsupported_reason", lambda *_: "Triton is not installed")
     code, output = run()
     assert code == 1
     assert rows(output.split("would run on")[2]) == dict.fromkeys(
         OPTIMIZERS, len(DTYPES) * ["foreach"]
     )
     assert output.splitlines()[-1] == "no triton for any of them: Triton is not installed"
-    monkeypatch.setattr(triton, "refuses", lambda *_: None)
+    monkeypatch.setattr(triton, "unsupported_reason", lambda *_: None)
     assert rows(run()[1].split("would run on")[2]) == dict.fromkeys(
         OPTIMIZERS, len(DTYPES) * ["triton"]
     )

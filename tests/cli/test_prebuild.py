@@ -9,13 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from stepforge.backends.batch import arithmetic
 from stepforge.backends.native import build, prebuilt
+from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
-from stepforge.backends.native.storage import NUMBERS
+from stepforge.backends.spec import KernelSpec, arithmetic_of
 from stepforge.cli import make_app, variants
 from stepforge.cli.variants import sources
-from stepforge.entries import kept
+from stepforge.state.layout import state_layout
 from tests.conformance.table import OPTIMIZERS, VARIANTS
 from tests.native.faults import bears_its_digest, executable
 from tests.native.graphs import c_of, graph_of
@@ -46,9 +46,9 @@ def names(folder: Path) -> list[str]:
 
 def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None:
     forms = {
-        c_of(graph_of(name, **options), dtype, arithmetic(dtype))
+        c_of(graph_of(name, **options), dtype, arithmetic_of(dtype))
         for name, options in VARIANTS.values()
-        for dtype in NUMBERS
+        for dtype in STORABLE
     }
     for name, options in VARIANTS.values():
         for dtype, more in (
@@ -57,10 +57,10 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
         ):
             p = torch.zeros(64, 64, dtype=dtype)
             optimizer = OPTIMIZERS[name].ours([p], state_format="int8", **options, **more)
-            (group,), rule = optimizer.param_groups, optimizer._rule
-            storage, graph = kept(rule, group, p).storage, rule.graph(group)
-            stored = {"g": dtype, **storage.dtypes}
-            forms.add(c_source(graph, stored, torch.float32, storage.formats))
+            (group,), rule = optimizer.param_groups, optimizer.rule
+            layout, graph = state_layout(rule, group, p), rule.graph(group)
+            stored = {"g": dtype, **layout.dtypes}
+            forms.add(c_source(KernelSpec.of(graph, stored, layout.formats)))
     assert set(sources()) == forms
     assert len(sources()) == len(forms)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.entries import Kept, kept
+from stepforge.state.layout import StateLayout, state_layout
 from tests.conformance.table import (
     BACKENDS,
     FAST,
@@ -127,10 +127,12 @@ def test_layouts_change_nothing(format_: str, backend: str) -> None:
         assert_same_bits(end, ends[0])
 
 
-def decoded(what: Kept, column: str, p: torch.Tensor, entry: Mapping[str, Any]) -> torch.Tensor:
+def decoded(
+    layout: StateLayout, column: str, p: torch.Tensor, entry: Mapping[str, Any]
+) -> torch.Tensor:
     """The numbers of a state, or of the parameter for ``p``."""
-    format_ = what.storage.formats.get(column)
-    slots = {slot.part.name: slot.key for slot in what.slots if slot.column == column}
+    format_ = layout.formats.get(column)
+    slots = {tensor.part.name: tensor.key for tensor in layout.tensors if tensor.column == column}
     if format_ is None:
         return (p.detach() if column == "p" else entry[slots[""]]).double()
     parts = {part.name: entry[slots[part.name]] for part in format_.parts if part.name in slots}
@@ -138,25 +140,25 @@ def decoded(what: Kept, column: str, p: torch.Tensor, entry: Mapping[str, Any]) 
 
 
 def rounding(
-    what: Kept, column: str, x: torch.Tensor, entry: Mapping[str, Any], dtype: torch.dtype
+    layout: StateLayout, column: str, x: torch.Tensor, entry: Mapping[str, Any], dtype: torch.dtype
 ) -> torch.Tensor:
     """How far what is stored for numbers may be from them: a format's own rounding.
 
     A code has three bits of fraction: to nearest it errs by a sixteenth at most, at random by an
     eighth. Below the smallest code, 1.125 / 2**15 or 1.125 / 2**31 of the scale, it errs by that.
     """
-    format_ = what.storage.formats.get(column)
+    format_ = layout.formats.get(column)
     relative = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
     if format_ is not None and format_.in_blocks:
-        key = what.states[column].key
+        key = layout.states[column].key
         scale = entry[f"{key}_scale"].double().repeat_interleave(128, 1)
         scale = scale[:, : x[0].numel()].reshape(x.shape)
-        octaves, step = (31, 1 / 8) if what.states[column].unsigned else (15, 1 / 16)
+        octaves, step = (31, 1 / 8) if layout.states[column].unsigned else (15, 1 / 16)
         return torch.maximum(x.abs() * step, scale * 1.125 * 2.0**-octaves)
     if column == "p" and entry.keys() & {"low_bits_8", "low_bits_16"}:
         bits = 2.0**-16 if "low_bits_8" in entry else 2.0**-24
         return x.abs() * bits
-    stored = dtype if column == "p" else what.storage.dtypes[column]
+    stored = dtype if column == "p" else layout.dtypes[column]
     at_random = 2 if format_ is not None else 1
     smallest = 2.0**-24 if stored == torch.float16 else 0.0  # a subnormal's last bit
     return at_random * (x.abs() * relative.get(stored, 0.0) + smallest)
@@ -178,15 +180,17 @@ def test_a_step_is_one_in_float64_but_for_the_rounding_of_what_it_stores(
     p = parameter(normal((24, 300), dtype, 1))
     optimizer = OPTIMIZERS[name].ours([p], lr=0.05, **options, **storage)
     for step in range(STEPS):
-        what = kept(optimizer._rule, optimizer.param_groups[0], p)
+        layout = state_layout(optimizer.rule, optimizer.param_groups[0], p)
         entry = optimizer.state.get(p, {})
-        twin_p = torch.nn.Parameter(decoded(what, "p", p, entry) if entry else p.detach().double())
+        twin_p = torch.nn.Parameter(
+            decoded(layout, "p", p, entry) if entry else p.detach().double()
+        )
         twin = OPTIMIZERS[name].theirs([twin_p], lr=0.05, **options)
         if entry:
             start = {key: x.clone() for key, x in entry.items() if not x.dim()}
-            for letter, state in what.states.items():
+            for letter, state in layout.states.items():
                 if not state.scalar:
-                    start[state.key] = decoded(what, letter, p, entry)
+                    start[state.key] = decoded(layout, letter, p, entry)
             packed = twin.state_dict() | {"state": {0: start}}
             twin.load_state_dict(packed)
         p.grad = normal((24, 300), dtype, 100 + step)
@@ -194,12 +198,12 @@ def test_a_step_is_one_in_float64_but_for_the_rounding_of_what_it_stores(
         optimizer.step()
         twin.step()
         entry = optimizer.state[p]
-        for column in dict.fromkeys(["p", *(slot.column for slot in what.slots)]):
+        for column in dict.fromkeys(["p", *(tensor.column for tensor in layout.tensors)]):
             exact = (
-                twin_p if column == "p" else twin.state[twin_p][what.states[column].key]
+                twin_p if column == "p" else twin.state[twin_p][layout.states[column].key]
             ).detach()
-            allowed = rounding(what, column, exact, entry, dtype)
-            error = (decoded(what, column, p, entry) - exact).abs()
+            allowed = rounding(layout, column, exact, entry, dtype)
+            error = (decoded(layout, column, p, entry) - exact).abs()
             arithmetic = 2.0**-20 * torch.maximum(exact.abs(), p.grad.abs().double() ** 2 + 0.1)
             over = error - (allowed + arithmetic)
             assert (over <= 0).all(), (column, step, float(over.max()))

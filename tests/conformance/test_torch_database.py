@@ -305,7 +305,7 @@ def asked(way: str) -> Iterator[dict[str, Any]]:
 
 def exact_step(optimizer: stepforge.Optimizer, before: Tensors, g: torch.Tensor) -> Tensors:
     """A step of the rule, run as it stands on float64 tensors and Python's floats."""
-    group, rule = optimizer.param_groups[0], optimizer._rule
+    group, rule = optimizer.param_groups[0], optimizer.rule
     h = SimpleNamespace(**group | {"lr": float(group["lr"])})
     old = wide(before)
     kept: list[Any] = []
@@ -324,7 +324,7 @@ def exact_step(optimizer: stepforge.Optimizer, before: Tensors, g: torch.Tensor)
 
 def fresh(optimizer: stepforge.Optimizer, p: torch.Tensor) -> Tensors:
     """The states before the first step."""
-    states = {state.key: torch.zeros_like(p) for state in optimizer._rule.states.values()}
+    states = {state.key: torch.zeros_like(p) for state in optimizer.rule.states.values()}
     return states | {"step": torch.zeros(()), "mu_product": torch.ones(())}
 
 

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
-from stepforge.entries import first_index, local
+from stepforge.state.sharding import first_index, local
 
 LR, SEED = 0.1, 9
 BEFORE, AFTER = range(3), range(3, 6)

@@ -170,13 +170,20 @@ def test_the_operator_keeps_its_promises_to_the_compiler(options: dict[str, Any]
     optimizer = stepforge.Adam(params, **options)
     give_gradients(params, 0)
     torch.compile(optimizer.step, backend="eager", fullgraph=True)()
-    traced = optimizer._traced
+    traced = optimizer._stepper.traced
     states = [x for p in params for x in optimizer.state[p].values()]
     gradients = [p.grad for p in params]
     values = [p.detach() for p in params]
     torch.library.opcheck(
         torch.ops.stepforge.step,
-        (values, gradients, states, traced.number, traced.groups, list(range(len(params)))),
+        (
+            values,
+            gradients,
+            states,
+            optimizer._stepper.number,
+            traced.groups,
+            list(range(len(params))),
+        ),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -18,7 +18,7 @@ import torch
 from torch.optim import lr_scheduler
 
 import stepforge
-from stepforge.declare import EXECUTION_FLAGS
+from stepforge.hyperparameter import EXECUTION_FLAGS
 
 from .twins import (
     LR,

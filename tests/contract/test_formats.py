@@ -22,8 +22,8 @@ import torch
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
 from stepforge.declare import NonNegative
-from stepforge.entries import LOW_BITS
-from stepforge.ops import bits, from_bits
+from stepforge.ops import bitcast_f32, bitcast_u32
+from stepforge.state.layout import LOW_BITS
 
 from .codes import numbers
 from .twins import (
@@ -423,7 +423,7 @@ def test_what_fits_is_loaded_and_the_rest_is_named(target: str | None) -> None:
 
 def test_a_rule_has_no_words() -> None:
     def sign_of_bits(h: Any, t: Any, p: Any, g: Any) -> Any:
-        return p - h.lr * from_bits(bits(g))
+        return p - h.lr * bitcast_f32(bitcast_u32(g))
 
     class Wordy(stepforge.Optimizer, rule=sign_of_bits):
         """Computes with words."""

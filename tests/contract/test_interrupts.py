@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.signals import Deferred
+from stepforge.step.signals import Deferred
 
 RUNS = 100
 SHAPES = [(64, 64), (3, 5), (7,), ()]

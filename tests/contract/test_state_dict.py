@@ -19,7 +19,7 @@ import torch
 
 import stepforge
 from stepforge import LoadResult
-from stepforge.declare import EXECUTION_FLAGS
+from stepforge.hyperparameter import EXECUTION_FLAGS
 
 from .twins import (
     LR,

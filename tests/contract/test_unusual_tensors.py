@@ -122,12 +122,12 @@ def test_a_plan_is_kept_under_a_default_dtype_of_float64(options: dict[str, Any]
         p.grad = numbers(1)
         optimizer = stepforge.NAdam([p], **options)
         optimizer.step()
-        made = optimizer._plan
+        made = optimizer._stepper.plan
         optimizer.step()
     finally:
         torch.set_default_dtype(before)
     assert made is not None
-    assert optimizer._plan is made
+    assert optimizer._stepper.plan is made
 
 
 @pytest.mark.parametrize("step", [torch.tensor(3), torch.tensor(3.0), 3, 3.0], ids=repr)

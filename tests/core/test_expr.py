@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import stepforge
-from stepforge.expr import Expr, Graph, Program, Trace, evaluate
+from stepforge.expr import Expr, Trace
 from stepforge.ops import VOCABULARY, exp, finite, maximum, minimum, sign, sqrt, where
+from stepforge.program import Graph, Program, evaluate
 
 
 @pytest.fixture
@@ -233,7 +234,7 @@ def test_the_interpreted_graph_agrees_with_the_rule_on_tensors(
 ) -> None:
     torch.manual_seed(t)
     group = cls([torch.zeros(1)], **options).param_groups[0]
-    rule = cls._rule
+    rule = cls.rule
     letters = [s for s, state in rule.states.items() if state.on(group)]
     values: dict[str, Any] = {"t": float(t), **dict(rule.uniform_values(group))}
     values |= {n: torch.rand(7, dtype=torch.float64) for n in ("p", "g", *letters)}
@@ -260,7 +261,7 @@ def test_the_interpreted_graph_agrees_with_the_rule_on_tensors(
 
 
 def test_a_rule_is_traced_once_for_each_choice_of_flags() -> None:
-    rule = stepforge.Adam._rule
+    rule = stepforge.Adam.rule
     group = stepforge.Adam([torch.zeros(1)], weight_decay=0.1).param_groups[0]
     graph = rule.graph(group)
     assert rule.graph({**group, "lr": 0.5, "betas": (0.1, 0.2), "weight_decay": 0.3}) is graph
@@ -271,7 +272,7 @@ def test_a_rule_is_traced_once_for_each_choice_of_flags() -> None:
 
 
 def test_a_decay_that_is_off_costs_nothing() -> None:
-    rule = stepforge.AdamW._rule
+    rule = stepforge.AdamW.rule
     on = stepforge.AdamW([torch.zeros(1)]).param_groups[0]
     with_decay, without = rule.graph(on), rule.graph({**on, "weight_decay": 0.0})
     assert len(with_decay.varying.instructions) == len(without.varying.instructions) + 2
@@ -280,6 +281,6 @@ def test_a_decay_that_is_off_costs_nothing() -> None:
 
 def test_the_kernel_of_nadam_has_one_division_and_one_root() -> None:
     group = stepforge.NAdam([torch.zeros(1)]).param_groups[0]
-    ops = [i.op for i in stepforge.NAdam._rule.graph(group).varying.instructions]
+    ops = [i.op for i in stepforge.NAdam.rule.graph(group).varying.instructions]
     assert ops.count("div") == 1
     assert ops.count("sqrt") == 1

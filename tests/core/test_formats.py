@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from stepforge.formats import (
     BLOCK,
     Format,
-    codes,
-    joined,
-    key_of,
-    mixed,
-    random_words,
-    rounded,
-    stream_of,
-    tensors_of,
+    hash32,
+    int8_blocks,
+    param_seed,
+    random_uint32,
+    split_weight,
+    step_seed,
+    stochastic,
+    tensor_names,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -45,7 +45,7 @@ def stored(format_: Format, x: torch.Tensor, random: torch.Tensor | None = None)
 
 
 def drawn(x: torch.Tensor, step: int) -> torch.Tensor:
-    return random_words(x.shape, 0, key_of(stream_of(3, 5), step), x.device)
+    return random_uint32(x.shape, 0, step_seed(param_seed(3, 5), step), x.device)
 
 
 def spread(octaves: float, seed: int, rows: int = 40, length: int = 300) -> torch.Tensor:
@@ -71,7 +71,7 @@ def block_maxima(x: torch.Tensor) -> torch.Tensor:
 def test_signed_codes_err_by_a_sixteenth_down_to_15_octaves(octaves: int) -> None:
     """Half a step of 1/8; the code 1 is 1.125 / 2**15 of the scale, itself 16/15 at most."""
     x = spread(octaves, 1)
-    y = stored(codes(unsigned=False), x)
+    y = stored(int8_blocks(unsigned=False), x)
     smallest = 1.125 * 2.0**-15 * block_maxima(x) * 16 / 15
     allowed = torch.maximum(x.abs() / 16, smallest)
     assert ((y - x).abs() <= allowed).all()
@@ -82,7 +82,7 @@ def test_signed_codes_err_by_a_sixteenth_down_to_15_octaves(octaves: int) -> Non
 def test_unsigned_codes_err_by_an_eighth_down_to_31_octaves(octaves: int) -> None:
     x = spread(octaves, 2).abs()
     for step in range(5):
-        y = stored(codes(unsigned=True), x, drawn(x, step))
+        y = stored(int8_blocks(unsigned=True), x, drawn(x, step))
         smallest = 1.125 * 2.0**-31 * block_maxima(x) * 16 / 15
         assert ((y - x).abs() <= torch.maximum(x / 8, smallest)).all()
 
@@ -97,7 +97,7 @@ def test_a_second_moment_that_is_not_zero_is_never_stored_as_zero(
 ) -> None:
     """Whatever it shares a block with; the update would be divided by that zero."""
     x = torch.tensor([[largest, min(largest, small), 0.0]])
-    y = stored(codes(unsigned=True), x, random_words(x.shape, seed, seed, x.device))
+    y = stored(int8_blocks(unsigned=True), x, random_uint32(x.shape, seed, seed, x.device))
     assert (y > 0).tolist() == [[True, True, False]]
 
 
@@ -105,7 +105,7 @@ def test_a_second_moment_that_is_not_zero_is_never_stored_as_zero(
 def test_zeros_stay_zeros(unsigned: bool) -> None:
     x = torch.zeros(3, 200)
     x[1, 7] = 1.0
-    y = stored(codes(unsigned), x, drawn(x, 1))
+    y = stored(int8_blocks(unsigned), x, drawn(x, 1))
     assert torch.equal(y, x)
 
 
@@ -114,7 +114,7 @@ def test_zeros_stay_zeros(unsigned: bool) -> None:
 def test_what_is_not_finite_makes_its_block_nan_and_no_other(value: float, unsigned: bool) -> None:
     x = torch.ones(3, 300)
     x[1, 130] = value
-    y = stored(codes(unsigned), x, drawn(x, 1))
+    y = stored(int8_blocks(unsigned), x, drawn(x, 1))
     block = torch.zeros(3, 300, dtype=torch.bool)
     block[1, 128:256] = True
     assert torch.equal(y.isnan(), block)
@@ -127,7 +127,7 @@ def test_all_codes_are_numbers_that_are_stored_as_they_are(unsigned: bool) -> No
     parts = {"": torch.arange(256, dtype=torch.uint8).view(1, 256), "scale": torch.ones(1, 2)}
     if not unsigned:
         parts[""] = parts[""].view(2, 128).repeat(1, 2)[:1]  # without the other zero, -0
-    format_ = codes(unsigned)
+    format_ = int8_blocks(unsigned)
     y = format_.read(parts)
     again = empty(format_, tuple(y.shape))
     for step in range(3):
@@ -142,7 +142,7 @@ def test_all_codes_are_numbers_that_are_stored_as_they_are(unsigned: bool) -> No
 def test_scales_reach_over_all_of_float32(size: float) -> None:
     x = torch.full((1, 3), size)
     x[0, 1] = size / 3
-    y = stored(codes(unsigned=False), x)
+    y = stored(int8_blocks(unsigned=False), x)
     if size < 2.0**-96:  # below the smallest scale steps are even
         assert (y - x).abs().max() <= 2.0**-109
     else:
@@ -161,10 +161,10 @@ def test_random_rounding_is_right_on_average() -> None:
     x = spread(20, 3, rows=1, length=128).abs()
     total = torch.zeros(1, 128, dtype=torch.float64)
     for step in range(count):
-        total += stored(codes(unsigned=True), x, drawn(x, step)).double()
+        total += stored(int8_blocks(unsigned=True), x, drawn(x, step)).double()
     error = (total / count - x).abs()
     assert (error <= 5 * x / 16 / math.sqrt(count)).all()
-    nearest = stored(codes(unsigned=True), x).double()
+    nearest = stored(int8_blocks(unsigned=True), x).double()
     assert ((nearest - x).abs() > 5 * x / 16 / math.sqrt(count)).any()  # which this can tell
 
 
@@ -176,7 +176,7 @@ def test_random_rounding_to_16_bits_is_right_on_average(dtype: torch.dtype) -> N
     step_size = 2.0 ** (x.abs().log2().floor().clamp(min=exponent) - fraction)
     total = torch.zeros(len(x), dtype=torch.float64)
     for step in range(count):
-        y = stored(rounded(dtype), x, drawn(x, step))
+        y = stored(stochastic(dtype), x, drawn(x, step))
         assert ((y - x).abs() < step_size).all()
         assert torch.equal(y.to(dtype).float(), y)
         total += y.double()
@@ -189,7 +189,7 @@ def test_random_rounding_leaves_what_16_bits_can_be(value: float, dtype: torch.d
     """What is beyond the largest number becomes what torch makes of it."""
     x = torch.full((9,), value)
     parts = {"": torch.zeros(9, dtype=dtype)}
-    rounded(dtype).write(parts, x.to(dtype).float(), drawn(x, 1))
+    stochastic(dtype).write(parts, x.to(dtype).float(), drawn(x, 1))
     assert torch.equal(parts[""].isnan(), x.isnan())
     kept = parts[""].nan_to_num(nan=0.0, posinf=INF, neginf=-INF)
     assert torch.equal(kept, x.to(dtype).nan_to_num(nan=0.0, posinf=INF, neginf=-INF))
@@ -205,7 +205,7 @@ def test_random_words_are_uniform_and_new_in_every_step() -> None:
     shape = torch.Size([64])
     words = torch.stack(
         [
-            random_words(shape, 0, key_of(stream_of(1, 2), t), torch.device("cpu"))
+            random_uint32(shape, 0, step_seed(param_seed(1, 2), t), torch.device("cpu"))
             for t in range(count)
         ]
     )
@@ -222,24 +222,24 @@ def test_random_words_are_uniform_and_new_in_every_step() -> None:
 
 
 def test_random_words_follow_from_the_index_of_an_element_alone() -> None:
-    key = key_of(stream_of(0, 0), 1)
-    whole = random_words(torch.Size([4, 100]), 0, key, torch.device("cpu"))
-    part = random_words(torch.Size([2, 100]), 200, key, torch.device("cpu"))
+    key = step_seed(param_seed(0, 0), 1)
+    whole = random_uint32(torch.Size([4, 100]), 0, key, torch.device("cpu"))
+    part = random_uint32(torch.Size([2, 100]), 200, key, torch.device("cpu"))
     assert torch.equal(whole[2:], part)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=2, max_size=50, unique=True))
 def test_mixing_is_one_to_one(words: list[int]) -> None:
-    assert len({mixed(w) for w in words}) == len(words)
+    assert len({hash32(w) for w in words}) == len(words)
     array = torch.tensor(words)
-    assert mixed(array).tolist() == [mixed(w) for w in words]
+    assert hash32(array).tolist() == [hash32(w) for w in words]
 
 
 def test_mixing_turns_half_of_the_bits_over() -> None:
     """Oracle: of 32 bits, a change of one flips 16 on average, with a deviation of 2.83 / 100."""
     words = torch.arange(10_000) * 12345 % 2**32
     for bit in range(32):
-        flipped = mixed(words) ^ mixed(words ^ (1 << bit))
+        flipped = hash32(words) ^ hash32(words ^ (1 << bit))
         count = sum((flipped >> k & 1).sum().item() for k in range(32)) / len(words)
         assert abs(count - 16) < 0.35
 
@@ -259,12 +259,12 @@ def wide(seed: int, dtype: torch.dtype) -> torch.Tensor:
 def test_32_bits_with_bfloat16_are_the_float32_itself() -> None:
     x = wide(1, torch.bfloat16)
     x[1, :3] = torch.tensor([INF, -INF, 3.4e38])
-    assert torch.equal(stored(joined(torch.bfloat16, 32), x), x)
+    assert torch.equal(stored(split_weight(torch.bfloat16, 32), x), x)
 
 
 def test_32_bits_with_float16_are_the_float32_itself_where_that_has_enough_of_an_exponent() -> None:
     x = wide(2, torch.float16)
-    y = stored(joined(torch.float16, 32), x)
+    y = stored(split_weight(torch.float16, 32), x)
     large = x.abs() >= 2.0**-17
     assert torch.equal(y[large], x[large])
     assert (y - x).abs().max() <= 2.0**-40
@@ -275,7 +275,7 @@ def test_32_bits_with_float16_are_the_float32_itself_where_that_has_enough_of_an
 def test_24_bits(dtype: torch.dtype) -> None:
     """With a bfloat16 15 bits of fraction, rounded to nearest; with a float16 8 more than its."""
     x = wide(3, dtype)
-    y = stored(joined(dtype, 24), x)
+    y = stored(split_weight(dtype, 24), x)
     fraction, exponent = (15, -126) if dtype == torch.bfloat16 else (10 + 8, -14)
     last = 2.0 ** (x.abs().log2().floor().clamp(min=exponent) - fraction)
     # A tie between two float16 has no 8 bits: 127 / 256 of a bit stand for a half.
@@ -288,7 +288,7 @@ def test_24_bits(dtype: torch.dtype) -> None:
 def test_the_weight_is_the_nearest_of_16_bits(dtype: torch.dtype, width: int) -> None:
     """Oracle: torch's rounding of the joined weight; bfloat16 takes the larger of two as near."""
     x = wide(4, dtype)
-    format_ = joined(dtype, width)
+    format_ = split_weight(dtype, width)
     parts = empty(format_, tuple(x.shape))
     format_.write(parts, x)
     y = format_.read(parts)
@@ -302,7 +302,7 @@ def test_a_weight_that_somebody_sets_is_what_it_was_set_to_but_for_the_lower_bit
     dtype: torch.dtype, width: int
 ) -> None:
     """Pruning sets weights to 0, and nothing that was kept below them may make another of it."""
-    format_ = joined(dtype, width)
+    format_ = split_weight(dtype, width)
     x = wide(5, dtype)
     parts = empty(format_, tuple(x.shape))
     format_.write(parts, x)
@@ -318,13 +318,13 @@ def test_a_weight_that_somebody_sets_is_what_it_was_set_to_but_for_the_lower_bit
 @pytest.mark.parametrize("width", [24, 32])
 def test_nan_stays_nan(dtype: torch.dtype, width: int) -> None:
     x = torch.tensor([NAN, -NAN, INF, -INF])
-    y = stored(joined(dtype, width), x)
+    y = stored(split_weight(dtype, width), x)
     assert y.isnan().tolist() == [True, True, False, False]
     assert y[2:].tolist() == [INF, -INF]
 
 
 def test_names() -> None:
-    formats = {"m": codes(unsigned=False), "p": joined(torch.bfloat16, 24)}
-    assert tensors_of("m", formats) == ["m", "m.scale"]
-    assert tensors_of("p", formats) == ["p", "p.low"]
-    assert tensors_of("v", formats) == ["v"]
+    formats = {"m": int8_blocks(unsigned=False), "p": split_weight(torch.bfloat16, 24)}
+    assert tensor_names("m", formats) == ["m", "m.scale"]
+    assert tensor_names("p", formats) == ["p", "p.low"]
+    assert tensor_names("v", formats) == ["v"]

@@ -8,7 +8,7 @@ import torch
 import stepforge
 from stepforge.declare import NonNegative
 from stepforge.ops import minimum, where
-from stepforge.rows import checked_rows, stepping
+from stepforge.step.params import check_params, params_with_gradient
 
 OPTIMIZERS = [
     stepforge.Adagrad,
@@ -116,9 +116,9 @@ def test_a_gradient_of_another_class_is_asked_about_by_itself() -> None:
     plain, special = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     plain.grad, special.grad = torch.ones(3), torch.ones(3).as_subclass(Logged)
     optimizer = stepforge.Adam([plain, special])
-    members = stepping(optimizer.param_groups, optimizer.state)
-    rows = checked_rows(optimizer._rule, members, refuses_sparse=None)
-    assert [row.choice.backend.name for row in rows] == ["native", "foreach"]
+    found = params_with_gradient(optimizer.param_groups, optimizer.state)
+    params = check_params(optimizer.rule, found, sparse_problem=None)
+    assert [param.choice.backend.name for param in params] == ["native", "foreach"]
 
 
 def test_a_rule_may_hold_an_infinite_number() -> None:

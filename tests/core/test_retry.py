@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepforge.backends import retry
+from stepforge.backends import cache
 
 
 class World:
@@ -36,12 +36,12 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     made = World()
-    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: made.now))
+    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: made.now))
     return made
 
 
 def test_a_success_is_kept_for_ever(world: World) -> None:
-    get = retry.made_once(lambda: world.settings)(world.make)
+    get = cache.made_once(lambda: world.settings)(world.make)
     first = get("a")
     world.now, world.settings, world.broken = 1e9, 1, "broken"
     assert get("a") is first
@@ -50,14 +50,14 @@ def test_a_success_is_kept_for_ever(world: World) -> None:
 
 
 def test_a_failure_stands_while_nothing_changes(world: World) -> None:
-    get = retry.made_once(lambda: world.settings)(world.make)
+    get = cache.made_once(lambda: world.settings)(world.make)
     world.broken = "no compiler"
     assert {get("a") for _ in range(1000)} == {"no compiler"}
     assert world.calls == ["a"]
 
 
 def test_other_circumstances_are_tried_at_once(world: World) -> None:
-    get = retry.made_once(lambda: world.settings)(world.make)
+    get = cache.made_once(lambda: world.settings)(world.make)
     world.broken = "no compiler"
     get("a")
     world.settings, world.broken = 1, "it fails otherwise"
@@ -72,7 +72,7 @@ def test_other_circumstances_are_tried_at_once(world: World) -> None:
 @pytest.mark.parametrize(("takes", "stands"), [(0.0, 60.0), (0.5, 60.0), (120.0, 12000.0)])
 def test_a_failure_is_tried_again_after_a_while(world: World, takes: float, stands: float) -> None:
     """A minute, or such that a hundredth of the time is spent on it."""
-    get = retry.made_once(lambda: world.settings)(world.make)
+    get = cache.made_once(lambda: world.settings)(world.make)
     world.broken, world.takes = "disk full", takes
     get("a")
     world.now += stands - 1
@@ -87,7 +87,7 @@ def test_a_failure_is_tried_again_after_a_while(world: World, takes: float, stan
 def test_what_was_interrupted_is_no_failure(world: World) -> None:
     attempts = []
 
-    @retry.made_once(lambda: 0)
+    @cache.made_once(lambda: 0)
     def get(what: str) -> object | str:
         attempts.append(what)
         if len(attempts) == 1:
@@ -103,7 +103,7 @@ def test_who_asks_again_while_it_is_made_gets_one_too(world: World) -> None:
     """As a signal handler does that steps in the midst of it."""
     depth = []
 
-    @retry.made_once(lambda: 0)
+    @cache.made_once(lambda: 0)
     def get(what: str) -> object | str:
         depth.append(what)
         return get(what) if len(depth) == 1 else SimpleNamespace()
@@ -116,7 +116,7 @@ def test_who_asks_again_while_it_is_made_gets_one_too(world: World) -> None:
 def test_a_child_makes_its_own_while_a_thread_of_its_parent_does(world: World) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    @retry.made_once(lambda: 0)
+    @cache.made_once(lambda: 0)
     def get(what: str) -> object | str:
         if what == "slow":
             begun.set()

@@ -255,7 +255,7 @@ def history(
         if step >= 3 and mutate is gradient_missing:
             params_of(optimizer)[2].grad = None
         if not keep:
-            optimizer._plan = None
+            optimizer._stepper.plan = None
         optimizer.step()
         for p in params_of(optimizer):
             seen.append(p.detach().clone())
@@ -307,20 +307,20 @@ def test_a_plan_is_kept_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = built(stepforge.AdamW, "native")
     give_gradients(optimizer, 0)
     optimizer.step()
-    made = optimizer._plan
+    made = optimizer._stepper.plan
     for step in range(3):
         give_gradients(optimizer, step)
         optimizer.param_groups[0]["lr"] = 0.1 * step
         optimizer.step()
-    assert optimizer._plan is made
+    assert optimizer._stepper.plan is made
 
 
 def test_the_layout_check_without_torchs_guards(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stepforge import plan
+    from stepforge.step import guards
 
     x = torch.zeros(3, 4)
     monkeypatch.setitem(__import__("sys").modules, "torch._C._dynamo.guards", None)
-    same = plan._layout_check([x])
+    same = guards._layout_check([x])
     assert same(torch.ones(3, 4))
     assert not same(torch.ones(4, 3).t())
     assert not same(torch.ones(3, 5))
@@ -353,7 +353,7 @@ def stepped_with_a_plan(backend: str) -> stepforge.Optimizer:
     for seed in range(3):
         give_gradients(optimizer, seed)
         optimizer.step()
-    assert optimizer._plan is not None
+    assert optimizer._stepper.plan is not None
     return optimizer
 
 

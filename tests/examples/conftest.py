@@ -4,5 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-for folder in ("examples", "docs"):
+for folder in ("examples", "experiments"):
     sys.path.insert(0, str(ROOT / folder))

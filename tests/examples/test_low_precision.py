@@ -1,4 +1,4 @@
-"""docs/make_low_precision.py, in miniature, and what docs/low-precision.md says of its results.
+"""experiments/make_low_precision.py in miniature, and the figures of docs/low-precision.md.
 
 Oracles: averages in float64; the example's own run; the widths of codes, from which errors follow.
 """
@@ -48,7 +48,7 @@ from low_precision.training import (
     load,
 )
 
-from stepforge.formats import BLOCK, random_words
+from stepforge.formats import BLOCK, random_uint32
 
 
 def named(unsigned: bool, *names: str) -> list[Candidate]:
@@ -57,7 +57,7 @@ def named(unsigned: bool, *names: str) -> list[Candidate]:
 
 
 def words(shape: torch.Size) -> torch.Tensor:
-    return random_words(shape, 0, 12345, torch.device("cpu"))
+    return random_uint32(shape, 0, 12345, torch.device("cpu"))
 
 
 # Storing once. ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""docs/make_numerics.py: float32 training is as exact as float32 storage allows.
+"""experiments/make_numerics.py: float32 training is as exact as float32 storage allows.
 
 The oracle is the script's own float64 transcription of each paper.
 """

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from stepforge.backends.native import build, kernel_for
-from stepforge.expr import Graph
-from tests.native.graphs import by_kernel, run_compiler, traced
+from stepforge.program import Graph
+from tests.native.graphs import by_kernel, run_compiler, spec_of, traced
 
 
 def new_graph() -> Graph:
@@ -31,7 +31,7 @@ def assert_right() -> None:
 
 def refusal() -> str:
     """Why a kernel cannot be had: one sentence."""
-    sentence = kernel_for(new_graph(), (torch.float32,) * 2, torch.float32)
+    sentence = kernel_for(spec_of(new_graph(), torch.float32))
     assert isinstance(sentence, str)
     assert "\n" not in sentence
     assert len(sentence) > 20

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from stepforge.backends import Batch, native, reference
-from stepforge.backends.memory import columns_of
 from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source
-from stepforge.expr import Expr, Graph, Trace, evaluate
+from stepforge.backends.spec import KernelSpec
+from stepforge.expr import Expr, Trace
 from stepforge.ops import VOCABULARY
+from stepforge.program import Graph, evaluate
 from tests.conformance.table import OPTIMIZERS
 
 #: One parameter: a tensor for each column of a graph.
@@ -47,12 +48,22 @@ def traced(rule: Callable[..., Any], uniform: Sequence[str] = ()) -> Graph:
 def graph_of(name: str, **options: Any) -> Graph:
     """The graph of an optimizer's rule under these options."""
     optimizer = OPTIMIZERS[name].ours([torch.zeros(1)], **options)
-    return optimizer._rule.graph(optimizer.param_groups[0])
+    return optimizer.rule.graph(optimizer.param_groups[0])
+
+
+def spec_of(graph: Graph, stored: torch.dtype, arithmetic: torch.dtype | None = None) -> KernelSpec:
+    """The spec of a graph with all its columns stored in one dtype."""
+    return KernelSpec.of(graph, dict.fromkeys(columns_of(graph), stored), arithmetic=arithmetic)
+
+
+def columns_of(graph: Graph) -> tuple[str, ...]:
+    """The columns that a kernel reads, then those it only writes."""
+    return tuple(dict.fromkeys([*graph.varying.inputs, *graph.results]))
 
 
 def c_of(graph: Graph, stored: torch.dtype, arithmetic: torch.dtype = torch.float32) -> str:
     """The C of a graph with all its columns stored in one dtype."""
-    return c_source(graph, dict.fromkeys(columns_of(graph), stored), arithmetic)
+    return c_source(spec_of(graph, stored, arithmetic))
 
 
 def coefficients(
@@ -73,7 +84,7 @@ def batch_of(
     kinds = [np.bool_ if node.boolean else number for node in graph.coefficients]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     given = [np.array(c, dtype=k) for c, k in zip(zip(*numbers, strict=True), kinds)]
-    return Batch(graph, columns, given, arithmetic)
+    return Batch.of(graph, columns, given, arithmetic=arithmetic)
 
 
 def step_by_kernel(batch: Batch) -> None:

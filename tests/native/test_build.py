@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.backends import retry, trust
+from stepforge.backends import trust
 from stepforge.backends.native import Kernel, build, kernel_for
 from tests.native.faults import (
     altered,
@@ -590,7 +590,7 @@ def test_a_compiler_that_does_not_end(
     cache: Path, named_compiler: Path, sleeps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
-    monkeypatch.setattr(build, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 0.3)
     begin = time.monotonic()
     assert refusal() == f"{named_compiler} did not finish within 0.3 s"
     assert time.monotonic() - begin < 10
@@ -613,7 +613,7 @@ def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
     told = tmp_path / "child"
     sleeps = f"sleep 60 & echo $! > {told}.new; mv {told}.new {told}; wait"
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
-    monkeypatch.setattr(build, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 2.0)
     assert "did not finish" in refusal()
     child = int(told.read_text())
     deadline = time.monotonic() + 10
@@ -714,12 +714,12 @@ def test_a_disk_that_was_full_is_tried_again_after_a_while(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_kernel, now = asking(), 1000.0
-    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: now))
     with monkeypatch.context() as full:
         full.setattr(os, "replace", raises_os_error(errno.ENOSPC))
         assert "No space left on device" in str(small_kernel())
     assert "No space left on device" in str(small_kernel())
-    now += retry.RETRY_S + 1
+    now += cache.RETRY_S + 1
     assert isinstance(small_kernel(), Kernel)
 
 

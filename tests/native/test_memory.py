@@ -16,7 +16,6 @@ from torch._subclasses import FakeTensorMode
 
 import stepforge
 from stepforge.backends import native
-from stepforge.backends.memory import columns_of
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     OPTIMIZERS,
@@ -33,6 +32,7 @@ from tests.conformance.table import (
 from tests.native.graphs import (
     batch_of,
     by_reference,
+    columns_of,
     graph_of,
     in_new_process,
     step_by_kernel,

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from stepforge.backends import Batch, native
+from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source
 from tests.conformance.table import OPTIMIZERS, forced
@@ -140,23 +141,22 @@ def steps_of(name: str, dtype: torch.dtype, options: dict[str, Any], seed: int) 
     made: list[Step] = []
     step_by_kernel = native.Table.run
 
-    def run(table: native.Table, batch: Batch) -> None:
-        names = table.kernel.record.tensors
+    def run(table: native.Table, batch: Batch, grad_scale: GradScale | None = None) -> None:
+        names = batch.spec.tensors
         tensors = [batch.columns[n][row] for row in range(len(batch)) for n in names]
         with torch.no_grad():
             for name, x in zip(itertools.cycle(names), tensors):
                 scales = name.endswith(".scale")
                 flat(x).copy_(powers_of_two(x, random) if scales else extreme(x, random))
         before = b"".join(flat(x).view(torch.uint8).numpy().tobytes() for x in tensors)
-        step_by_kernel(table, batch)
-        dtypes = {n: batch.columns[n][0].dtype for n in names}
-        head = [len(batch), table.records.shape[1], len(names), table.numbers.nbytes]
+        step_by_kernel(table, batch, grad_scale)
+        head = [len(batch), table.records.shape[1], len(names), table.coefficients.nbytes]
         sizes = [x.nbytes for x in tensors]
-        given = [np.array(head), table.starts, table.records, table.numbers]
-        given += [np.array(batch.unscale, np.float64), np.array(sizes)]
+        given = [np.array(head), table.starts, table.records, table.coefficients]
+        given += [np.array(1.0), np.array(sizes)]
         made.append(
             Step(
-                c_source(batch.graph, dtypes, batch.dtype, batch.formats),
+                c_source(batch.spec),
                 b"".join([*(array.tobytes() for array in given), before]),
                 [flat(x).clone() for x in tensors],
             )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stepforge.backends.native import build
-from stepforge.backends.native.storage import NUMBERS
+from stepforge.backends.native.dtypes import STORABLE
 from tests.conformance.table import OPTIMIZERS
 from tests.native.graphs import c_of, graph_of, run_compiler
 
@@ -142,7 +142,7 @@ def kernel_and_widths(
 CASES: list[tuple[str, torch.dtype, dict[str, bool]]] = [
     *((name, torch.float32, {}) for name in OPTIMIZERS),
     ("Adam", torch.float32, {"amsgrad": True}),
-    *(("NAdam", stored, {}) for stored in NUMBERS if stored != torch.float32),
+    *(("NAdam", stored, {}) for stored in STORABLE if stored != torch.float32),
 ]
 
 

@@ -12,24 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepforge.backends.memory import columns_of
 from stepforge.backends.native import build
+from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.source import c_source
-from stepforge.backends.native.storage import NUMBERS
-from stepforge.expr import Expr, Graph
+from stepforge.backends.spec import KernelSpec
+from stepforge.expr import Expr
 from stepforge.ops import (
-    bits,
+    bitcast_f32,
+    bitcast_u32,
+    f32_to_i32,
     finite,
-    from_bits,
+    i32_to_f32,
     maximum,
     minimum,
-    number,
     sign,
     sqrt,
     where,
-    word,
 )
+from stepforge.program import Graph
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, extreme
 from tests.native.graphs import (
     ARITHMETICS,
@@ -39,6 +40,7 @@ from tests.native.graphs import (
     by_reference,
     c_of,
     coefficients,
+    columns_of,
     every_pair,
     graph_of,
     run_compiler,
@@ -97,21 +99,42 @@ def whole(x: Expr) -> Expr:
 
 #: Those on words, of which numbers are made again. Formats compute with them, in float32 alone.
 RULES_OF_WORDS: dict[str, list[Callable[[Expr, Expr, Expr], Expr]]] = {
-    "word_add": [lambda p, g, c: number(bits(p) + bits(g)), lambda p, g, c: number(bits(p) + 77)],
-    "word_sub": [lambda p, g, c: number(bits(p) - bits(g)), lambda p, g, c: number(5 - bits(p))],
-    "word_mul": [lambda p, g, c: number(bits(p) * bits(g)), lambda p, g, c: number(bits(p) * 77)],
-    "and": [lambda p, g, c: number(bits(p) & bits(g)), lambda p, g, c: number(bits(p) & 0xFF00)],
-    "or": [lambda p, g, c: number(bits(p) | bits(g)), lambda p, g, c: number(bits(p) | 2**31)],
-    "xor": [lambda p, g, c: number(bits(p) ^ bits(g)), lambda p, g, c: number(bits(p) ^ 2**31)],
-    "shift_left": [lambda p, g, c: number(bits(p) << 7)],
-    "shift_right": [lambda p, g, c: number(bits(p) >> 7)],
-    "bits": [lambda p, g, c: number(bits(p)), lambda p, g, c: where(bits(p) < bits(g), p, g)],
-    "from_bits": [
-        lambda p, g, c: from_bits(bits(p) ^ 2**31),
-        lambda p, g, c: from_bits(where(bits(p) < 2**31, bits(g), 0)),
+    "u32_add": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) + bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) + 77),
     ],
-    "number": [lambda p, g, c: number(where(p < g, bits(p), bits(g)))],
-    "word": [lambda p, g, c: number(word(whole(p)) + word(whole(g * 1000)))],
+    "u32_sub": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) - bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(5 - bitcast_u32(p)),
+    ],
+    "u32_mul": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) * bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) * 77),
+    ],
+    "and": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) & bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) & 0xFF00),
+    ],
+    "or": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) | bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) | 2**31),
+    ],
+    "xor": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) ^ bitcast_u32(g)),
+        lambda p, g, c: i32_to_f32(bitcast_u32(p) ^ 2**31),
+    ],
+    "shift_left": [lambda p, g, c: i32_to_f32(bitcast_u32(p) << 7)],
+    "shift_right": [lambda p, g, c: i32_to_f32(bitcast_u32(p) >> 7)],
+    "bitcast_u32": [
+        lambda p, g, c: i32_to_f32(bitcast_u32(p)),
+        lambda p, g, c: where(bitcast_u32(p) < bitcast_u32(g), p, g),
+    ],
+    "bitcast_f32": [
+        lambda p, g, c: bitcast_f32(bitcast_u32(p) ^ 2**31),
+        lambda p, g, c: bitcast_f32(where(bitcast_u32(p) < 2**31, bitcast_u32(g), 0)),
+    ],
+    "i32_to_f32": [lambda p, g, c: i32_to_f32(where(p < g, bitcast_u32(p), bitcast_u32(g)))],
+    "f32_to_i32": [lambda p, g, c: i32_to_f32(f32_to_i32(whole(p)) + f32_to_i32(whole(g * 1000)))],
 }
 
 Rule = Callable[[Expr, Expr, Expr], dict[str, Expr]]
@@ -209,7 +232,7 @@ def step_of_three(p: Expr, g: Expr, c: Expr) -> dict[str, Expr]:
 
 def mixes() -> list[tuple[torch.dtype, ...]]:
     """Dtypes of p, g and m, every pair of dtypes in every two of the three."""
-    kinds = list(NUMBERS)
+    kinds = list(STORABLE)
     indices = itertools.product(range(len(kinds)), repeat=2)
     return [(kinds[i], kinds[j], kinds[(i + j) % len(kinds)]) for i, j in indices]
 
@@ -373,7 +396,7 @@ def test_c_is_readable(name: str) -> None:
 
 @every_optimizer
 def test_c_is_free_of_what_a_strict_compiler_warns_of(name: str, tmp_path: Path) -> None:
-    for stored in NUMBERS:
+    for stored in STORABLE:
         arithmetic = torch.float64 if stored == torch.float64 else torch.float32
         c_file = tmp_path / "kernel.c"
         c_file.write_text(c_of(graph_of(name), stored, arithmetic))
@@ -390,12 +413,12 @@ def test_the_same_rule_has_the_same_c(name: str) -> None:
 
 def test_c_depends_on_the_dtypes_of_all_columns() -> None:
     graph = traced(step_of_three, "c")
-    mixes_of_three = itertools.product(NUMBERS, repeat=3)
+    mixes_of_three = itertools.product(STORABLE, repeat=3)
     sources = [
-        c_source(graph, dict(zip(columns_of(graph), mix, strict=True)), torch.float32)
+        c_source(KernelSpec.of(graph, dict(zip(columns_of(graph), mix, strict=True))))
         for mix in mixes_of_three
     ]
-    assert len(set(sources)) == len(NUMBERS) ** 3
+    assert len(set(sources)) == len(STORABLE) ** 3
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from tests.native.graphs import (
     c_of,
     graph_of,
     in_new_process,
+    spec_of,
     traced,
 )
 
@@ -174,7 +175,7 @@ def test_threads_that_ask_for_a_kernel_at_once_get_the_same(
 
     def ask() -> None:
         together.wait()
-        found.append(kernel_for(graph, (torch.float32,) * 2, torch.float32))
+        found.append(kernel_for(spec_of(graph, torch.float32)))
 
     run_at_once([ask] * 4)
     assert len(found) == 4

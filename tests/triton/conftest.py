@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepforge.backends.batch import LossScale
+from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton.kernel import is_interpreted
 from tests.triton.kernels import DEVICES
 
@@ -54,11 +54,11 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a scaler says is on a device, out of sight: reading it fails."""
 
-    def read(self: LossScale) -> LossScale:
+    def read(self: GradScale) -> GradScale:
         raise AssertionError("waits for the device")
 
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    monkeypatch.setattr(LossScale, "on_host", property(lambda self: False))
+    monkeypatch.setattr(GradScale, "on_host", property(lambda self: False))
     with monkeypatch.context() as patch:
-        patch.setattr(LossScale, "read", read)
+        patch.setattr(GradScale, "read", read)
         yield

@@ -12,7 +12,7 @@ import torch
 import stepforge
 from stepforge.backends import reference, triton
 from stepforge.backends.triton.table import Table
-from stepforge.expr import Graph
+from stepforge.program import Graph
 from tests.native.graphs import Row, batch_of
 
 #: Where kernels can run. A test of both runs on one, and skips the other.
@@ -56,18 +56,17 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
 
 def tables(optimizer: stepforge.Optimizer) -> list[Table]:
     """The tables that an optimizer's plan keeps; fails if it keeps no plan."""
-    assert optimizer._plan is not None
+    assert optimizer._stepper.plan is not None
     found = []
-    for lane in optimizer._plan.lanes:
-        prepared = lane.launch.batch.prepared
-        assert isinstance(prepared, triton.Tables)
-        found += prepared.tables
+    for launch in optimizer._stepper.plan.launches:
+        assert isinstance(launch.table, triton.Tables)
+        found += launch.table.tables
     return found
 
 
 def uploads(optimizer: stepforge.Optimizer) -> dict[str, int]:
     """How often each part of an optimizer's tables was uploaded."""
-    names = ("rows", "gradients", "numbers", "members")
+    names = ("rows", "gradients", "coefficients", "members")
     return {name: sum(getattr(t, name).uploads for t in tables(optimizer)) for name in names}
 
 

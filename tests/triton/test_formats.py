@@ -20,7 +20,7 @@ from stepforge.backends.triton import table
 from stepforge.backends.triton.kernel import BLOCK, is_interpreted
 from stepforge.expr import Expr
 from stepforge.formats import BLOCK as CHUNK
-from stepforge.formats import codes, rounded
+from stepforge.formats import int8_blocks, stochastic
 from stepforge.ops import where
 from tests.conformance.table import (
     FORMATS,
@@ -143,7 +143,7 @@ def test_columns_and_parts_of_any_names(device: torch.device) -> None:
         return {"p": p - g, **states}
 
     graph = traced(rule)
-    formats = {name: codes(unsigned=k % 2 == 1) for k, name in enumerate(names)}
+    formats = {name: int8_blocks(unsigned=k % 2 == 1) for k, name in enumerate(names)}
 
     def results(step: Callable[..., None], place: torch.device) -> dict[str, torch.Tensor]:
         row = {name: normal((33, 130), torch.float32, k).to(place) for k, name in enumerate("pg")}
@@ -176,7 +176,7 @@ def test_keys_and_indices_wrap_around(
             for size, dtype in ((BLOCK + 3, torch.float32), (9, torch.float64), (5, torch.float32))
         ]
         batch = batch_of(graph, rows, [[]] * 3, torch.float32)
-        formats = dict.fromkeys("pm", rounded(torch.bfloat16))
+        formats = dict.fromkeys("pm", stochastic(torch.bfloat16))
         keys: Any = np.array([key, key ^ 0x5EED5EED, key ^ 0x60606060])
         keys = torch.from_numpy(keys).to(place) if on_device else keys
         starts = np.array([start, 4, start + 1])

@@ -384,7 +384,7 @@ def test_no_step_waits_for_the_device(
         if scaled:
             optimizer.grad_scale, optimizer.found_inf = scale, nothing
         if step == 3:
-            optimizer._plan = None
+            optimizer._stepper.plan = None
         optimizer.step()
         unwaiting("error")  # from the second step on
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from stepforge.backends import triton
-from stepforge.backends.memory import columns_of
 from stepforge.backends.triton.kernel import BLOCK, is_interpreted
-from stepforge.expr import Expr, Graph
+from stepforge.expr import Expr
 from stepforge.ops import minimum, where
+from stepforge.program import Graph
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     LAYOUTS,
@@ -27,6 +27,7 @@ from tests.native.graphs import (
     batch_of,
     by_reference,
     coefficients,
+    columns_of,
     every_pair,
     graph_of,
     special,

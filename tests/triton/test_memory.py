@@ -15,11 +15,10 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import stepforge
-from stepforge.backends import triton
+from stepforge.backends import ParamSpec, triton
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
-from stepforge.formats import Storage
-from stepforge.rows import Member, checked_rows
+from stepforge.step.params import check_params
 from tests.conformance.table import (
     LAYOUTS,
     OPTIMIZERS,
@@ -216,7 +215,7 @@ def test_interpreted_kernels_refuse_the_memory_of_a_gpu(monkeypatch: pytest.Monk
 def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
-    why = triton._too_old(torch.device("cuda", 99))
+    why = triton._capability_problem(torch.device("cuda", 99))
     assert why == "Triton needs compute capability 7, and the device has 6.1"
 
 
@@ -224,7 +223,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_devices(forced_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFORGE_BACKEND", forced_name)
     p = torch.nn.Parameter(torch.ones(3, device="meta"))
-    why = triton.refuses(p, None, {"differentiable": False}, None, Storage({}, {}))  # type: ignore[arg-type]
+    why = triton.unsupported_reason(ParamSpec(p, None, {"differentiable": False}, None))  # type: ignore[arg-type]
     assert why is not None
     assert "meta" in why
 
@@ -254,9 +253,9 @@ def test_a_gradient_on_another_device_is_refused() -> None:
     """torch refuses most ways to bring one there, but not all: a parameter's data can move."""
     p = parameter(torch.ones(3))
     optimizer = stepforge.Adam([p])
-    member = Member(0, p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
+    param = (0, p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
     with pytest.raises(RuntimeError, match="a parameter on cpu has a gradient on meta"):
-        checked_rows(optimizer._rule, [member], refuses_sparse=None)
+        check_params(optimizer.rule, [param], sparse_problem=None)
 
 
 # What is kept on disk.

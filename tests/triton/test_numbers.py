@@ -7,15 +7,19 @@ tolerance, on the CPU; where kernels are compiled test_gpu.py compares within a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import stepforge
-from stepforge.backends.batch import LossScale
+from stepforge.backends import triton
+from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import table
 from stepforge.backends.triton.kernel import is_interpreted
+from stepforge.step.uniform import ScalarStates
 from tests.conformance.table import (
     OPTIMIZERS,
     VARIANTS,
@@ -66,7 +70,7 @@ def test_numbers_of_the_device_give_the_reference_s_bits(variant: str, dtype: to
                     lr.mul_(3)
                 run(optimizer, params, [gradients(step, dtype)])
                 found += each_outcome(optimizer)
-            assert optimizer._plan is not None
+            assert optimizer._stepper.plan is not None
         return found
 
     for got, oracle in zip(train("triton"), train("reference"), strict=True):
@@ -93,7 +97,7 @@ class Trained:
                     p.grad = normal(p.shape, p.dtype, 100 * self.step + k)
             kept, anew = self.optimizers
             kept.step()
-            anew._plan = None
+            anew._stepper.plan = None
             anew.step()
             assert_identical(frozen(kept), frozen(anew))
             self.step += 1
@@ -168,11 +172,11 @@ def test_a_kept_plan_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trained("NAdam")
     trained.advance(1)
     optimizer = trained.optimizers[0]
-    plan, first = optimizer._plan, tables(optimizer)
+    plan, first = optimizer._stepper.plan, tables(optimizer)
     numbers = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
     with by_kernels_only():
         trained.advance(3)
-    assert optimizer._plan is plan
+    assert optimizer._stepper.plan is plan
     assert tables(optimizer) == first
     now = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
     assert all(x is y for x, y in zip(now, numbers, strict=True))
@@ -296,7 +300,7 @@ def test_what_has_to_go_in_order_is_skipped_too(
 ) -> None:
     """The reference steps it, which must be told what the device knows. Oracle: no scaler."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    monkeypatch.setattr(LossScale, "on_host", property(lambda self: False))
+    monkeypatch.setattr(GradScale, "on_host", property(lambda self: False))
     optimizer, twin = built("Adam"), built("Adam")
     before = [x["p"] for x in each_outcome_of_params(optimizer)]
     scaled_step(
@@ -326,11 +330,15 @@ def test_step_counts_of_the_host_are_not_told_by_the_device(
     p = parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = stepforge.Adam([p])
-    (launch,) = optimizer._launches()
-    scale = LossScale(torch.tensor(2.0), torch.tensor(0.0))
-    assert launch.scaled(scale).batch.loss_scale is scale
-    launch.steps[0] = torch.zeros(1, device="meta")
-    assert launch.scaled(scale).batch.loss_scale == LossScale(2.0, 0.0)
+    (bound,) = optimizer._stepper._bind_new()
+    scale = GradScale(torch.tensor(2.0), torch.tensor(0.0))
+    elsewhere = ScalarStates({"step": [torch.zeros(1, device="meta")]})
+    with mock.patch.object(triton, "run") as run_backend:
+        bound.run(scale)
+        replace(bound, scalars=elsewhere).run(scale)
+    given = [call.args[2] for call in run_backend.call_args_list]
+    assert given[0] is scale
+    assert given[1] == GradScale(2.0, 0.0)
 
 
 # Beside a step: compilation.

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from stepforge.backends.memory import columns_of
+from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton import kernel
+from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
-from stepforge.backends.triton.source import NUMBERS, named, tensors_of_graph, triton_source
-from stepforge.entries import kept
-from stepforge.expr import Graph
-from stepforge.formats import Storage
+from stepforge.backends.triton.source import named, triton_source
+from stepforge.program import Graph
+from stepforge.state.layout import state_layout
 from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
-from tests.native.graphs import graph_of, in_new_process, traced
+from tests.native.graphs import columns_of, graph_of, in_new_process, spec_of, traced
 from tests.native.test_source import RULES, together
 from tests.triton.kernels import tables
 
@@ -30,32 +30,30 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def source_of(graph: Graph, stored: torch.dtype, dims: int = 0) -> str:
-    arithmetic = torch.float64 if stored == torch.float64 else torch.float32
-    return triton_source(graph, dict.fromkeys(columns_of(graph), stored), arithmetic, dims)
+    return triton_source(spec_of(graph, stored), dims)
 
 
-def stored_as(name: str, format_: str) -> tuple[Storage, dict[str, torch.dtype]]:
-    """How a step of an optimizer stores a parameter, and the dtypes of all tensors of it."""
+def stored_as(name: str, format_: str) -> KernelSpec:
+    """The kernel that steps a parameter of an optimizer."""
     dtype, options = FORMATS[format_]
     p = torch.zeros(64, 64, dtype=dtype)
     optimizer = OPTIMIZERS[name].ours([p], **options)
-    storage = kept(optimizer._rule, optimizer.param_groups[0], p).storage
-    names = tensors_of_graph(graph_of(name), storage.formats)
-    return storage, {x: dtype if x == "g" else storage.dtypes[x] for x in names}
+    layout = state_layout(optimizer.rule, optimizer.param_groups[0], p)
+    return KernelSpec.of(graph_of(name), {"g": dtype, **layout.dtypes}, layout.formats)
 
 
 @pytest.mark.parametrize("dims", [0, 2])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_formats_are_readable(format_: str, dims: int) -> None:
     """What is stored, what is read of it and what becomes of it have names of their own."""
-    storage, dtypes = stored_as("Adam", format_)
-    text = triton_source(graph_of("Adam"), dtypes, torch.float32, dims, storage.formats)
-    for name in dtypes.keys() - {"g"}:
+    spec = stored_as("Adam", format_)
+    text = triton_source(spec, dims)
+    for name in set(spec.tensors) - {"g"}:
         assert f"tl.store({named(name, 'at')}, " in text
-        is_part = name.partition(".")[0] in storage.formats
+        is_part = name.partition(".")[0] in spec.formats
         assert is_part == (f" {named(name, 'stored')} = " in text)
         assert is_part == (f"{named(name, 'new')} = " in text.replace(", ", " = "))
-    for format_name in {x.name for x in storage.formats.values()}:
+    for format_name in {x.name for x in spec.formats.values()}:
         assert f'"""{format_name}: a number of what is stored."""' in text
     assert max(map(len, text.splitlines())) <= 100
     compile(text, "step.py", "exec")
@@ -81,8 +79,8 @@ def test_triton_is_readable(name: str, dims: int) -> None:
 
 def test_triton_depends_on_the_dtypes_and_dimensions() -> None:
     graph = graph_of("Adam")
-    sources = {source_of(graph, stored, dims) for stored in NUMBERS for dims in range(3)}
-    assert len(sources) == 3 * len(NUMBERS)
+    sources = {source_of(graph, stored, dims) for stored in STORABLE for dims in range(3)}
+    assert len(sources) == 3 * len(STORABLE)
     assert source_of(graph, torch.float32) == source_of(graph_of("Adam"), torch.float32)
 
 
@@ -125,7 +123,7 @@ def test_a_source_that_cannot_be_kept_is_a_reason(
 ) -> None:
     cache.mkdir(mode=0o700)
     monkeypatch.setattr(kernel.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
-    why = kernel_for(traced(lambda p, g: p - g), (torch.float32,) * 2, torch.float32)
+    why = kernel_for(spec_of(traced(lambda p, g: p - g), torch.float32))
     assert why == (
         f"the kernel cache {cache} cannot be written to (full): set STEPFORGE_CACHE to a folder "
         "of yours"
@@ -183,14 +181,12 @@ def print_instructions(folder: str) -> None:
         if case in CASES:
             name, stored, dims = CASES[case]
             graph = graph_of(name) if name else traced(together(*RULES), "c")
-            formats, dtypes = {}, dict.fromkeys(columns_of(graph), stored)
+            spec = spec_of(graph, stored)
         else:
             name, format_, dims = FORMAT_CASES[case]
-            storage, dtypes = stored_as(name, format_)
-            graph, formats, stored = graph_of(name), storage.formats, dtypes["p"]
-        arithmetic = torch.float64 if stored == torch.float64 else torch.float32
-        number = "*fp64" if arithmetic == torch.float64 else "*fp32"
-        made = Kernel(graph, tuple(dtypes.values()), arithmetic, dims, formats)
+            spec = stored_as(name, format_)
+        number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
+        made = Kernel(spec, dims)
         function = made._step
         signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
         signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32", "keys": "*i64"}
@@ -198,7 +194,7 @@ def print_instructions(folder: str) -> None:
         if case == "NAdam":
             constants |= {"SCALED": False, "unscale": None, "found_inf": None}
         if not dims:
-            constants |= {named(x, "aligned"): 16 for x in made.record.elements}
+            constants |= {named(x, "aligned"): 16 for x in made.args.elements}
         cuda, hip = compiled(function, signature, constants)
         opcode = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][a-z0-9_.:]+) ", re.M)
         found[case] = {

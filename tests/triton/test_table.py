@@ -11,11 +11,12 @@ import torch
 
 import stepforge
 from stepforge.backends import triton
+from stepforge.backends.aliasing import addresses
 from stepforge.backends.triton.kernel import BLOCK, Kernel
-from stepforge.backends.triton.source import Record
+from stepforge.backends.triton.source import KernelArgs
 from stepforge.backends.triton.table import Mirror, Table, written
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, contiguous, forced, normal
-from tests.native.graphs import Row, batch_of, by_reference, traced
+from tests.native.graphs import Row, batch_of, by_reference, spec_of, traced
 from tests.triton.kernels import by_kernel, by_kernels_only, tables, uploads
 
 AROUND = [BLOCK - 1, BLOCK, BLOCK + 1]
@@ -65,15 +66,15 @@ def test_a_row_beyond_the_reach_of_32_bits(device: torch.device) -> None:
     last, and everything before them lies where no memory is.
     """
     graph = traced(lambda p, g: p - g)
-    kernel = Kernel(graph, (torch.float32,) * 2, torch.float32, 0)
-    assert kernel.tensors == ("p", "g")
+    kernel = Kernel(spec_of(graph, torch.float32), 0)
+    assert kernel.args.elements == ("p", "g")
     skipped = (2**31 + 2**20) // BLOCK
     p, g = (normal((BLOCK + 3,), torch.float32, k).to(device) for k in range(2))
     wanted = p - g
-    record = np.zeros((1, kernel.record.width), np.int64)
-    record[0, Record.first] = -skipped
-    record[0, Record.size] = skipped * BLOCK + len(p)
-    record[0, kernel.record.address("p")] = p.data_ptr() - 4 * skipped * BLOCK
+    record = np.zeros((1, kernel.args.width), np.int64)
+    record[0, KernelArgs.first] = -skipped
+    record[0, KernelArgs.size] = skipped * BLOCK + len(p)
+    record[0, kernel.args.address("p")] = p.data_ptr() - 4 * skipped * BLOCK
     kernel.launch(
         2,
         torch.zeros(2, dtype=torch.int32, device=device),
@@ -136,7 +137,7 @@ def test_addresses_have_all_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = batch_of(traced(lambda p, g: p - g), rows, [[]], torch.float32)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda x: address)
     table = Table(batch, [0], dense=True)
-    of_p = table._records[0, table.kernel.record.address("p")]
+    of_p = table._records[0, table.kernel.args.address("p")]
     assert int(of_p) % 2**64 == address
     (begin,), (end,) = table.gradient_spans()
     assert (int(begin), int(end)) == (address, address + 12)
@@ -243,7 +244,7 @@ def test_a_table_is_made_of_the_rows_it_is_told(device: torch.device) -> None:
     ]
     batch = batch_of(graph, rows, [[0.25], [0.5], [1.0], [2.0]], torch.float32)
     table = Table(batch, [3, 1], dense=True)
-    table.aim([row["g"] for row in rows])
+    table.bind_gradients(addresses([row["g"] for row in rows]))
     table.run(batch)
     assert [row["p"][0].item() for row in rows] == [1, 0.5, 1, -1]
     assert isinstance(triton.prepare(batch), triton.Tables)

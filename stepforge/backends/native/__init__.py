@@ -1,67 +1,56 @@
-"""The native backend: a graph compiled to C, one call for all tensors, on all threads.
+"""The native backend: a graph compiled to C, one call for all parameters, on all threads.
 
-Serves tensors on a CPU whose memory is dense: a row's tensors are read and written in memory order,
-which is the same for all of them. A row whose tensors differ in layout goes through small
-contiguous buffers, a part at a time.
+It serves CPU tensors whose memory is dense: a parameter's tensors are read and written in memory
+order, which is the same for all of them. Tensors of unlike layouts go through small contiguous
+buffers, chunk by chunk.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from stepforge.backends import reference
-from stepforge.backends.batch import CACHED, Batch, arithmetic
-from stepforge.backends.memory import overlaps, stored_dtypes, unreadable
+from stepforge.backends.aliasing import is_aliased
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
-from stepforge.backends.native.kernel import SERIAL, Kernel, kernel_for
-from stepforge.backends.native.source import Record
-from stepforge.backends.native.storage import NUMBERS
+from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
 from stepforge.backends.native.table import Table
-from stepforge.expr import Graph
-from stepforge.formats import Format, Storage
+from stepforge.backends.spec import ParamSpec, memory_problem
 
 __all__ = [
     "OPERATIONS",
-    "SERIAL",
+    "PARALLEL_MIN",
     "Kernel",
     "Table",
-    "asynchronous",
+    "device_scalars",
     "kernel_for",
     "name",
     "prepare",
-    "refuses",
     "run",
+    "unsupported_reason",
 ]
 
 name = "native"
-asynchronous = False
+device_scalars = False
 
 
-def refuses(
-    p: torch.Tensor,
-    g: torch.Tensor | None,
-    group: Mapping[str, Any],
-    graph: Graph,
-    storage: Storage,
-) -> str | None:
-    """Why this backend cannot serve a parameter, or None if it can."""
-    if group["differentiable"]:
+def unsupported_reason(param: ParamSpec) -> str | None:
+    """Say why this backend cannot step a parameter; None if it can."""
+    if param.group["differentiable"]:
         return "autograd does not go through a compiled kernel"
-    if p.device.type != "cpu":
-        return f"it runs on a CPU, not on {p.device.type}"
-    why_not = unreadable(p, g, NUMBERS)
-    if why_not:
-        return why_not
-    dtype, gradient = stored_dtypes(p, g)
-    names = Record.of(graph, storage.formats).tensors
-    dtypes = tuple(gradient if name == "g" else storage.real_dtype(name) for name in names)
-    kernel = kernel_for(graph, dtypes, arithmetic(dtype), storage.formats)
+    if param.p.device.type != "cpu":
+        return f"it runs on a CPU, not on {param.p.device.type}"
+    problem = memory_problem(param, STORABLE)
+    if problem:
+        return problem
+    kernel = kernel_for(param.kernel)
     if isinstance(kernel, str):
-        if not group["fused"]:
+        if not param.group["fused"]:
             _warn_once(kernel)
         return kernel
     return None
@@ -83,78 +72,74 @@ def _warn_once(reason: str) -> None:
 
 
 def prepare(batch: Batch) -> Table | None:
-    """The table of a batch that one call can step, to be kept while its tensors stay; or None."""
-    names = Record.of(batch.graph, batch.formats).tensors
-    rows = list(zip(*(batch.columns[name] for name in names)))
-    dtypes, *others = {tuple(x.dtype for x in row) for row in rows}
-    if others or not all(_is_dense(row, batch.formats) for row in rows):
-        return None
-    if isinstance(kernel_for(batch.graph, dtypes, batch.dtype, batch.formats), str):
+    """Return the table of a batch that one call can step; None for any other batch."""
+    if not all(_dense(batch)) or isinstance(kernel_for(batch.spec), str):
         return None
     table = Table(batch)
-    return None if table.overlaps() else table
+    return None if table.is_aliased() else table
 
 
-def run(batch: Batch) -> None:
-    """Steps all rows in place, one call for those that share their dtypes."""
-    if isinstance(batch.prepared, Table):
-        batch.prepared.run(batch)
+def run(
+    batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
+) -> None:
+    """Step all parameters in place."""
+    if isinstance(table, Table):
+        table.run(batch, grad_scale)
         return
-    if overlaps(batch):
-        reference.run(batch)  # which has an order of reads and writes
+    kernel = kernel_for(batch.spec)
+    if is_aliased(batch) or isinstance(kernel, str):
+        # The reference reads and writes in a defined order, and needs no compiler.
+        reference.run(batch, grad_scale=grad_scale)
         return
-    names = Record.of(batch.graph, batch.formats).tensors
-    alike: dict[tuple[torch.dtype, ...], list[int]] = {}
-    dense = set()
-    for index, row in enumerate(zip(*(batch.columns[name] for name in names))):
-        alike.setdefault(tuple(tensor.dtype for tensor in row), []).append(index)
-        if _is_dense(row, batch.formats):
-            dense.add(index)
-    for dtypes, rows in alike.items():
-        kernel = kernel_for(batch.graph, dtypes, batch.dtype, batch.formats)
-        if isinstance(kernel, str):  # states of another dtype: `refuses` knows of none
-            _warn_once(kernel)
-            reference.run(batch.rows(rows))
-            continue
-        part = batch.rows([index for index in rows if index in dense])
-        if len(part):
-            Table(part).run(part)
-        for piece in batch.rows([index for index in rows if index not in dense]).pieces(CACHED):
-            _run_through_buffers(piece)
+    dense = _dense(batch)
+    together = [index for index, is_dense in enumerate(dense) if is_dense]
+    if together:
+        part = batch.select(together)
+        Table(part).run(part, grad_scale)
+    others = batch.select([index for index, is_dense in enumerate(dense) if not is_dense])
+    for chunk in others.chunks(CHUNK_ELEMENTS):
+        _run_through_buffers(chunk, grad_scale)
 
 
-def _run_through_buffers(batch: Batch) -> None:
-    """Steps tensors of unlike layouts: contiguous copies of a part, and back."""
+def _run_through_buffers(batch: Batch, grad_scale: GradScale | None) -> None:
+    """Step tensors of unlike layouts: make contiguous copies, step those, and copy back."""
     copies = {
         name: [x.resolve_neg().contiguous() for x in column]
         for name, column in batch.columns.items()
     }
     part = batch.with_columns(copies)
-    Table(part).run(part)
-    for name in batch.written:
+    Table(part).run(part, grad_scale)
+    for name in batch.spec.written:
         for tensor, copy in zip(batch.columns[name], copies[name]):
             if copy is not tensor:
                 tensor.copy_(copy)
 
 
-def _is_dense(row: Sequence[torch.Tensor], formats: Mapping[str, Format]) -> bool:
-    """Whether all tensors of a row have their elements in one order and without gaps.
+def _dense(batch: Batch) -> list[bool]:
+    """Return, for each parameter, True if all its tensors are dense in the same order."""
+    rows = zip(*(batch.columns[name] for name in batch.spec.tensors))
+    in_order = bool(batch.spec.formats)
+    return [_is_dense(row, in_order=in_order) for row in rows]
 
-    Blocks and random bits follow the index of an element, which is its order in memory only where
-    all are contiguous.
+
+def _is_dense(row: Sequence[torch.Tensor], *, in_order: bool) -> bool:
+    """Return True if all tensors have their elements in one order and without gaps.
+
+    Args:
+        row: the tensors of a parameter.
+        in_order: True if it must be the order of a contiguous tensor. Blocks and random bits follow
+            the flat index, which is the order in memory only of contiguous tensors.
     """
     first = row[0]
-    if any(tensor.is_neg() for tensor in row):  # the memory holds what it is not
+    if any(tensor.is_neg() for tensor in row):  # the memory holds the negated values
         return False
     if all(tensor.is_contiguous() for tensor in row):
         return True
     strides = first.stride()
-    return (
-        not formats and all(tensor.stride() == strides for tensor in row) and _without_gaps(first)
-    )
+    return not in_order and all(tensor.stride() == strides for tensor in row) and _is_gapless(first)
 
 
-def _without_gaps(tensor: torch.Tensor) -> bool:
+def _is_gapless(tensor: torch.Tensor) -> bool:
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
         if size == 1:

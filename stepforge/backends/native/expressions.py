@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Sequence
 
-from stepforge.expr import Program
+from stepforge.program import Program
 
 __all__ = ["OPERATIONS", "computed", "results"]
 
@@ -32,18 +32,18 @@ OPERATIONS: dict[str, str] = {
     "le": "{0} <= {1}",
     "eq": "{0} == {1}",
     "ne": "{0} != {1}",
-    "word_add": "{0} + {1}",
-    "word_sub": "{0} - {1}",
-    "word_mul": "{0} * {1}",
+    "u32_add": "{0} + {1}",
+    "u32_sub": "{0} - {1}",
+    "u32_mul": "{0} * {1}",
     "and": "{0} & {1}",
     "or": "{0} | {1}",
     "xor": "{0} ^ {1}",
     "shift_left": "{0} << {1}",
     "shift_right": "{0} >> {1}",
-    "bits": "to_bits({0})",
-    "from_bits": "from_bits({0})",
-    "number": "({number})(int32_t){0}",
-    "word": "(uint32_t)(int32_t){0}",
+    "bitcast_u32": "to_bits({0})",
+    "bitcast_f32": "from_bits({0})",
+    "i32_to_f32": "({number})(int32_t){0}",
+    "f32_to_i32": "(uint32_t)(int32_t){0}",
 }
 
 
@@ -73,7 +73,7 @@ def computed(
         if names[instruction.out] == names[instruction.args[0]]:
             continue  # there is nothing to be done
         node = program.nodes[instruction.out]
-        kind = "int" if node.boolean else "uint32_t" if node.word else number
+        kind = "int" if node.boolean else "uint32_t" if node.uint32 else number
         operands = [names[register] for register in instruction.args]
         value = OPERATIONS[instruction.op].format(*operands, number=number, f=suffix)
         lines.append(f"const {kind} {names[instruction.out]} = {value};")

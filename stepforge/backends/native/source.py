@@ -1,6 +1,6 @@
-"""The C source of a kernel: one function that steps any number of tensors.
+"""The C source of a kernel: one function that steps any number of parameters.
 
-Every operation is one C expression in the program's order; the compiler may vectorize but not
+Every operation is one C expression, in the program's order. The compiler may vectorize, but not
 re-associate or contract, so the result has the reference's bits.
 """
 
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
-from stepforge.backends.memory import elements_of_graph, formats_of, tensors_of_graph
 from stepforge.backends.native import loops
-from stepforge.backends.native.storage import STORAGE, conversions
-from stepforge.expr import Graph
-from stepforge.formats import BLOCK, Format, tensors_of
+from stepforge.backends.native.dtypes import C_TYPES, conversions
+from stepforge.backends.spec import KernelSpec
+from stepforge.formats import BLOCK
 
-__all__ = ["Record", "c_source"]
+__all__ = ["KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
@@ -90,60 +88,39 @@ static inline void fetch_ahead(const void *at, uintptr_t size) {
 
 
 @dataclass(frozen=True)
-class Record:
-    """What a kernel is told of a row: words of 64 bits, in this order.
+class KernelArgs:
+    """The record of a parameter in a kernel's table: words of 64 bits, in this order.
 
     Attributes:
         tensors: the names of the tensors whose addresses come first.
-        length: whether then comes how many elements a row of dimension 0 has.
-        random: whether then comes what random bits follow from: the index of the first element
-            above, the key below.
+        row_length: True if the elements of a row of dimension 0 come next.
+        random: True if the last word has the index of the first element above, the step seed below.
     """
 
     tensors: tuple[str, ...]
-    length: bool
+    row_length: bool
     random: bool
 
     @classmethod
-    def of(cls, graph: Graph, formats: Mapping[str, Format]) -> Record:
-        """The record of a graph's rows."""
-        used = formats_of(graph, formats).values()
-        return cls(
-            tensors_of_graph(graph, formats),
-            any(format_.in_blocks for format_ in used),
-            any(format_.is_random for format_ in used),
-        )
+    def of(cls, spec: KernelSpec) -> KernelArgs:
+        """Return the record of a kernel's parameters."""
+        return cls(spec.tensors, spec.in_blocks, spec.is_random)
 
     @property
     def width(self) -> int:
-        """How many words there are."""
-        return len(self.tensors) + self.length + self.random
+        """The number of words."""
+        return len(self.tensors) + self.row_length + self.random
 
 
-def c_source(
-    graph: Graph,
-    dtypes: Mapping[str, torch.dtype],
-    arithmetic: torch.dtype,
-    formats: Mapping[str, Format] = MappingProxyType({}),
-) -> str:
-    """The C source of a kernel.
-
-    Args:
-        graph: what it computes.
-        dtypes: the dtype of each tensor of its :class:`Record`.
-        arithmetic: float32 or float64.
-        formats: of the columns that have one.
-    """
-    double = arithmetic == torch.float64
-    record = Record.of(graph, formats)
-    used = formats_of(graph, formats)
-    words = bool(used) or any(node.word for node in graph.varying.nodes)
-    texts = [conversions((dtypes[name] for name in record.tensors), words=words)]
-    texts += [_FETCH_AHEAD] if record.length else []
-    texts += loops.functions(used)
-    texts += [
-        loops.loop(stage, graph, dtypes, used, double=double) for stage in loops.stages(graph, used)
-    ]
+def c_source(spec: KernelSpec) -> str:
+    """Return the C source of a kernel."""
+    double = spec.arithmetic == torch.float64
+    args = KernelArgs.of(spec)
+    bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
+    texts = [conversions(spec.dtypes, bitcasts=bitcasts)]
+    texts += [_FETCH_AHEAD] if args.row_length else []
+    texts += loops.functions(spec)
+    texts += [loops.loop(stage, spec, double=double) for stage in loops.stages(spec)]
     return f"""\
 #include <float.h>
 #include <math.h>
@@ -152,11 +129,11 @@ def c_source(
 
 typedef {"double" if double else "float"} number;
 #define LARGEST {"DBL_MAX" if double else "FLT_MAX"}
-#define COLUMNS {len(record.tensors)}
-#define RECORD {record.width}
-#define COEFFICIENTS {len(graph.varying.given)}
-#define BLOCK {BLOCK if record.length else 512}    /* elements that stay in the first cache */
-#define GRAIN {1 if record.length else 64}    /* of which a thread has a whole number */
+#define COLUMNS {len(args.tensors)}
+#define RECORD {args.width}
+#define COEFFICIENTS {len(spec.graph.varying.given)}
+#define BLOCK {BLOCK if args.row_length else 512}    /* elements that stay in the first cache */
+#define GRAIN {1 if args.row_length else 64}    /* of which a thread has a whole number */
 #define AHEAD 3     /* rows: far enough for small ones to arrive in time, as measured */
 /* Of functions that are not inlined: with its call GCC forgets what restrict promised. */
 #define APART __attribute__((noinline))
@@ -164,49 +141,49 @@ typedef {"double" if double else "float"} number;
 #define INLINE inline __attribute__((always_inline))
 
 {_joined(texts, indent=0)}
-{_step_row(graph, dtypes, used, record)}
+{_step_row(spec, args)}
 {_DRIVER}"""
 
 
-def _step_row(
-    graph: Graph, dtypes: Mapping[str, torch.dtype], formats: Mapping[str, Format], record: Record
-) -> str:
-    """What hands a part of a row to the loops: all at once, or in blocks where it must convert."""
-    written = {name for column in graph.results for name in tensors_of(column, formats)}
-    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
-    widened = [name for name in record.tensors if STORAGE[dtypes[name]].widen]
+def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
+    """Return the function that passes a slice of a parameter to the loops.
+
+    It passes the whole slice at once, or block by block if elements are converted or share scales.
+    """
+    written, read = set(spec.written), set(spec.read)
+    widened = [name for name in args.tensors if C_TYPES[spec.dtype_of[name]].widen]
     lines = []
-    for position, name in enumerate(record.tensors):
+    for position, name in enumerate(args.tensors):
         const = "" if name in written else "const "
-        memory = STORAGE[dtypes[name]].memory
+        memory = C_TYPES[spec.dtype_of[name]].memory
         lines.append(f"{const}{memory} *{loops.in_c(name)}_at = at[{position}];")
-    for position, node in enumerate(graph.varying.given):
+    for position, node in enumerate(spec.graph.varying.given):
         if node.boolean:
             comment = f"/* {loops.shown(node)} */"
             lines.append(f"const int c{position} = c[{position}] != 0;  {comment}")
-    if record.random:
+    if args.random:
         lines += [
-            f"const uint64_t random = (uint64_t)(uintptr_t)at[{record.width - 1}];",
+            f"const uint64_t random = (uint64_t)(uintptr_t)at[{args.width - 1}];",
             "const uint32_t start = (uint32_t)(random >> 32), key = (uint32_t)random;",
         ]
-    at = "i" if record.length or widened else "low"
-    given = {name: name for name in loops.parameters(graph, dtypes, formats)}
-    given |= {"index": f"start + (uint32_t){at}"} if record.random else {}
-    for name in elements_of_graph(graph, formats):
+    at = "i" if args.row_length or widened else "low"
+    given = {name: name for name in loops.parameters(spec)}
+    given |= {"index": f"start + (uint32_t){at}"} if args.random else {}
+    for name in spec.elements:
         c = loops.in_c(name)
         given[f"{c}_at"] = f"{c}_block" if name in widened else f"{c}_at + {at}"
     given.pop("count")
     arguments = ", ".join(given.values())
     lines += [f"float {loops.in_c(name)}_block[BLOCK];" for name in widened]
-    if record.length:
-        lines += _in_blocks(arguments, graph, dtypes, formats, record)
+    if args.row_length:
+        lines += _in_blocks(arguments, spec, args)
     elif widened:
         lines += [
             "for (int64_t i = low; i < high; i += BLOCK) {",
             "    const int64_t count = high - i < BLOCK ? high - i : BLOCK;",
-            *_conversions("widen", read, dtypes, record),
+            *_conversions("widen", read, spec),
             *_indented(_call("step_elements", f"count, {arguments}")),
-            *_conversions("narrow", written, dtypes, record),
+            *_conversions("narrow", written, spec),
             "}",
         ]
     else:
@@ -219,35 +196,26 @@ static void step_row(void *const *at, const number *c, number unscale,
 """
 
 
-def _in_blocks(
-    arguments: str,
-    graph: Graph,
-    dtypes: Mapping[str, torch.dtype],
-    formats: Mapping[str, Format],
-    record: Record,
-) -> list[str]:
-    """The lines that go through blocks that share scales, which begin anew in every row."""
-    with_scales = [column for column, format_ in formats.items() if format_.in_blocks]
-    results = loops.scaled(graph, formats)
-    written = {name for column in graph.results for name in tensors_of(column, formats)}
-    read = {name for column in graph.varying.inputs for name in tensors_of(column, formats)}
-    names = [stage.name for stage in loops.stages(graph, formats)]
+def _in_blocks(arguments: str, spec: KernelSpec, args: KernelArgs) -> list[str]:
+    """Return the lines that step block by block; blocks restart at every row of dimension 0."""
+    with_scales = spec.block_columns
+    results = spec.block_results
+    written, read = set(spec.written), set(spec.read)
+    names = [stage.name for stage in loops.stages(spec)]
     old = ", ".join(f"{column}_at_scale_at[block]" for column in with_scales)
     scales = [
-        f"{c}_at_scale_at[block] = new[{with_scales.index(c)}] = scale_of(largest[{n}]);"
+        f"{c}_at_scale_at[block] = new[{with_scales.index(c)}] = "
+        f"{loops.scale_function(spec, c)}(largest[{n}]);"
         for n, c in enumerate(results)
     ]
-    ahead = [
-        f"fetch_ahead({c}_at + i, sizeof *{c}_at);"
-        for c in map(loops.in_c, elements_of_graph(graph, formats))
-    ]
+    ahead = [f"fetch_ahead({c}_at + i, sizeof *{c}_at);" for c in map(loops.in_c, spec.elements)]
     whole = [_call(f"{name}_whole", arguments) for name in names]
     part = [_call(name, f"count, {arguments}") for name in names]
     return [
         *(f"number {column}_numbers[BLOCK];" for column in results),
         f"float new[{len(with_scales)}];",
         f"uint32_t largest[{len(with_scales)}];",
-        f"const int64_t length = (int64_t)at[{len(record.tensors)}];",
+        f"const int64_t length = (int64_t)at[{len(args.tensors)}];",
         "const int64_t blocks = (length + BLOCK - 1) / BLOCK;",
         "int64_t first = low / blocks * length, within = low % blocks * BLOCK;",
         "for (int64_t block = low; block < high; block++) {",
@@ -255,26 +223,24 @@ def _in_blocks(
         "    const int64_t count = length - within < BLOCK ? length - within : BLOCK;",
         f"    const float old[] = {{{old}}};",
         *_indented(ahead),
-        *_conversions("widen", read, dtypes, record),
+        *_conversions("widen", read, spec),
         "    if (count == BLOCK) {",
         *_indented([*whole[0], *scales, *itertools.chain(*whole[1:])], 8),
         "    } else {",
         *_indented([*part[0], *scales, *itertools.chain(*part[1:])], 8),
         "    }",
-        *_conversions("narrow", written, dtypes, record),
+        *_conversions("narrow", written, spec),
         "    within += BLOCK;",
         "    if (within >= length) { within = 0; first += length; }",
         "}",
     ]
 
 
-def _conversions(
-    way: str, wanted: Container[str], dtypes: Mapping[str, torch.dtype], record: Record
-) -> list[str]:
-    """The calls that convert a block of each tensor that a loop cannot: to ``widen`` or back."""
+def _conversions(way: str, wanted: Container[str], spec: KernelSpec) -> list[str]:
+    """Return the calls that convert a block of each tensor a loop cannot, to ``widen`` or back."""
     lines = []
-    for name in record.tensors:
-        function, c = getattr(STORAGE[dtypes[name]], way), loops.in_c(name)
+    for name in spec.tensors:
+        function, c = getattr(C_TYPES[spec.dtype_of[name]], way), loops.in_c(name)
         if function and name in wanted:
             ends = [f"{c}_at + i", f"{c}_block"]
             source, target = ends if way == "widen" else reversed(ends)
@@ -283,7 +249,7 @@ def _conversions(
 
 
 def _call(name: str, arguments: str) -> list[str]:
-    """The lines of a call."""
+    """Return the lines of a call."""
     return textwrap.wrap(f"{name}({arguments});", 80, subsequent_indent="    ")
 
 
@@ -292,5 +258,5 @@ def _indented(lines: Sequence[str], indent: int = 4) -> list[str]:
 
 
 def _joined(lines: Sequence[str], indent: int = 4) -> str:
-    """The lines of a body, the first of which is indented already."""
+    """Join the lines of a body; the first one is indented already."""
     return f"\n{' ' * indent}".join(lines)

@@ -1,7 +1,7 @@
-"""The Triton backend: a graph compiled for a GPU, one launch for all tensors of the same dtypes.
+"""The Triton backend: a graph compiled for a GPU, one launch for all parameters.
 
-Serves CUDA and ROCm devices, and Intel's where Triton does. With ``TRITON_INTERPRET=1`` and
-``STEPFORGE_BACKEND=triton`` it serves a CPU too, slowly: the same kernels run in Python there.
+It serves CUDA and ROCm devices, and Intel's where Triton does. With ``TRITON_INTERPRET=1`` and
+``STEPFORGE_BACKEND=triton`` it serves a CPU too, slowly: the same kernels then run in Python.
 """
 
 from __future__ import annotations
@@ -10,70 +10,57 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from stepforge.backends import reference
-from stepforge.backends.batch import Batch, arithmetic
-from stepforge.backends.memory import (
-    Spans,
-    count_writes,
-    elements_of_graph,
-    overlaps,
-    stored_dtypes,
-    tensors_of_graph,
-    unreadable,
-)
+from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
+from stepforge.backends.batch import Batch, KernelTable
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import ParamSpec, memory_problem
+from stepforge.backends.triton.dtypes import STORABLE
+from stepforge.backends.triton.expressions import OPERATIONS
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
-from stepforge.backends.triton.source import (
-    NUMBERS,
-    OPERATIONS,
-)
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
-from stepforge.expr import Graph
-from stepforge.formats import Storage
 
-__all__ = ["OPERATIONS", "Tables", "asynchronous", "name", "prepare", "refuses", "run"]
+__all__ = [
+    "OPERATIONS",
+    "Tables",
+    "device_scalars",
+    "name",
+    "prepare",
+    "run",
+    "unsupported_reason",
+]
 
 name = "triton"
-asynchronous = True
+device_scalars = True
 
 #: The types of the devices that Triton compiles for.
 _DEVICES = ("cuda", "xpu")
-#: Of NVIDIA's, the least that it compiles for.
+#: The lowest compute capability of NVIDIA's devices that it compiles for.
 _CAPABILITY = (7, 0)
 
 
-def refuses(
-    p: torch.Tensor,
-    g: torch.Tensor | None,
-    group: Mapping[str, Any],
-    graph: Graph,
-    storage: Storage,
-) -> str | None:
-    """Why this backend cannot serve a parameter, or None if it can."""
-    why_not = _device_refused(p.device)
+def unsupported_reason(param: ParamSpec) -> str | None:
+    """Say why this backend cannot step a parameter; None if it can."""
+    why_not = _device_problem(param.p.device)
     if not (why_not or is_interpreted()):
-        why_not = _out_of_order() or _too_old(p.device)
+        why_not = _driver_problem() or _capability_problem(param.p.device)
     if why_not:
         return why_not
-    if group["differentiable"]:
+    if param.group["differentiable"]:
         return "autograd does not go through a compiled kernel"
-    why_not = unreadable(p, g, NUMBERS)
-    if why_not:
-        return why_not
-    dtype, gradient = stored_dtypes(p, g)
-    names = tensors_of_graph(graph, storage.formats)
-    dtypes = tuple(gradient if name == "g" else storage.real_dtype(name) for name in names)
-    kernel = kernel_for(graph, dtypes, arithmetic(dtype), formats=storage.formats)
+    problem = memory_problem(param, STORABLE)
+    if problem:
+        return problem
+    kernel = kernel_for(param.kernel)
     return kernel if isinstance(kernel, str) else None
 
 
-def _device_refused(device: torch.device) -> str | None:
+def _device_problem(device: torch.device) -> str | None:
     if device.type in _DEVICES:
         if is_interpreted():
             return "TRITON_INTERPRET has kernels run in Python, which cannot read a GPU's memory"
@@ -90,18 +77,18 @@ def _is_installed() -> bool:
 
 
 @functools.cache
-def _out_of_order() -> str | None:
-    """Why Triton, which is installed, can launch nothing here; None if it can."""
+def _driver_problem() -> str | None:
+    """Say why an installed Triton can launch nothing here; None if it can."""
     try:
         importlib.import_module("triton.runtime").driver.active.get_current_target()
-    except Exception as error:  # of whatever kind: it calls compilers and loads libraries
+    except Exception as error:  # of any kind: it calls compilers and loads libraries
         return f"Triton does not work here: {(str(error).splitlines() or [''])[0]}"
     return None
 
 
 @functools.cache
-def _too_old(device: torch.device) -> str | None:
-    """Why Triton compiles nothing for a device of NVIDIA's; None if it does, or it is AMD's."""
+def _capability_problem(device: torch.device) -> str | None:
+    """Say why Triton compiles nothing for an NVIDIA device; None if it does, or for AMD's."""
     if device.type != "cuda" or torch.version.hip:
         return None
     found = torch.cuda.get_device_capability(device)
@@ -112,97 +99,104 @@ def _too_old(device: torch.device) -> str | None:
 
 
 class Tables:
-    """The rows of a batch, in a table for each launch.
+    """The parameters of a batch, one table for each launch: the dense ones, and the others.
 
     Args:
-        batch: the rows; they may be aimed at other gradients, and run with other coefficients.
+        batch: the parameters. Other gradients may be bound later, and the tables run with other
+            coefficients.
 
     Raises:
         RuntimeError: there is no kernel for some of them, or a tensor has no memory.
     """
 
     def __init__(self, batch: Batch) -> None:
-        graph, formats, columns = batch.graph, batch.formats, batch.columns
-        dtypes = ([x.dtype for x in columns[name]] for name in tensors_of_graph(graph, formats))
-        rows = zip(*(columns[name] for name in elements_of_graph(graph, formats)))
-        dense = (_is_dense(row, in_order=bool(formats)) for row in rows)
-        alike: dict[Any, list[int]] = {}
-        for index, kind in enumerate(zip(zip(*dtypes), dense)):
-            alike.setdefault(kind, []).append(index)
-        self._kept = Spans([x for key, c in columns.items() if key != "g" for x in c])
-        self.tables = [Table(batch, members, dense=kind[1]) for kind, members in alike.items()]
+        spec = batch.spec
+        rows = zip(*(batch.columns[name] for name in spec.elements))
+        by_density: dict[bool, list[int]] = {}
+        for index, row in enumerate(rows):
+            is_dense = _is_dense(row, in_order=bool(spec.formats))
+            by_density.setdefault(is_dense, []).append(index)
+        self.tables = [
+            Table(batch, members, dense=is_dense) for is_dense, members in by_density.items()
+        ]
+        self.aliasing = Aliasing(batch)
 
-    def aim(self, gradients: list[torch.Tensor]) -> None:
-        """Takes other gradients of the same layouts.
+    def bind_gradients(self, gradients: list[torch.Tensor]) -> None:
+        """Take other gradients of the same layouts.
 
         Raises:
             RuntimeError: one has no memory.
         """
+        self.aliasing.bind_gradients(gradients)
         for table in self.tables:
-            table.aim(gradients)
+            table.bind_gradients(self.aliasing.gradients)
 
-    def run(self, batch: Batch) -> None:
-        """Steps the rows with the coefficients of a batch of just these rows."""
+    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
+        """Step the parameters with the gradients that are bound.
+
+        Args:
+            batch: the same parameters and gradients, with the coefficients of this step.
+            grad_scale: the scale of the gradients.
+        """
         for table in self.tables:
-            table.run(batch)
-        count_writes(batch)
+            table.run(batch, grad_scale)
+        increment_versions(batch)
 
-    def overlap(self) -> bool:
-        """Whether memory that is kept is also another tensor's of these rows."""
-        return self._kept.overlap or any(
-            self._kept.touch(*table.gradient_spans()) for table in self.tables
-        )
+    def is_aliased(self) -> bool:
+        """Return True if the memory of a parameter or state is also another tensor's."""
+        return self.aliasing.found()
 
 
 def prepare(batch: Batch) -> Tables | None:
-    """The tables of a batch, to be kept while its tensors stay; None if it needs another way."""
-    return None if _needs_order(batch) else Tables(batch)
+    """Return the tables of a batch; None if no kernel can step its tensors."""
+    return None if _needs_reference(batch) else Tables(batch)
 
 
-def run(batch: Batch) -> None:
-    """Steps all rows in place, one launch for those that share their dtypes."""
-    if isinstance(batch.prepared, Tables) and not batch.prepared.overlap():
-        batch.prepared.run(batch)
-    elif _needs_order(batch):
-        _run_in_order(batch)
+def run(
+    batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
+) -> None:
+    """Step all parameters in place."""
+    if isinstance(table, Tables) and not table.is_aliased():
+        table.run(batch, grad_scale)
+    elif _needs_reference(batch):
+        _run_reference(batch, grad_scale)
     else:
-        Tables(batch).run(batch)
+        Tables(batch).run(batch, grad_scale)
 
 
-def _run_in_order(batch: Batch) -> None:
-    """Steps all rows by the reference, which has an order of reads and writes.
+def _run_reference(batch: Batch, grad_scale: GradScale | None) -> None:
+    """Step all parameters by the reference, which reads and writes in a defined order.
 
-    It computes with numbers of the host, so it waits for what a gradient scaler says.
+    It computes with Python numbers, so it synchronizes the device of the gradient scale.
     """
-    scale = batch.loss_scale and batch.loss_scale.read()
+    scale = grad_scale and grad_scale.read()
     if not (scale and scale.found_inf):
-        reference.run(replace(batch, loss_scale=scale))
+        reference.run(batch, grad_scale=scale)
 
 
-def _needs_order(batch: Batch) -> bool:
-    """Whether a kernel would not find in memory what tensors are.
+def _needs_reference(batch: Batch) -> bool:
+    """Return True if the memory of a tensor is not its values, laid out as a kernel expects.
 
-    They share memory that is written, or stand for the negative of what it holds, or are scales
-    that do not lie one behind the other.
+    Written memory is shared, or holds negated values, or scales are not contiguous.
     """
-    kept = [x for name in batch.written for x in batch.columns[name]]
+    spec = batch.spec
+    written = [x for name in spec.written for x in batch.columns[name]]
     tensors = [x for column in batch.columns.values() for x in column]
-    elements = elements_of_graph(batch.graph, batch.formats)
-    scales = [x for name in batch.written if name not in elements for x in batch.columns[name]]
+    scales = [x for name in spec.written if name not in spec.elements for x in batch.columns[name]]
     return (
-        overlaps(batch)
-        or any(map(may_overlap, kept))
+        is_aliased(batch)
+        or any(map(may_overlap, written))
         or any(x.is_neg() for x in tensors)
         or not all(x.is_contiguous() for x in scales)
     )
 
 
 def _is_dense(row: Sequence[torch.Tensor], *, in_order: bool) -> bool:
-    """Whether all tensors of a row have their elements in one order without gaps.
+    """Return True if all tensors of a parameter have their elements in one order without gaps.
 
     Args:
         row: the tensors.
-        in_order: whether it must be the order of a contiguous tensor.
+        in_order: True if it must be the order of a contiguous tensor.
     """
     return (
         not row[0].numel()

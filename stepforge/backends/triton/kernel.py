@@ -1,4 +1,4 @@
-"""A kernel in Triton: the module that a graph becomes, and how it is launched."""
+"""A kernel in Triton: a spec made into a module, and its launch."""
 
 from __future__ import annotations
 
@@ -10,35 +10,27 @@ import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 
-from stepforge.backends import retry, trust
-from stepforge.backends.memory import tensors_of_graph
+from stepforge.backends import cache, trust
 from stepforge.backends.native import build
-from stepforge.backends.triton.source import (
-    Record,
-    named,
-    triton_source,
-    writer_source,
-)
-from stepforge.expr import Graph
-from stepforge.formats import Format
+from stepforge.backends.spec import KernelSpec
+from stepforge.backends.triton.source import KernelArgs, named, triton_source, writer_source
 
-#: How many elements a program of a launch steps. A launch can have 2**31 programs, which is more
-#: elements than any memory holds. Four warps of 32 then have two words of 16 bytes of float32 in
-#: each column to move.
+#: Elements that one program of a launch steps. A launch can have 2**31 programs, which is more
+#: elements than any memory holds. Each thread of four warps then moves two words of 16 bytes of
+#: float32 per column.
 BLOCK = 1024
 WARPS = 4
-#: An address that is a multiple of this many bytes allows the widest loads and stores.
+#: Bytes of the widest load or store; an address must be a multiple of them.
 WIDEST = 16
 
 
 def is_interpreted() -> bool:
-    """Whether Triton runs kernels in Python, on a CPU: ``TRITON_INTERPRET=1``."""
+    """Return True if Triton runs kernels in Python, on a CPU: ``TRITON_INTERPRET=1``."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
@@ -46,30 +38,17 @@ class Kernel:
     """A kernel, which Triton compiles when it is launched.
 
     Args:
-        graph: what it computes.
-        dtypes: the dtype of each of :func:`tensors_of_graph`, in order.
-        arithmetic: float32 or float64.
-        dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
-        formats: of the columns that have one.
+        spec: its computation and storage.
+        dims: the dimensions of a parameter's tensors for the kernel; 0 if all are dense.
 
     Raises:
         BuildError: its source cannot be kept.
         ImportError: Triton cannot be imported.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        dtypes: tuple[torch.dtype, ...],
-        arithmetic: torch.dtype,
-        dims: int,
-        formats: Mapping[str, Format] = MappingProxyType({}),
-    ) -> None:
-        self.tensors = tensors_of_graph(graph, formats)
-        self.record = Record.of(graph, dims, formats)
-        self.dtype = arithmetic
-        stored = dict(zip(self.tensors, dtypes, strict=True))
-        self._step = load(triton_source(graph, stored, arithmetic, dims, formats)).step
+    def __init__(self, spec: KernelSpec, dims: int) -> None:
+        self.args = KernelArgs.of(spec, dims)
+        self._step = load(triton_source(spec, dims)).step
 
     def launch(
         self,
@@ -77,40 +56,41 @@ class Kernel:
         owners: torch.Tensor,
         rows: torch.Tensor,
         gradients: torch.Tensor,
-        numbers: torch.Tensor,
-        keys: torch.Tensor | None,
+        coefficients: torch.Tensor,
+        step_seeds: torch.Tensor | None,
         aligned: Mapping[str, int],
-        scaling: tuple[torch.Tensor, torch.Tensor] | None = None,
+        grad_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Steps rows.
+        """Step parameters.
 
         Args:
-            blocks: how many blocks of elements the rows have together.
-            owners: int32 of blocks: the row of each.
-            rows: int64 of rows x numbers: the records of the rows.
-            gradients: int64 of rows: where their gradients begin.
-            numbers: of rows x coefficients, or of 1 x coefficients if they are those of all rows.
-            keys: int64 of rows: the words from which their random bits follow; None if rounding
-                takes none.
-            aligned: for each tensor the bytes that its addresses are multiples of.
-            scaling: what gradients are multiplied by, in the dtype of the arithmetic, and a number
-                that is not zero if nothing is to be changed; an element each.
+            blocks: the number of blocks of all parameters.
+            owners: int32, blocks: the parameter of each block.
+            rows: int64, parameters x width: the records of :class:`KernelArgs`.
+            gradients: int64, parameters: the addresses of their gradients.
+            coefficients: parameters x coefficients, or 1 x coefficients if all parameters share
+                them.
+            step_seeds: int64, parameters: the seeds of their random bits; None if rounding takes
+                none.
+            aligned: for each tensor, the power of two in bytes that divides all its addresses.
+            grad_scale: the factor of gradients, in the dtype of the arithmetic, and a number that
+                is not zero if the step is to be skipped; one element each.
         """
-        stride = numbers.shape[1] if len(numbers) > 1 else 0
-        elements = () if self.record.dims else self.record.elements
+        stride = coefficients.shape[1] if len(coefficients) > 1 else 0
+        elements = () if self.args.dims else self.args.elements
         given: dict[str, Any] = {named(x, "aligned"): aligned[x] for x in elements}
-        if keys is not None:
-            given["keys"] = keys
+        if step_seeds is not None:
+            given["keys"] = step_seeds
         with _device(rows.device):
             self._step[(blocks,)](
                 owners,
                 rows,
                 gradients,
-                numbers,
+                coefficients,
                 stride,
-                *(scaling or (None, None)),
+                *(grad_scale or (None, None)),
                 **given,
-                SCALED=scaling is not None,
+                SCALED=grad_scale is not None,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
@@ -118,7 +98,7 @@ class Kernel:
 
 
 def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """What a launch on a device needs around it."""
+    """Return the context of a launch on a device."""
     if device.type == "cpu":
         return np.errstate(all="ignore")  # the interpreter computes with numpy
     guard: contextlib.AbstractContextManager[Any] = torch.get_device_module(device).device(device)
@@ -126,9 +106,9 @@ def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def load(source: str) -> types.ModuleType:
-    """The module of a source, which is kept under the name of its content for Triton and readers.
+    """Return the module of a source, and keep the source in a file, for Triton and for readers.
 
-    What runs is the source given, whatever the file holds.
+    The module runs the given source, whatever the file holds.
 
     Raises:
         BuildError: it cannot be kept.
@@ -137,7 +117,7 @@ def load(source: str) -> types.ModuleType:
     name = f"stepforge-{hashlib.sha256(source.encode()).hexdigest()[:32]}"
     path = build.cache_folder() / f"{name}.py"
     _keep(source, path)
-    # Triton reads the source of a function by way of this cache; no time: it is never outdated.
+    # Triton reads a function's source through this cache. Without a time it is never outdated.
     linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
     module = types.ModuleType(name)
     module.__file__ = str(path)
@@ -160,16 +140,16 @@ def _keep(source: str, path: Path) -> None:
         raise build.unwritable(path.parent, error) from None
 
 
-#: How many numbers a launch of :func:`write` carries.
+#: The numbers that one launch of :func:`write` carries.
 _WORDS = 32
 
 
 def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
-    """Writes numbers into a table by launches that carry them.
+    """Write numbers into a table by launches that carry them as arguments.
 
     Args:
-        table: int32 on a device.
-        words: int32, as many.
+        table: int32, on a device.
+        words: int32, of the same length.
     """
     kernel = _writer().write[(1,)]
     with _device(table.device):
@@ -180,7 +160,7 @@ def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
 
 @functools.cache
 def load_writer(device: torch.device) -> None:
-    """Makes :func:`write` ready: a device that captures a graph cannot load its kernel."""
+    """Load the kernel of :func:`write`, which cannot be loaded while a graph is captured."""
     write(torch.empty(1, dtype=torch.int32, device=device), np.zeros(1, np.int32))
 
 
@@ -189,36 +169,20 @@ def _writer() -> types.ModuleType:
     return load(writer_source(_WORDS))
 
 
-def kernel_for(
-    graph: Graph,
-    dtypes: tuple[torch.dtype, ...],
-    arithmetic: torch.dtype,
-    dims: int = 0,
-    formats: Mapping[str, Format] = MappingProxyType({}),
-) -> Kernel | str:
-    """The kernel; or why it cannot be had.
+def kernel_for(spec: KernelSpec, dims: int = 0) -> Kernel | str:
+    """Return the kernel of a spec; or why there is none.
 
     Args:
-        graph: what it computes.
-        dtypes: the dtype of each of :func:`tensors_of_graph`, in order.
-        arithmetic: float32 or float64.
-        dims: how many dimensions the tensors of a row have for it; 0 if all are dense.
-        formats: of the columns that have one.
+        spec: its computation and storage.
+        dims: the dimensions of a parameter's tensors for the kernel; 0 if all are dense.
     """
-    return _kernel_for(graph, dtypes, arithmetic, dims, tuple(formats.items()), is_interpreted())
+    return _kernel_for(spec, dims, is_interpreted())
 
 
-@retry.made_once(build.cache_circumstances)
-def _kernel_for(
-    graph: Graph,
-    dtypes: tuple[torch.dtype, ...],
-    arithmetic: torch.dtype,
-    dims: int,
-    formats: tuple[tuple[str, Format], ...],
-    _interpreted: bool,
-) -> Kernel | str:
+@cache.made_once(build.cache_circumstances)
+def _kernel_for(spec: KernelSpec, dims: int, _interpreted: bool) -> Kernel | str:
     try:
-        return Kernel(graph, dtypes, arithmetic, dims, dict(formats))
+        return Kernel(spec, dims)
     except build.BuildError as error:
         return str(error)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The table of rows that one launch of a kernel steps, on the device of the rows."""
+"""The table of parameters that one launch of a kernel steps, on their device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends.aliasing import addresses
 from stepforge.backends.batch import Batch, is_capturing
-from stepforge.backends.memory import addresses, elements_of_graph, extent, tensors_of_graph
+from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
 from stepforge.backends.triton.strides import dimensions
@@ -18,91 +19,87 @@ from stepforge.formats import BLOCK as CHUNK
 
 
 class Table:
-    """Rows of the same dtypes: where they are, what they are stepped with.
+    """The addresses, sizes and strides of parameters, on their device.
 
     Args:
-        batch: holds the rows; they may be aimed at other gradients, and run with other
-            coefficients.
-        members: which of its rows they are.
-        dense: whether all tensors of each row have their elements in one order without gaps, which
-            must be that of a contiguous tensor if there are formats.
+        batch: holds the parameters. Other gradients may be bound later, and the table run with
+            other coefficients.
+        members: the indices of the table's parameters in the batch.
+        dense: True if all tensors of each parameter have their elements in one order without gaps,
+            which must be the order of a contiguous tensor if there are formats.
 
     Raises:
         RuntimeError: there is no kernel for them, or a tensor has no memory.
     """
 
     def __init__(self, batch: Batch, members: Sequence[int], *, dense: bool) -> None:
-        graph, formats = batch.graph, batch.formats
+        spec = batch.spec
         self._members = list(members)
-        names = tensors_of_graph(graph, formats)
-        columns = {name: [batch.columns[name][index] for index in members] for name in names}
-        rows = list(zip(*(columns[name] for name in elements_of_graph(graph, formats))))
-        shapes = [[] if dense else dimensions(row, in_order=bool(formats)) for row in rows]
+        columns = {name: [batch.columns[name][index] for index in members] for name in spec.tensors}
+        rows = list(zip(*(columns[name] for name in spec.elements)))
+        shapes = [[] if dense else dimensions(row, in_order=bool(spec.formats)) for row in rows]
         dims = max(map(len, shapes))
-        dtypes = tuple(columns[name][0].dtype for name in names)
-        kernel = kernel_for(graph, dtypes, batch.dtype, dims, formats)
+        kernel = kernel_for(spec, dims)
         if isinstance(kernel, str):
-            raise RuntimeError(f"there is no kernel for {', '.join(map(str, dtypes))}: {kernel}")
+            dtypes = ", ".join(map(str, spec.dtypes))
+            raise RuntimeError(f"there is no kernel for {dtypes}: {kernel}")
         self.kernel = kernel
         self.device = rows[0][0].device
         sizes = np.array([row[0].numel() for row in rows], np.int64)
         self.occupied = sizes > 0
-        record = kernel.record
-        if record.in_blocks:
+        args = kernel.args
+        if args.in_blocks:
             lengths = np.array([math.prod(row[0].shape[1:]) for row in rows], np.int64)
             sizes = np.array([len(row[0]) for row in rows]) * (-(-lengths // CHUNK) * CHUNK)
         blocks = -(-sizes // BLOCK)
         self.blocks = int(blocks.sum())
-        self._records = np.zeros((len(rows), record.width), np.int64)
-        self._records[:, record.first] = np.cumsum(blocks) - blocks
-        self._records[:, record.size] = sizes
-        for name in record.kept:
-            self._records[:, record.address(name)] = self._addresses(columns[name])
+        self._records = np.zeros((len(rows), args.width), np.int64)
+        self._records[:, args.first] = np.cumsum(blocks) - blocks
+        self._records[:, args.size] = sizes
+        for name in args.states:
+            self._records[:, args.address(name)] = self._checked(addresses(columns[name]))
         for position, shape in enumerate(shapes):
-            padded = [(1, (0,) * len(record.elements))] * (dims - len(shape)) + shape
+            padded = [(1, (0,) * len(args.elements))] * (dims - len(shape)) + shape
             for dim, (length, steps) in enumerate(padded):
-                self._records[position, record.extent(dim)] = length
-                for name, step in zip(record.elements, steps):
-                    self._records[position, record.stride(name, dim)] = step
-        if record.in_blocks:
-            self._records[:, record.length] = lengths
-        if record.is_random:
-            assert batch.starts is not None
-            self._records[:, record.start] = batch.starts[self._members]
-        gradients = [batch.columns["g"][index] for index in members]
-        self._gradients = self._addresses(gradients)
-        self._extents = np.fromiter(map(extent, gradients), np.int64, len(gradients))
+                self._records[position, args.extent(dim)] = length
+                for name, step in zip(args.elements, steps):
+                    self._records[position, args.stride(name, dim)] = step
+        if args.in_blocks:
+            self._records[:, args.row_length] = lengths
+        if args.is_random:
+            assert batch.first_indices is not None
+            self._records[:, args.start] = batch.first_indices[self._members]
+        self.bind_gradients(addresses(batch.columns["g"]))
         self._aligned = {
-            name: _alignment(self._records[:, record.address(name)]) for name in record.kept
+            name: _alignment(self._records[:, args.address(name)]) for name in args.states
         }
-        self.rows, self.gradients, self.numbers, self.keys, self.members = (
+        self.rows, self.gradients, self.coefficients, self.step_seeds, self.members = (
             Mirror(self.device) for _ in range(5)
         )
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
-        if not is_capturing():  # memory that is lacking should be so before any step
+        if not is_capturing():  # allocate now: running out of memory must precede any change
             self._owners_of(self.rows.show(self._records))
             self.gradients.show(self._gradients)
-            if self.device.type == "cuda" and _is_captured(batch):
-                kernels.load_writer(self.device)  # the next step may be
+            if self.device.type == "cuda" and _may_be_captured(batch):
+                kernels.load_writer(self.device)  # the next step may be captured
 
-    def aim(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Takes other gradients of the same layouts, one for each row of the batch.
+    def bind_gradients(self, gradients: np.ndarray[Any, Any]) -> None:
+        """Take other gradients of the same layouts.
+
+        Args:
+            gradients: their addresses, one per parameter of the batch.
 
         Raises:
             RuntimeError: one has no memory.
         """
-        self._gradients = self._addresses([gradients[index] for index in self._members])
+        self._gradients = self._checked(gradients[self._members])
 
-    def gradient_spans(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Where the memory of each gradient begins and ends."""
-        begins = self._gradients[self.occupied]
-        ends = begins + self._extents[self.occupied]
-        return begins.astype(np.uint64), ends.astype(np.uint64)
+    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
+        """Step the parameters with the gradients that are bound.
 
-    def run(self, batch: Batch) -> None:
-        """Steps the rows with the coefficients of a batch that has them where the first one had.
-
-        Its gradients are those that the table was made with, or has been aimed at since.
+        Args:
+            batch: the batch of the table's parameters, with the coefficients of this step.
+            grad_scale: the scale of the gradients.
         """
         if not self.blocks:
             return
@@ -111,71 +108,70 @@ class Table:
             self._owners_of(rows),
             rows,
             self.gradients.show(self._gradients),
-            self._numbers_of(batch),
-            self._keys_of(batch),
+            self._coefficients_of(batch),
+            self._step_seeds_of(batch),
         )
-        scale = batch.loss_scale
+        scale = None
+        if grad_scale is not None:
+            scale = grad_scale.on_device(self.device, batch.spec.arithmetic)
         self.kernel.launch(
-            self.blocks,
-            *tables,
-            {**self._aligned, "g": _alignment(self._gradients)},
-            None if scale is None else scale.on_device(self.device, batch.dtype),
+            self.blocks, *tables, {**self._aligned, "g": _alignment(self._gradients)}, scale
         )
         self._keep_until_done(tables)
 
     def _keep_until_done(self, tables: Sequence[torch.Tensor | None]) -> None:
-        """Has their memory outlive a launch on a stream other than that they were made on."""
+        """Keep the tables' memory until the launch is done, on whatever stream it runs."""
         if self.device.type != "cpu" and not is_capturing():
             stream = torch.get_device_module(self.device).current_stream(self.device)
             for table in tables:
                 if table is not None:
                     table.record_stream(stream)
 
-    def _numbers_of(self, batch: Batch) -> torch.Tensor:
-        """The coefficients: of each row, or in one row those of all."""
+    def _coefficients_of(self, batch: Batch) -> torch.Tensor:
+        """Return the coefficients: a row per parameter, or one row that all share."""
         is_whole = len(self._members) == len(batch)
+        arithmetic = batch.spec.arithmetic
         if _has_device_values(batch):
             columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
-            return self._of_members(torch.stack([c.to(batch.dtype) for c in columns], dim=1))
+            return self._of_members(torch.stack([c.to(arithmetic) for c in columns], dim=1))
         count = len(batch) if any(isinstance(c, np.ndarray) for c in batch.coefficients) else 1
-        dtype = np.float64 if batch.dtype == torch.float64 else np.float32
-        numbers = np.empty((count, len(batch.coefficients)), dtype)
+        dtype = np.float64 if arithmetic == torch.float64 else np.float32
+        rows = np.empty((count, len(batch.coefficients)), dtype)
         for position, value in enumerate(batch.coefficients):
-            numbers[:, position] = value
-        return self.numbers.show(numbers if is_whole or count == 1 else numbers[self._members])
+            rows[:, position] = value
+        return self.coefficients.show(rows if is_whole or count == 1 else rows[self._members])
 
-    def _keys_of(self, batch: Batch) -> torch.Tensor | None:
-        """The words from which the random bits of each row follow; None if rounding takes none."""
-        if batch.keys is None or not self.kernel.record.is_random:
+    def _step_seeds_of(self, batch: Batch) -> torch.Tensor | None:
+        """Return the seeds of the parameters' random bits; None if rounding takes none."""
+        if batch.step_seeds is None or not self.kernel.args.is_random:
             return None
-        if isinstance(batch.keys, np.ndarray):
-            return self.keys.show(batch.keys[self._members])
-        return self._of_members(batch.keys)
+        if isinstance(batch.step_seeds, np.ndarray):
+            return self.step_seeds.show(batch.step_seeds[self._members])
+        return self._of_members(batch.step_seeds)
 
-    def _of_members(self, given: torch.Tensor) -> torch.Tensor:
-        """Of what the device has for each row of a batch, what is of these."""
-        if len(self._members) == len(given):
-            return given
-        return given[self.members.show(np.array(self._members))]
+    def _of_members(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the rows of this table's parameters from a row per parameter of the batch."""
+        if len(self._members) == len(values):
+            return values
+        return values[self.members.show(np.array(self._members))]
 
     def _owners_of(self, rows: torch.Tensor) -> torch.Tensor:
-        """The row of each block; computed where the rows are, when they are new."""
+        """Return the parameter of each block; computed on the device, when the rows are new."""
         if self._owners is None or self._owners[0] is not rows:
-            first = rows[:, self.kernel.record.first].contiguous()
+            first = rows[:, self.kernel.args.first].contiguous()
             blocks = torch.arange(self.blocks, device=self.device)
-            # Of rows that begin with the same block all but the last are empty.
+            # Among parameters with the same first block, all but the last are empty.
             owners = torch.searchsorted(first, blocks, right=True, out_int32=True) - 1
             if is_capturing():
                 return owners
             self._owners = rows, owners
         return self._owners[1]
 
-    def _addresses(self, tensors: Sequence[torch.Tensor]) -> np.ndarray[Any, Any]:
-        # Some devices have addresses from 2**63 on; Triton casts what has the same bits.
-        begins = addresses(tensors).view(np.int64)
-        if (begins[self.occupied] == 0).any():
+    def _checked(self, addresses: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return addresses as int64: some are 2**63 or more, and Triton casts the bits."""
+        if (addresses[self.occupied] == 0).any():
             raise RuntimeError("a tensor has no memory: its data pointer is null")
-        return begins
+        return addresses.view(np.int64)
 
 
 class Mirror:
@@ -201,10 +197,10 @@ class Mirror:
 
 
 def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    """The array in memory of its own, written by launches that carry the numbers themselves.
+    """Return a device copy of an array, written by launches that carry its numbers as arguments.
 
-    A captured graph would copy from memory of the host again at every replay, long after that has
-    come to hold something else.
+    A captured graph would repeat a copy from host memory at every replay, when that memory holds
+    something else.
     """
     words = np.ascontiguousarray(array).reshape(-1).view(np.int32)
     table = torch.empty(len(words), dtype=torch.int32, device=device)
@@ -222,7 +218,7 @@ def _uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor
 
 
 def _are_equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    """In every bit: 0.0 is not -0.0, and NaN is NaN."""
+    """Compare every bit: 0.0 is not -0.0, and NaN is NaN."""
     return (
         one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
     )
@@ -233,7 +229,7 @@ def _on_device(
     count: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """A coefficient as a vector with an element for each row."""
+    """Return a coefficient as a device vector with one element per parameter."""
     if isinstance(value, list):
         value = torch.stack(value)
     if isinstance(value, torch.Tensor) and (value.device == device or value.device.type != "cpu"):
@@ -246,16 +242,16 @@ def _on_device(
 
 
 def _has_device_values(batch: Batch) -> bool:
-    """Whether coefficients are only known to the device."""
+    """Return True if coefficients are device tensors."""
     return any(isinstance(c, (torch.Tensor, list)) for c in batch.coefficients)
 
 
-def _is_captured(batch: Batch) -> bool:
-    """Whether a graph may be captured of such a batch, whose numbers then are on the device."""
-    return _has_device_values(batch) or isinstance(batch.keys, torch.Tensor)
+def _may_be_captured(batch: Batch) -> bool:
+    """Return True if a CUDA graph may capture the batch: its numbers are device tensors."""
+    return _has_device_values(batch) or isinstance(batch.step_seeds, torch.Tensor)
 
 
 def _alignment(addresses: np.ndarray[Any, Any]) -> int:
-    """How many bytes, at most :data:`WIDEST`, all addresses are multiples of."""
+    """Return the largest power of two, at most :data:`WIDEST`, that divides all addresses."""
     together = int(np.bitwise_or.reduce(addresses, initial=WIDEST))
     return together & -together

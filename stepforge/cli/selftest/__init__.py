@@ -17,19 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stepforge.backends import BACKENDS, FUSED
+from stepforge.backends import BACKENDS, FUSED, ParamSpec
 from stepforge.cli import device as devices
 from stepforge.cli.doctor import facts
 from stepforge.cli.machine import describe
-from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.selftest.cases import Case, cases
 from stepforge.cli.selftest.compare import Outcome, Result, differing, digest, outcomes
-from stepforge.entries import kept
+from stepforge.rules import ALL
+from stepforge.state.layout import dtypes_after_step, state_layout
+from stepforge.step.params import kernel_spec
 
 __all__ = ["HASHES", "selftest"]
 
 #: The names that ``--optimizer`` takes.
-OptimizerName = StrEnum("OptimizerName", [(name, name) for name in OPTIMIZERS])  # type: ignore[misc]
+OptimizerName = StrEnum("OptimizerName", [(name, name) for name in ALL])  # type: ignore[misc]
 
 #: The hashes that the package carries: for each case those of its steps.
 HASHES = Path(__file__).with_name("hashes.json")
@@ -173,11 +174,12 @@ def _refusal(case: Case, backend: str, device: torch.device) -> str | None:
     # Who asks for a kernel is told why there is none; who does not is warned.
     optimizer = case.build(params, fused=True)
     for group in optimizer.param_groups:
-        graph = optimizer._rule.graph(group)
+        graph = optimizer.rule.graph(group)
         for p in group["params"]:
             g = torch.empty_like(p, dtype=case.gradient)
-            storage = kept(optimizer._rule, group, p).storage
-            why = BACKENDS[backend].refuses(p, g, group, graph, storage)
+            layout = state_layout(optimizer.rule, group, p)
+            spec = kernel_spec(graph, layout, p, g, dtypes_after_step(layout, group, {}))
+            why = BACKENDS[backend].unsupported_reason(ParamSpec(p, g, group, spec))
             if why is not None:
                 return why
     return None

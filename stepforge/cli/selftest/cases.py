@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 import stepforge
-from stepforge.cli.measure import OPTIMIZERS
-from stepforge.entries import SHORT
-from stepforge.formats import key_of, stream_of
+from stepforge.formats import param_seed, step_seed
+from stepforge.rules import ALL
+from stepforge.state.layout import HALF_DTYPES
 
 __all__ = ["FACTORS", "GROUPS", "STEPS", "Case", "Member", "cases", "fits", "values"]
 
@@ -31,7 +31,7 @@ STEPS = 6
 
 #: Choices of a case. The first of each is the default.
 FACTORS: Mapping[str, tuple[Any, ...]] = {
-    "optimizer": OPTIMIZERS,
+    "optimizer": tuple(ALL),
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64),
     "gradient": (None, torch.float32, torch.bfloat16),
     "state_format": (None, "float32", "bfloat16", "int8"),
@@ -120,7 +120,7 @@ def _arguments(optimizer: str) -> frozenset[str]:
 def fits(row: _Row) -> bool:
     """True if these choices, of all factors or of some, can stand together."""
     dtype, gradient, optimizer = row.get("dtype"), row.get("gradient"), row.get("optimizer")
-    if dtype and row.get("weights") and dtype not in SHORT:
+    if dtype and row.get("weights") and dtype not in HALF_DTYPES:
         return False
     if dtype and gradient and (dtype == gradient or dtype.is_complex):
         return False
@@ -294,8 +294,8 @@ def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int, *, wide: bool)
     info = torch.finfo(dtype)
     fraction_bits = round(-math.log2(info.eps))
     sign, infinity = 1 << (info.bits - 1), (1 << (info.bits - 1)) - (1 << fraction_bits)
-    first = stream_of(seed, np.arange(math.prod(shape), dtype=np.int64))
-    second, third = key_of(first, 1), key_of(first, 2)
+    first = param_seed(seed, np.arange(math.prod(shape), dtype=np.int64))
+    second, third = step_seed(first, 1), step_seed(first, 2)
     exponents = infinity >> fraction_bits
     exponent = first % exponents if wide else exponents // 2 - 12 + first % 16
     fraction = (second << 20 ^ third) & ((1 << fraction_bits) - 1)

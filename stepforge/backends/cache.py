@@ -1,0 +1,101 @@
+"""Made once: kernels and their failures, cached in the process.
+
+A missing compiler, a full disk or a locked cache may be repaired later, so a failure is not final.
+But a broken compiler must not run in every step. A failure stands until
+
+* the cheap circumstances of a build have changed (settings, the compiler's file, the folders and
+  their permissions), or
+* some time has passed, since a full disk or a killed compiler leaves no trace: :data:`RETRY_S`, or
+  :data:`RETRY_FACTOR` times as long as the failure took. So a compiler that hangs takes at most a
+  hundredth of a run.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, TypeVarTuple
+
+__all__ = ["made_once"]
+
+#: Seconds after which what failed is tried again though nothing seems to have changed.
+RETRY_S = 60.0
+#: How many times as long as it took it stays, at least.
+RETRY_FACTOR = 100.0
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
+
+# One at a time, so that threads that ask for a kernel at once do not all compile it. A signal
+# handler may step while the thread that it interrupts compiles: it enters again.
+_making = threading.RLock()
+
+
+def _after_fork() -> None:
+    """Takes a new lock: the thread that held the old one is not in the child to release it."""
+    global _making
+    _making = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A failure, and until when it stands.
+
+    Attributes:
+        reason: why, in one sentence.
+        circumstances: what it may have depended on.
+        until: the time of :func:`time.monotonic` at which it is tried again in any case.
+    """
+
+    reason: str
+    circumstances: Any
+    until: float
+
+
+def made_once(
+    circumstances: Callable[[], Any],
+) -> Callable[[Callable[[*Arguments], T | str]], Callable[[*Arguments], T | str]]:
+    """Keeps what a function makes of its arguments, and for a while why it cannot.
+
+    Args:
+        circumstances: asks for what a failure may depend on; cheap, as it is asked whenever
+            something is wanted that has failed.
+
+    Returns:
+        A decorator for functions of hashable arguments that return a ``str`` only to say why they
+        have failed.
+    """
+
+    def decorated(make: Callable[[*Arguments], T | str]) -> Callable[[*Arguments], T | str]:
+        made: dict[Any, T] = {}
+        failures: dict[Any, _Failure] = {}
+
+        @functools.wraps(make)
+        def get(*args: *Arguments) -> T | str:
+            with _making:
+                if args in made:
+                    return made[args]
+                failure, begin = failures.get(args), time.monotonic()
+                if failure and begin < failure.until and failure.circumstances == circumstances():
+                    return failure.reason
+                result = make(*args)
+                if isinstance(result, str):
+                    end = time.monotonic()
+                    until = end + max(RETRY_S, RETRY_FACTOR * (end - begin))
+                    failures[args] = _Failure(result, circumstances(), until)
+                else:
+                    made[args] = result
+                    failures.pop(args, None)
+                return result
+
+        return get
+
+    return decorated

@@ -1,0 +1,389 @@
+"""Loading of distributed checkpoints, whatever the format and the sharding on either side.
+
+``torch.distributed.checkpoint.load`` copies by key: it reshards, but knows no formats. Here the
+metadata of a checkpoint says what is stored. Each process reads its own part of that, as it is
+stored, and the optimizer converts it as it does any state dict. No process ever holds more of a
+state than its own part, beside the scales of codes where a row has several owners.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stepforge.checkpoint.result import LoadResult
+from stepforge.formats import Part
+from stepforge.rule import Rule
+from stepforge.state.layout import LOW_BITS, StateLayout, int8_keys, state_layout
+from stepforge.state.sharding import empty_part, local
+from stepforge.state.values import decoded_if_cut, joined_weight
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.checkpoint.storage import StorageReader
+
+
+__all__ = ["load_distributed"]
+
+
+def load_distributed(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    *,
+    storage_reader: StorageReader | None = None,
+    process_group: ProcessGroup | None = None,
+    weights: bool = True,
+    strict: bool = True,
+) -> LoadResult:
+    """Loads a checkpoint of ``torch.distributed.checkpoint`` into a model and its optimizer.
+
+    It may be of this library or of the torch.optim twin, in any format, saved by any number of
+    processes in any sharding; states become what the optimizer was made with. Where that is how
+    they are stored they are the same bit for bit. A weight is converted with the bits that the
+    optimizer keeps of it: of one saved with ``master_weight_bits`` a float32 weight gets all, and
+    one of 16 bits with ``master_weight_bits`` gets those of a float32. All processes have to call
+    this. Parameters are matched by name, whatever the param groups.
+
+    Args:
+        model: the model; plain, or sharded by FSDP2 or tensor parallel.
+        optimizer: an optimizer of this library, of all or some of the model's parameters.
+        checkpoint_id: where the checkpoint is: the folder that was given to
+            ``torch.distributed.checkpoint.save``. It holds what ``get_state_dict`` or
+            ``get_optimizer_state_dict`` has returned, under any keys, with or without
+            ``flatten_optimizer_state_dict``.
+        storage_reader: reads it, if it is not in a folder.
+        process_group: of the processes that load.
+        weights: False to load the optimizer alone.
+        strict: False to load what fits of the optimizer's state.
+
+    Returns:
+        What of the optimizer's state was missing, unexpected or mismatched, by the names of the
+        parameters; nothing if ``strict``.
+
+    Raises:
+        TypeError: the optimizer is not of this library.
+        ValueError: the checkpoint has no state of an optimizer or no weights for this model, has
+            them under several keys, or holds what ``load_state_dict`` refuses. Nothing has changed.
+
+    Example:
+        >>> import tempfile, warnings
+        >>> from torch.distributed import checkpoint
+        >>> from torch.distributed.checkpoint.state_dict import get_state_dict
+        >>> from stepforge import AdamW
+        >>> from stepforge.checkpoint import load_distributed
+        >>> warnings.simplefilter("ignore")
+        >>> model = torch.nn.Linear(64, 64)
+        >>> saved = get_state_dict(model, torch.optim.AdamW(model.parameters()))
+        >>> optimizer = AdamW(model.parameters(), state_format="int8")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = checkpoint.save(dict(zip(("model", "optimizer"), saved)), checkpoint_id=folder)
+        ...     load_distributed(model, optimizer, folder)
+        <All keys matched successfully>
+        >>> sorted(optimizer.state[model.weight])
+        ['exp_avg_codes', 'exp_avg_scale', 'exp_avg_sq_codes', 'exp_avg_sq_scale', 'step']
+    """
+    rule = getattr(optimizer, "rule", None)
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            "load_distributed is for optimizers of this library, but got "
+            f"{type(optimizer).__name__}: read the checkpoint with torch.distributed.checkpoint"
+        )
+    if (storage_reader is None) == (checkpoint_id is None):
+        raise ValueError("load_distributed takes either a checkpoint_id or a storage_reader")
+    if storage_reader is None:
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        assert checkpoint_id is not None
+        storage_reader = FileSystemReader(checkpoint_id)
+    stored = storage_reader.read_metadata().state_dict_metadata
+    names = _names(model, optimizer)
+    saved = _Saved.of(stored, set(itertools.chain.from_iterable(names)))
+    own = _OwnWeights.of(model, stored) if weights else _OwnWeights({}, "")
+
+    members = [
+        _Member(name, p, state_layout(rule, group, p), saved.entry(name), own.stored(name, stored))
+        for group, in_group in zip(optimizer.param_groups, names)
+        for p, name in zip(group["params"], in_group)
+    ]
+    request = saved.options()
+    for member in members:
+        request |= member.request()
+    _read(request, storage_reader, process_group)
+
+    converted: list[tuple[torch.Tensor, torch.Tensor]] = []
+    state: dict[str, dict[str, Any]] = {}
+    for member in members:
+        state[member.name], weight = member.found(request)
+        if weight is not None:
+            converted.append((member.p, weight))
+    state_dict = {"state": state, "param_groups": saved.groups(request)}
+    loading = optimizer._examined(state_dict, strict, names)  # type: ignore[attr-defined]
+
+    if weights:
+        own.load(model, storage_reader, process_group)
+    with torch.no_grad():
+        for p, weight in converted:
+            p.copy_(weight)
+    optimizer._apply(loading, strict)  # type: ignore[attr-defined]
+    result: LoadResult = loading.result
+    return result
+
+
+def _read(
+    request: dict[str, Any], reader: StorageReader, process_group: ProcessGroup | None
+) -> None:
+    """Fills tensors with what a checkpoint has under their keys; replaces what is no tensor."""
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    with warnings.catch_warnings():
+        # Without processes there is one, which is nothing to be told.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+        load(request, storage_reader=reader, process_group=process_group)
+
+
+def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The names in checkpoints of the parameters of each param group."""
+    # Which wrappers leave no trace in a name is known there only.
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    names = {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters()}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, p in enumerate(group["params"]):
+            if p not in names:
+                raise ValueError(
+                    f"parameter {position} of param_groups[{index}], of shape {tuple(p.shape)}, "
+                    "is not one of the model"
+                )
+    return [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _prefixes(keys: Iterable[str], endings: Iterable[str]) -> list[str]:
+    """What stands before one of those endings, up to a dot, in some key."""
+    wanted = set(endings)
+    found = {
+        key[:at]
+        for key in keys
+        for at in (0, *(n + 1 for n, letter in enumerate(key) if letter == "."))
+        if key[at:] in wanted
+    }
+    return sorted(found)
+
+
+def _only(prefixes: Sequence[str], what: str, example: str) -> str:
+    if len(prefixes) != 1:
+        where = ", ".join(repr(x.removesuffix(".")) for x in prefixes)
+        found = f"{what} under several keys: {where}" if prefixes else f"no {what}"
+        raise ValueError(f"the checkpoint has {found}; it must have one, with keys as {example!r}")
+    return prefixes[0]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The state of an optimizer in a checkpoint, by what the metadata says.
+
+    Attributes:
+        stored: the metadata of each key.
+        prefix: what the keys of the optimizer's state begin with.
+        keys: for each parameter, the keys of its entry, with those in the checkpoint.
+        is_flat: whether each parameter has the options of its group for itself.
+    """
+
+    stored: Mapping[str, Any]
+    prefix: str
+    keys: Mapping[str, Mapping[str, str]]
+    is_flat: bool
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any], names: Iterable[str]) -> _Saved:
+        endings = [f"state.{name}.step" for name in names]
+        prefix = _only(_prefixes(stored, endings), "state of these parameters", endings[0])
+        keys: dict[str, dict[str, str]] = {}
+        for key in stored:
+            if key.startswith(f"{prefix}state."):
+                name, _, of_state = key.removeprefix(f"{prefix}state.").rpartition(".")
+                keys.setdefault(name, {})[of_state] = key
+        # A list of the parameters is what only a group has.
+        return cls(stored, prefix, keys, f"{prefix}param_groups.0.params" not in stored)
+
+    def entry(self, name: str) -> dict[str, tuple[str, Any]]:
+        """For each key of the entry of a parameter, that in the checkpoint and its metadata."""
+        return {own: (key, self.stored[key]) for own, key in self.keys.get(name, {}).items()}
+
+    def options(self) -> dict[str, Any]:
+        """What to read of the options of groups."""
+        start = f"{self.prefix}param_groups."
+        return {
+            key: torch.empty(found.size, dtype=found.properties.dtype)
+            if _is_tensor(found)
+            else None
+            for key, found in self.stored.items()
+            if key.startswith(start)
+        }
+
+    def groups(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The param groups that were read; those with the same options are one."""
+        start = f"{self.prefix}param_groups."
+        read: dict[str, dict[str, Any]] = {}
+        for key, value in request.items():
+            if key.startswith(start):
+                rest = key.removeprefix(start)
+                owner, _, option = rest.rpartition(".") if self.is_flat else rest.partition(".")
+                read.setdefault(owner, {})[option] = value
+        merged: list[dict[str, Any]] = []
+        for owner, options in read.items():
+            names = [owner] if self.is_flat else options.pop("params")
+            for group in merged:
+                if _are_same(group["options"], options):
+                    group["names"] += names
+                    break
+            else:
+                merged.append({"options": options, "names": list(names)})
+        return [
+            {**group["options"], "params": group["names"], "param_names": group["names"]}
+            for group in merged
+        ]
+
+
+def _are_same(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, torch.Tensor) else value
+
+    return {k: plain(x) for k, x in options.items()} == {k: plain(x) for k, x in others.items()}
+
+
+def _is_tensor(metadata: Any) -> bool:
+    return hasattr(metadata, "properties")
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parameter of the optimizer, and what a checkpoint has of it.
+
+    Attributes:
+        name: its name in the checkpoint.
+        p: the parameter.
+        layout: the layout of its state.
+        entry: for each key of its entry in the checkpoint, the key there and its metadata.
+        weight: the same of the weight; None if it is not to be loaded.
+    """
+
+    name: str
+    p: torch.Tensor
+    layout: StateLayout
+    entry: Mapping[str, tuple[str, Any]]
+    weight: tuple[str, Any] | None
+
+    def request(self) -> dict[str, Any]:
+        """What to read, by the keys of the checkpoint."""
+        made = {key: self._space(own, found) for own, (key, found) in self.entry.items()}
+        if self.weight is not None and self._converts_weight:
+            key, found = self.weight
+            made[key] = empty_part(self.p, Part("", found.properties.dtype))
+        # Of what has another shape there is nothing to read: loading will refuse it.
+        return {key: x for key, x in made.items() if x is None or self.p.is_meta or not x.is_meta}
+
+    def _space(self, own: str, found: Any) -> torch.Tensor | None:
+        """Space for a tensor of the entry; on the device meta if it is of no use, None for else."""
+        if not _is_tensor(found):
+            return None
+        dtype, shape = found.properties.dtype, tuple(found.size)
+        part = Part("", dtype, of_block=own in self._scales)
+        if own not in self.layout.scalars and self.p.dim() and shape == part.shape(self.p.shape):
+            return empty_part(self.p, part)
+        return torch.empty(shape, dtype=dtype, device="meta" if shape else "cpu")
+
+    @property
+    def _scales(self) -> set[str]:
+        return {int8_keys(state)[1] for state in self.layout.states.values()}
+
+    @property
+    def _low_bits(self) -> str | None:
+        """The key of the lower bits that the weight is to have; None if it has all."""
+        return next((x.key for x in self.layout.tensors if x.column == "p"), None)
+
+    @property
+    def _converts_weight(self) -> bool:
+        """Whether the weight has bits in the state on one side, and another dtype on the other."""
+        if self.weight is None or self.weight[1].properties.dtype == self.p.dtype:
+            return False
+        return bool(self.entry.keys() & LOW_BITS.keys()) or self._low_bits is not None
+
+    def found(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """The entry as it was read, and the weight if it has to be converted."""
+        entry = {
+            own: request[key] if key in request else self._space(own, found)
+            for own, (key, found) in self.entry.items()
+        }
+        entry = decoded_if_cut(self.layout, entry, self.p)
+        saved_low = [entry[key] for key in LOW_BITS if key in entry]
+        if self.weight is None or not self._converts_weight or any(x.is_meta for x in saved_low):
+            return entry, None
+        stored = request[self.weight[0]]
+        joined = joined_weight(stored, entry)
+        x = local(stored if joined is None else joined).float()
+        entry = {key: value for key, value in entry.items() if key not in LOW_BITS}
+        weight = empty_part(self.p, Part("", self.p.dtype))
+        if self._low_bits is None:
+            local(weight).copy_(x)
+            return entry, weight
+        low = empty_part(self.p, Part("low", LOW_BITS[self._low_bits]))
+        self.layout.formats["p"].write({"": local(weight), "low": local(low)}, x)
+        return entry | {self._low_bits: low}, weight
+
+
+@dataclass(frozen=True)
+class _OwnWeights:
+    """The state dict of a model, and where a checkpoint has it.
+
+    Attributes:
+        values: the model's own tensors, and whatever else its state dict has.
+        prefix: what their keys begin with in the checkpoint.
+    """
+
+    values: Mapping[str, Any] = field(repr=False)
+    prefix: str
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, stored: Mapping[str, Any]) -> _OwnWeights:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        values = get_model_state_dict(model)
+        first = next(iter(values))
+        prefix = _only(_prefixes(stored, [first]), "weights of this model", f"model.{first}")
+        for name, x in values.items():
+            found = stored.get(f"{prefix}{name}")
+            if found is None:
+                raise ValueError(f"the checkpoint has no {prefix}{name}, which the model has")
+            if isinstance(x, torch.Tensor) and (
+                not _is_tensor(found) or tuple(found.size) != tuple(x.shape)
+            ):
+                raise ValueError(
+                    f"the checkpoint has {name} of shape {tuple(getattr(found, 'size', ()))}, but "
+                    f"the model's is {tuple(x.shape)}"
+                )
+        return cls(values, prefix)
+
+    def stored(self, name: str, stored: Mapping[str, Any]) -> tuple[str, Any] | None:
+        """The key of a weight in the checkpoint, with its metadata; None without weights."""
+        key = f"{self.prefix}{name}"
+        return (key, stored[key]) if self.values else None
+
+    def load(
+        self,
+        model: torch.nn.Module,
+        reader: StorageReader,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        """Reads the weights of a model in place."""
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict
+
+        request = {f"{self.prefix}{name}": x for name, x in self.values.items()}
+        _read(request, reader, process_group)
+        set_model_state_dict(model, {k.removeprefix(self.prefix): x for k, x in request.items()})

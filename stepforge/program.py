@@ -1,0 +1,171 @@
+"""Programs: the straight-line code of an expression graph, and the two programs of a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepforge.expr import Expr
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operation of a program, on numbered registers.
+
+    Attributes:
+        op: the operation's name.
+        args: the registers of its operands.
+        out: the register of its value, which nothing has written before.
+        last: the registers that neither a later instruction nor an output reads.
+    """
+
+    op: str
+    args: tuple[int, ...]
+    out: int
+    last: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A straight-line program over numbered registers.
+
+    The first registers hold the inputs, then come values given from outside, then constants, then
+    the value of each instruction in turn.
+
+    Attributes:
+        inputs: the names of the inputs.
+        given: the nodes whose values are given.
+        constants: the numbers; those that are words are integers.
+        instructions: the operations, operands first.
+        outputs: the registers of the results.
+        nodes: the node of the graph that each register holds.
+    """
+
+    inputs: tuple[str, ...]
+    given: tuple[Expr, ...]
+    constants: tuple[float, ...]
+    instructions: tuple[Instruction, ...]
+    outputs: tuple[int, ...]
+    nodes: tuple[Expr, ...]
+
+    @classmethod
+    def of(cls, results: Sequence[Expr], given: Sequence[Expr] = ()) -> Program:
+        """The program that computes those nodes, with the given ones taken as known."""
+        nodes = _reachable(results, stop=given)
+        inputs = [node for node in nodes if node.op == "input" and node not in set(given)]
+        constants = [node for node in nodes if node.op == "constant"]
+        operations = [node for node in nodes if node.args and node not in set(given)]
+        held = (*inputs, *given, *constants, *operations)
+        register = {node: number for number, node in enumerate(held)}
+        last_reader = {arg: node for node in operations for arg in node.args}
+        kept = {*results, *constants}
+        return cls(
+            inputs=tuple(str(node.value) for node in inputs),
+            given=tuple(given),
+            constants=tuple(node.value for node in constants),  # type: ignore[misc]
+            instructions=tuple(
+                Instruction(
+                    node.op,
+                    tuple(register[arg] for arg in node.args),
+                    register[node],
+                    tuple(
+                        register[arg]
+                        for arg in dict.fromkeys(node.args)
+                        if last_reader[arg] is node and arg not in kept
+                    ),
+                )
+                for node in operations
+            ),
+            outputs=tuple(register[node] for node in results),
+            nodes=held,
+        )
+
+    def registers(self, inputs: Mapping[str, Any], given: Sequence[Any] = ()) -> list[Any]:
+        """The registers at the start, those of the instructions empty."""
+        loaded = [inputs[name] for name in self.inputs]
+        return [*loaded, *given, *self.constants, *[None] * len(self.instructions)]
+
+    def may_alias(self, register: int) -> bool:
+        """Whether a register can hold the very object that another holds, not a fresh one."""
+        return self.nodes[register].op in ("input", "where")
+
+
+def evaluate(
+    program: Program,
+    inputs: Mapping[str, Any],
+    given: Sequence[Any],
+    operations: Mapping[str, Callable[..., Any]],
+) -> list[Any]:
+    """Runs a program.
+
+    Args:
+        program: what to run.
+        inputs: the value of each input, by name.
+        given: the given values, in the program's order.
+        operations: what each operation does, by name.
+
+    Returns:
+        The values of the program's outputs, in their order.
+    """
+    registers = program.registers(inputs, given)
+    for instruction in program.instructions:
+        args = [registers[register] for register in instruction.args]
+        registers[instruction.out] = operations[instruction.op](*args)
+        for register in instruction.last:
+            registers[register] = None
+    return [registers[register] for register in program.outputs]
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A traced rule: two straight-line programs, the uniform one and the varying one.
+
+    Attributes:
+        coefficients: the uniform nodes that the varying program reads (constants left out). They
+            are all that a kernel needs to be told.
+        scalars: the names of the results that are uniform.
+        uniform: computes the coefficients, then the scalars.
+        results: the names of the results that vary and are not simply an input of their own name.
+        varying: computes the results, given the coefficients.
+    """
+
+    coefficients: tuple[Expr, ...]
+    scalars: tuple[str, ...]
+    uniform: Program
+    results: tuple[str, ...]
+    varying: Program
+
+    @classmethod
+    def of(cls, outputs: Mapping[str, Expr]) -> Graph:
+        """The graph of those results, without the nodes that no result needs."""
+        scalars = {name: node for name, node in outputs.items() if not node.varying}
+        results = {
+            name: node
+            for name, node in outputs.items()
+            if node.varying and not (node.op == "input" and node.value == name)
+        }
+        varying = [node for node in _reachable(results.values()) if node.varying]
+        read = {arg for node in varying for arg in node.args if not arg.varying}
+        coefficients = tuple(
+            sorted((n for n in read if n.op != "constant"), key=lambda node: node.index)
+        )
+        return cls(
+            coefficients=coefficients,
+            scalars=tuple(scalars),
+            uniform=Program.of([*coefficients, *scalars.values()]),
+            results=tuple(results),
+            varying=Program.of(list(results.values()), given=coefficients),
+        )
+
+
+def _reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:
+    """The nodes that the roots depend on, operands first, none beyond those to stop at."""
+    seen: set[Expr] = set()
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(() if node in set(stop) else node.args)
+    return sorted(seen, key=lambda node: node.index)

@@ -1,0 +1,11 @@
+"""One step: the way from ``optimizer.step()`` to the launches of its backends.
+
+* :mod:`~stepforge.step.stepper`: finds the kept plan, or builds one; binds and runs its launches.
+* :mod:`~stepforge.step.params`: the parameters of a step, checked before anything changes.
+* :mod:`~stepforge.step.plan`: a plan groups parameters into launches.
+* :mod:`~stepforge.step.guards`: tell whether a kept plan still fits.
+* :mod:`~stepforge.step.launch`: a launch binds the tensors of a step, and runs.
+* :mod:`~stepforge.step.uniform`: the values that are one number per parameter.
+* :mod:`~stepforge.step.compiled`: the step as an operator of ``torch.compile``.
+* :mod:`~stepforge.step.signals`: signal handlers wait until all launches have run.
+"""

@@ -1,0 +1,240 @@
+"""Launches: parameters that one backend steps together, bound to the tensors of a step and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from stepforge.backends import Backend
+from stepforge.backends.batch import Batch, KernelTable, Seeds
+from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.spec import KernelSpec
+from stepforge.rule import Rule
+from stepforge.state.layout import StateLayout
+from stepforge.state.sharding import first_index, is_sharded, local
+from stepforge.step.params import ParamStep
+from stepforge.step.signals import Deferred
+from stepforge.step.uniform import (
+    ScalarStates,
+    UniformProgram,
+    param_seeds,
+    round_coefficient,
+    step_seeds,
+)
+
+__all__ = ["BoundLaunch", "Launch", "StepTensors", "run"]
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """The tensors of a launch in one step: real and local.
+
+    Attributes:
+        params: the parameters.
+        gradients: the gradient of each.
+        states: the state of each, in the order of its layout's keys, one parameter's after the
+            other's.
+        sharded: the DTensors among parameters and states. Autograd looks at their versions, and a
+            kernel writes to their local parts.
+    """
+
+    params: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    states: list[torch.Tensor]
+    sharded: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, params: Sequence[ParamStep]) -> StepTensors:
+        """Return the tensors of some parameters with the same layout keys."""
+        written = [
+            x
+            for param in params
+            for x in (param.p, *(param.state[tensor.key] for tensor in param.layout.tensors))
+        ]
+        return cls(
+            [_real(param.p) for param in params],
+            [_real(param.g.resolve_conj()) for param in params],
+            [_real(param.state[key]) for param in params for key in param.layout.keys],
+            [x for x in written if is_sharded(x)],
+        )
+
+
+@dataclass
+class Launch:
+    """Parameters that one backend steps together: all about them but their tensors.
+
+    It is kept from step to step, and owns no parameter, gradient or state.
+
+    Attributes:
+        backend: the backend.
+        kernel: the kernel.
+        layout: the keys of the parameters' states, and the tensors among them.
+        uniform: computes the values that are one number per parameter.
+        seeds: the seed of each parameter; None if nothing is rounded at random.
+        first_indices: the flat index of each parameter's first local element; None likewise.
+        scalars: the step counts and scalar states as vectors; None if each parameter has its own.
+        table: the part of a batch that the backend keeps, made at the first bind; None if it keeps
+            nothing.
+    """
+
+    backend: Backend
+    kernel: KernelSpec
+    layout: StateLayout
+    uniform: UniformProgram
+    seeds: Seeds | None
+    first_indices: np.ndarray[Any, Any] | None
+    scalars: ScalarStates | None
+    table: KernelTable | None = None
+    _is_prepared: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        rule: Rule,
+        params: Sequence[ParamStep],
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        vectors: bool,
+    ) -> Launch:
+        """Return the launch of some parameters.
+
+        Args:
+            rule: the optimizer's rule.
+            params: parameters with the same backend, kernel, layout keys and device.
+            groups: all param groups of the optimizer.
+            vectors: True to make one vector of each scalar state, whose elements then replace those
+                in the parameters' states.
+        """
+        first = params[0]
+        positions = {id(group): index for index, group in reversed(list(enumerate(groups)))}
+        of_params = [positions[id(param.group)] for param in params]
+        distinct = tuple(dict.fromkeys(of_params))
+        seeds, first_indices = None, None
+        if first.kernel.is_random:
+            device = first.p.device if first.has_device_scalars else torch.device("cpu")
+            of_groups = np.array([int(param.group["rounding_seed"]) for param in params])
+            seeds = param_seeds(of_groups, np.array([param.index for param in params]), device)
+            first_indices = np.array([first_index(param.p) for param in params])
+        scalars = None
+        if vectors:
+            states = [param.state for param in params]
+            scalars = ScalarStates.as_vectors(states, first.layout.scalars)
+        return cls(
+            first.choice.backend,
+            first.kernel,
+            first.layout,
+            UniformProgram(
+                rule,
+                first.kernel.graph,
+                distinct,
+                np.array([distinct.index(index) for index in of_params]),
+                on_device=first.has_device_scalars,
+                differentiable=first.group["differentiable"],
+            ),
+            seeds,
+            first_indices,
+            scalars,
+        )
+
+    def bind(self, tensors: StepTensors, groups: Sequence[Mapping[str, Any]]) -> BoundLaunch:
+        """Bind the tensors of a step, and compute its uniform values. Changes nothing.
+
+        Args:
+            tensors: the tensors.
+            groups: all param groups of the optimizer.
+
+        Raises:
+            RuntimeError: a tensor has no memory.
+            TypeError, ValueError: an option was set by hand to something that is no number.
+        """
+        keys = self.layout.keys
+        of_key = {key: tensors.states[i :: len(keys)] for i, key in enumerate(keys)}
+        scalars = self.scalars or ScalarStates({key: of_key[key] for key in self.layout.scalars})
+        coefficients, scalar_values = self.uniform.run(groups, scalars)
+        columns = {"p": tensors.params, "g": tensors.gradients}
+        columns |= {tensor.name: of_key[tensor.key] for tensor in self.layout.tensors}
+        batch = Batch(
+            self.kernel,
+            columns,
+            [
+                round_coefficient(c, len(tensors.params), self.kernel.arithmetic)
+                for c in coefficients
+            ],
+            None if self.seeds is None else step_seeds(self.seeds, scalars),
+            self.first_indices,
+            self.uniform.differentiable,
+        )
+        if not self._is_prepared:
+            self.table = self.backend.prepare(batch)
+            self._is_prepared = True
+        elif self.table is not None:
+            self.table.bind_gradients(tensors.gradients)
+        return BoundLaunch(self, batch, scalars, scalar_values, tensors.sharded)
+
+
+@dataclass(frozen=True)
+class BoundLaunch:
+    """A launch with the tensors and values of one step.
+
+    Attributes:
+        launch: the launch.
+        batch: the tensors and values that the backend is given.
+        scalars: the step counts and scalar states.
+        scalar_values: the new values of the graph's scalar states, in its order.
+        sharded: the DTensors whose versions the step increments.
+    """
+
+    launch: Launch
+    batch: Batch
+    scalars: ScalarStates
+    scalar_values: list[Any]
+    sharded: list[torch.Tensor]
+
+    def run(self, grad_scale: GradScale | None) -> None:
+        """Step the parameters: their tensors, then scalar states and step counts."""
+        if grad_scale is not None:
+            # Synchronous backends and step counts on the host need Python numbers.
+            if not self.launch.backend.device_scalars or self.scalars.device != self.batch.device:
+                grad_scale = grad_scale.read()
+            if grad_scale.on_host and grad_scale.found_inf:
+                return
+        self.launch.backend.run(self.batch, self.launch.table, grad_scale)
+        if self.sharded:
+            torch.autograd.graph.increment_version(self.sharded)
+        skipped = self._skipped(grad_scale)
+        rule, graph = self.launch.uniform.rule, self.batch.spec.graph
+        with torch.set_grad_enabled(self.batch.differentiable):
+            for letter, values in zip(graph.scalars, self.scalar_values):
+                self.scalars.store(rule.states[letter].key, values, skipped)
+            self.scalars.count_step(skipped)
+
+    def _skipped(self, grad_scale: GradScale | None) -> torch.Tensor | None:
+        """Return a device boolean, true if the step is skipped; None if the host knows."""
+        if grad_scale is None or grad_scale.on_host:
+            return None
+        on_device = grad_scale.on_device(self.batch.device, self.batch.spec.arithmetic)
+        return on_device[1].reshape(()) != 0
+
+
+def run(launches: Iterable[BoundLaunch], grad_scale: GradScale | None = None) -> None:
+    """Run all launches of a step; Python's signal handlers wait until the last has run."""
+    with Deferred():
+        for launch in launches:
+            launch.run(grad_scale)
+
+
+def _real(x: torch.Tensor) -> torch.Tensor:
+    """Return the local part of a DTensor, and the real view of a complex tensor."""
+    x = local(x)
+    if not x.is_complex():
+        return x
+    if x.is_sparse:
+        values = torch.view_as_real(x._values())
+        return torch.sparse_coo_tensor(
+            x._indices(), values, (*x.shape, 2), is_coalesced=True, check_invariants=False
+        )
+    return torch.view_as_real(x)

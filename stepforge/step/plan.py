@@ -1,0 +1,112 @@
+"""Plans: the parameters of a step, grouped into launches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stepforge.rule import Rule
+from stepforge.state.sharding import is_plain
+from stepforge.step.guards import Guards
+from stepforge.step.launch import Launch, StepTensors
+from stepforge.step.params import ParamStep
+from stepforge.step.uniform import shared_vector
+
+__all__ = ["Plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a step.
+
+    Attributes:
+        launches: the launches.
+        guards: find the tensors of the next step; None if the plan serves one step only.
+    """
+
+    launches: tuple[Launch, ...]
+    guards: Guards | None = None
+
+    @classmethod
+    def build(
+        cls,
+        rule: Rule,
+        params: Sequence[ParamStep],
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        vectors: bool = False,
+    ) -> tuple[Plan, list[StepTensors]]:
+        """Group parameters into launches.
+
+        Args:
+            rule: the optimizer's rule.
+            params: the parameters of the step.
+            groups: all param groups of the optimizer.
+            vectors: True to make one vector of each launch's scalar states, as a kept plan needs.
+
+        Returns:
+            The plan, and the tensors of this step for each launch.
+        """
+        together = grouped(params)
+        launches = tuple(Launch.of(rule, each, groups, vectors=vectors) for each in together)
+        return cls(launches), [StepTensors.of(each) for each in together]
+
+
+def grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:
+    """Group the parameters that one launch can step.
+
+    They share a backend, a kernel, a device, and the dtypes of scalar states. Options that are not
+    flags may differ, except where they are device tensors: those cannot be compared without
+    synchronizing, so such a group has launches of its own. So has a differentiable one.
+    """
+    groups: dict[tuple[Any, ...], list[ParamStep]] = {}
+    for param in params:
+        alone = param.has_device_scalars or param.group["differentiable"]
+        key = (
+            param.choice.backend.name,
+            param.kernel,
+            param.layout.keys,
+            param.p.device,
+            tuple(param.state[key].dtype for key in param.layout.scalars),
+            id(param.group) if alone else None,
+        )
+        groups.setdefault(key, []).append(param)
+    return list(groups.values())
+
+
+def can_be_kept(params: Sequence[ParamStep], *, captured: bool) -> bool:
+    """Return True if a plan of these parameters may serve further steps.
+
+    Args:
+        params: the parameters of a step.
+        captured: True once a CUDA graph holds the addresses of the step counters. Those of a
+            capturable group must then stay where they are.
+    """
+    if not params or not all(map(_has_plain_memory, params)):
+        return False
+    return not captured or all(
+        _has_vectors(launch) for launch in grouped(params) if launch[0].group["capturable"]
+    )
+
+
+def _has_plain_memory(param: ParamStep) -> bool:
+    """Return True if all tensors are real memory, so that addresses and layouts tell all."""
+    tensors = [x for x in param.state.values() if isinstance(x, torch.Tensor)]
+    step = param.state["step"]
+    return not (
+        param.group["differentiable"]
+        or param.p.is_complex()
+        or param.g.is_sparse
+        or step.dtype not in (torch.float32, torch.float64)
+        or (param.has_device_scalars and step.device != param.p.device)
+        or not all(map(is_plain, [param.p, param.g, *tensors]))
+    )
+
+
+def _has_vectors(params: Sequence[ParamStep]) -> bool:
+    """Return True if step counts and scalar states are elements of vectors already."""
+    keys = params[0].layout.scalars
+    return all(shared_vector([param.state[key] for param in params]) is not None for key in keys)

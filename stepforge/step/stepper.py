@@ -1,0 +1,138 @@
+"""The stepper: keeps a plan from step to step, and runs it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+
+from stepforge.backends.batch import is_capturing
+from stepforge.backends.grad_scale import GradScale
+from stepforge.rule import Rule
+from stepforge.step.guards import Guards
+from stepforge.step.launch import BoundLaunch, run
+from stepforge.step.params import (
+    ParamStep,
+    WithGradient,
+    check_params,
+    enter_new_states,
+    params_with_gradient,
+)
+from stepforge.step.plan import Plan, can_be_kept, grouped
+from stepforge.step.traced import TracedParams
+
+__all__ = ["Stepper"]
+
+_numbers = itertools.count()
+
+
+class Stepper:
+    """Steps an optimizer: by its kept plan while that fits, else by a new one.
+
+    Args:
+        optimizer: the optimizer; not kept alive.
+        rule: its rule.
+        sparse_problem: the error for a sparse gradient; None if the rule takes them.
+
+    Attributes:
+        number: identifies it to the operator of ``torch.compile``.
+        plan: the kept plan; None before the first step and when none can be kept.
+        captured: True once a CUDA graph holds the addresses of the step counters.
+        traced: the parameters that ``torch.compile`` has seen; None if it has seen none.
+    """
+
+    #: Prepares a stepper to be traced. Set by :mod:`stepforge.step.compiled`, since only users who
+    #: compile should pay for importing torch._dynamo.
+    make_traceable: ClassVar[Callable[[Stepper], bool]]
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, rule: Rule, sparse_problem: str | None
+    ) -> None:
+        self.number = next(_numbers)
+        self._optimizer = weakref.ref(optimizer)
+        self.rule = rule
+        self.sparse_problem = sparse_problem
+        self.plan: Plan | None = None
+        self.captured = False
+        self.traced: TracedParams | None = None
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The param groups of the optimizer."""
+        return self._alive().param_groups
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """The state of the optimizer."""
+        return self._alive().state
+
+    def _alive(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer()
+        assert optimizer is not None, "a stepper is used by its optimizer only"
+        return optimizer
+
+    def step(self, grad_scale: GradScale | None = None) -> None:
+        """Step every parameter that has a gradient.
+
+        Args:
+            grad_scale: the scale of the gradients; None if they are not scaled.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: the step is impossible. Nothing has changed.
+        """
+        run(self._bind_kept() or self._bind_new(), grad_scale)
+
+    def step_given(self, params: Iterable[WithGradient]) -> None:
+        """Step parameters, gradients and states that are given, and keep no plan.
+
+        Raises:
+            RuntimeError: a state is incomplete.
+        """
+        self.captured |= is_capturing()
+        given = list(params)
+        checked = self.checked(given)
+        if any(param.state is not state for param, (*_, state) in zip(checked, given)):
+            raise RuntimeError(
+                "the options of a param group ask for other states than when the step was "
+                "compiled: call torch.compiler.reset()"
+            )
+        plan, tensors = Plan.build(self.rule, checked, self.groups)
+        run([launch.bind(x, self.groups) for launch, x in zip(plan.launches, tensors)])
+
+    def is_traceable(self) -> bool:
+        """Prepare to be traced; return False if the step must run outside of the graph.
+
+        The compiler calls it while it traces, not in the steps that follow.
+        """
+        return type(self).make_traceable(self)
+
+    def checked(self, params: Iterable[WithGradient]) -> list[ParamStep]:
+        """Check parameters, as :func:`~stepforge.step.params.check_params` does."""
+        return check_params(self.rule, params, sparse_problem=self.sparse_problem)
+
+    def _bind_kept(self) -> list[BoundLaunch] | None:
+        """Bind the kept plan to the tensors of this step; None if there is none that fits."""
+        self.captured |= is_capturing()
+        if self.plan is None or self.plan.guards is None:
+            return None
+        tensors = self.plan.guards.find(self.groups, self.state)
+        if isinstance(tensors, str):
+            self.plan = None
+            return None
+        return [launch.bind(x, self.groups) for launch, x in zip(self.plan.launches, tensors)]
+
+    def _bind_new(self) -> list[BoundLaunch]:
+        """Build a plan, bind it, and keep it if it may serve further steps."""
+        groups, state = self.groups, self.state
+        params = self.checked(params_with_gradient(groups, state))
+        kept = can_be_kept(params, captured=self.captured)
+        plan, tensors = Plan.build(self.rule, params, groups, vectors=kept)
+        bound = [launch.bind(x, groups) for launch, x in zip(plan.launches, tensors)]
+        enter_new_states(params, state)
+        if kept:
+            guards = Guards.record(self.rule, groups, state, grouped(params))
+            self.plan = Plan(plan.launches, guards)
+        return bound
