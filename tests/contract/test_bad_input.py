@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import stepforge
-
-from .twins import (
+from tests.twins import (
     OPTIMIZERS,
     assert_identical,
     assert_unchanged,

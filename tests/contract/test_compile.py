@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import stepforge
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     SHAPES,

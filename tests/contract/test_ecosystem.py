@@ -19,8 +19,7 @@ from torch.optim import lr_scheduler
 
 import stepforge
 from stepforge.hyperparameter import EXECUTION_FLAGS
-
-from .twins import (
+from tests.twins import (
     LR,
     SHAPES,
     assert_identical,

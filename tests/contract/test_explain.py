@@ -20,8 +20,7 @@ import stepforge
 from stepforge import backends
 from stepforge.accounting import Account
 from stepforge.explain import Frozen, InFull
-
-from .twins import (
+from tests.twins import (
     assert_unchanged,
     each_optimizer,
     frozen,

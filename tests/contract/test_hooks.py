@@ -20,8 +20,7 @@ from torch.optim.optimizer import (
 )
 
 import stepforge
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     assert_identical,

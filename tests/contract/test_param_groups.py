@@ -15,8 +15,7 @@ import torch
 
 import stepforge
 from tests.old_torch import adagrad_takes_later_groups
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     assert_identical,

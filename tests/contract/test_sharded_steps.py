@@ -15,10 +15,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import stepforge
-
-from .processes import run_ranks
-from .sharded_step_ranks import CASES, Case, placed, stepped
-from .twins import assert_identical
+from tests.contract.sharded_step_ranks import CASES, Case, placed, stepped
+from tests.process_groups import run_ranks
+from tests.twins import assert_identical
 
 # What modules of torch say of themselves when they are used.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")

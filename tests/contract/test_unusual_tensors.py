@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import stepforge
-
-from .twins import assert_identical
+from tests.twins import assert_identical
 
 WAYS: dict[str, dict[str, Any]] = {
     "default": {},

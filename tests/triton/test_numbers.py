@@ -32,8 +32,8 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.contract.twins import assert_identical, frozen
 from tests.triton.kernels import by_kernels_only, tables
+from tests.twins import assert_identical, frozen
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled here")
 

@@ -24,9 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
-
-from .processes import ROOT, run_ranks
-from .ranks import (
+from tests.checkpoint.sharded_format_ranks import (
     AFTER,
     BEFORE,
     CASES,
@@ -48,7 +46,8 @@ from .ranks import (
     train,
     whole,
 )
-from .twins import assert_identical, through_a_file
+from tests.process_groups import ROOT, run_ranks
+from tests.twins import assert_identical, through_a_file
 
 # What modules of torch say of themselves when they are used.
 pytestmark = [
@@ -61,7 +60,9 @@ every_case = pytest.mark.parametrize("name", CASES)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes have left what they found."""
-    return run_ranks("tests.contract.ranks", (2,), lambda: tmp_path_factory.mktemp("ranks"))
+    return run_ranks(
+        "tests.checkpoint.sharded_format_ranks", (2,), lambda: tmp_path_factory.mktemp("ranks")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,9 @@ def found(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found_by_four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What four processes have found on a mesh of two dimensions."""
-    folder = run_ranks("tests.contract.ranks", (4,), lambda: tmp_path_factory.mktemp("ranks"))
+    folder = run_ranks(
+        "tests.checkpoint.sharded_format_ranks", (4,), lambda: tmp_path_factory.mktemp("ranks")
+    )
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
     return results
 

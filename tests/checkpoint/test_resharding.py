@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from .processes import run_ranks
-from .resharding_ranks import ALL, FORMATS, LAYOUTS
+from tests.checkpoint.resharding_ranks import ALL, FORMATS, LAYOUTS
+from tests.process_groups import run_ranks
 
 RANKS = [(rank, count) for count in LAYOUTS for rank in range(count)]
 Results = dict[tuple[str, str], dict[str, list[str]]]
@@ -24,7 +24,7 @@ Results = dict[tuple[str, str], dict[str, list[str]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Results]:
     """What each process has found wrong: by target, then by source."""
     folder: Path = run_ranks(
-        "tests.contract.resharding_ranks",
+        "tests.checkpoint.resharding_ranks",
         tuple(LAYOUTS),
         lambda: tmp_path_factory.mktemp("resharding"),
     )

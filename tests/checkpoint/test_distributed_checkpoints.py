@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 import stepforge
 from stepforge.checkpoint import load_distributed
-
-from .codes import numbers, weight
-from .twins import LR, assert_identical, each_optimizer, frozen, run, twin_of
+from tests.decoding import numbers, weight
+from tests.twins import LR, assert_identical, each_optimizer, frozen, run, twin_of
 
 # That there is one process only; what modules of torch say of themselves when they are used.
 pytestmark = [

@@ -24,9 +24,8 @@ from stepforge.checkpoint import full_precision_weights, to_torch
 from stepforge.declare import NonNegative
 from stepforge.ops import bitcast_f32, bitcast_u32
 from stepforge.state.layout import LOW_BITS
-
-from .codes import numbers
-from .twins import (
+from tests.decoding import numbers
+from tests.twins import (
     LR,
     assert_identical,
     assert_unchanged,

@@ -18,8 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import stepforge
 from stepforge.checkpoint import full_precision_weights, reset_low_bits
-
-from .twins import (
+from tests.twins import (
     LR,
     assert_identical,
     assert_unchanged,

@@ -1,6 +1,6 @@
 """What each of several processes does for the tests of sharded optimizers.
 
-Run as ``python -m tests.contract.ranks RANK PROCESSES FOLDER``. For each case a model is sharded,
+Run as ``python -m tests.checkpoint.sharded_format_ranks RANK PROCESSES FOLDER``. For each case a model is sharded,
 trained, saved, and restored; what the first process finds, with whole tensors, it writes to
 ``results.pt`` in the folder, and all processes the checkpoint of a case to a folder of its name.
 Two processes shard along one dimension of a mesh, four along two.

@@ -20,8 +20,7 @@ import torch
 import stepforge
 from stepforge import LoadResult
 from stepforge.hyperparameter import EXECUTION_FLAGS
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     SHAPES,

@@ -1,6 +1,6 @@
 """What each of several processes does for the tests of loading any checkpoint into any optimizer.
 
-Run as ``python -m tests.contract.resharding_ranks RANK PROCESSES FOLDER`` for each number of
+Run as ``python -m tests.checkpoint.resharding_ranks RANK PROCESSES FOLDER`` for each number of
 processes, all at once: every one saves its own checkpoints, waits for those of the others, and
 loads them all. Each process compares its own part of what it loaded, and writes what was wrong,
 and how many comparisons there were, to ``RANK-of-PROCESSES.pt`` in the folder.
@@ -34,9 +34,8 @@ from torch.distributed.tensor.parallel import (
 
 import stepforge
 from stepforge.checkpoint import load_distributed
-
-from .codes import numbers, weight
-from .ranks import train, whole
+from tests.checkpoint.sharded_format_ranks import train, whole
+from tests.decoding import numbers, weight
 
 STEPS = range(2)
 #: How long to wait for the checkpoints of the others.

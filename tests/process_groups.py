@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def run_ranks(module: str, counts: tuple[int, ...], make_folder: Callable[[], Path]) -> Path:
