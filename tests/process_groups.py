@@ -1,4 +1,4 @@
-"""Runs a module in several processes, for tests of sharded optimizers."""
+"""Run a module in several processes, and join process groups, for tests of sharded optimizers."""
 
 from __future__ import annotations
 
@@ -7,45 +7,67 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
+import torch.distributed
 
 ROOT = Path(__file__).parents[1]
 
 
-def run_ranks(module: str, counts: tuple[int, ...], make_folder: Callable[[], Path]) -> Path:
-    """The folder in which all processes of a module have left what they found.
+@contextlib.contextmanager
+def process_group(store: Path, rank: int = 0, processes: int = 1) -> Iterator[None]:
+    """Join a process group of gloo for the length of a ``with`` statement.
 
     Args:
-        module: what each runs, with its rank, the number of processes and the folder.
-        counts: for each process group, of how many processes it is.
+        store: the file by which the processes find each other.
+        rank: the rank of this process.
+        processes: the number of processes in the group.
+    """
+    file_store = torch.distributed.FileStore(str(store), processes)
+    torch.distributed.init_process_group("gloo", store=file_store, rank=rank, world_size=processes)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(module: str, group_sizes: tuple[int, ...], make_folder: Callable[[], Path]) -> Path:
+    """Run a module as every rank of some process groups, all at once.
+
+    Args:
+        module: the module. Its arguments are the rank, the number of processes in its group, and
+            the folder.
+        group_sizes: the number of processes of each process group.
         make_folder: makes an empty folder.
+
+    Returns:
+        The folder in which the processes left their results.
     """
     for _ in range(3):
         folder = make_folder()
-        codes, said = _run(module, counts, folder)
+        exit_codes, output = _run(module, group_sizes, folder)
         # A thread of gloo's own dies of a segmentation fault once in some dozens of runs, in none
-        # of our code. What is wrong here would be so every time.
-        if -signal.SIGSEGV not in codes:
+        # of our code. A fault of ours would appear every time.
+        if -signal.SIGSEGV not in exit_codes:
             break
-    assert not any(codes), said
+    assert not any(exit_codes), output
     return folder
 
 
-def _run(module: str, counts: tuple[int, ...], folder: Path) -> tuple[list[int], str]:
-    """What the processes return, and what they say."""
+def _run(module: str, group_sizes: tuple[int, ...], folder: Path) -> tuple[list[int], str]:
+    """Return the exit codes of the processes, and their output."""
     with contextlib.ExitStack() as logs:
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", module, str(rank), str(count), str(folder)],
+                [sys.executable, "-m", module, str(rank), str(size), str(folder)],
                 cwd=ROOT,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
-                stdout=logs.enter_context((folder / f"said-{rank}-{count}").open("w")),
+                stdout=logs.enter_context((folder / f"log-{rank}-{size}").open("w")),
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for count in counts
-            for rank in range(count)
+            for size in group_sizes
+            for rank in range(size)
         ]
     try:
         _wait(ranks)
@@ -53,12 +75,12 @@ def _run(module: str, counts: tuple[int, ...], folder: Path) -> tuple[list[int],
         for rank in ranks:
             rank.kill()
             rank.wait()
-    said = "\n".join(file.read_text() for file in sorted(folder.glob("said-*")))
-    return [rank.returncode for rank in ranks], said
+    output = "\n".join(file.read_text() for file in sorted(folder.glob("log-*")))
+    return [rank.returncode for rank in ranks], output
 
 
 def _wait(ranks: list[subprocess.Popen[str]]) -> None:
-    """Waits until all have ended, or one has failed, for which the others would wait."""
+    """Wait until all processes have ended, or one has failed: the others would wait for it."""
     while any(rank.poll() is None for rank in ranks):
         if any(rank.returncode for rank in ranks):
             return

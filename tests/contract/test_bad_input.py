@@ -19,10 +19,10 @@ from tests.twins import (
     assert_identical,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     twin_of,
 )
 
@@ -257,7 +257,7 @@ def test_adding_a_group_with_a_bad_option_changes_nothing(cls: type, bad: Bad) -
     params = make_params()
     optimizer = cls(params[:2])
     run(optimizer, params[:2], range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     group = {"params": params[2:], **bad.options}
     assert_refused(lambda: optimizer.add_param_group(group), bad.error, bad.words)
     assert_unchanged(optimizer, before)
@@ -379,7 +379,7 @@ def test_adding_bad_parameters_changes_nothing(
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     assert_refused(lambda: optimizer.add_param_group(make(params)), error, words)
     assert_unchanged(optimizer, before)
 
@@ -452,7 +452,7 @@ def test_a_step_with_one_bad_parameter_changes_none(
     run(optimizer, params, range(steps))
     give_gradients(params, steps)
     last.grad = bad.gradient(last)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     assert_refused(optimizer.step, bad.error, bad.words)
     assert_unchanged(optimizer, before)
     last.grad = None
@@ -467,7 +467,7 @@ def test_a_backend_that_does_not_exist_changes_nothing(
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     monkeypatch.setenv("STEPFORGE_BACKEND", "abacus")
     assert_refused(optimizer.step, ValueError, ("STEPFORGE_BACKEND", "'abacus'", "reference"))
     assert_unchanged(optimizer, before)
@@ -482,7 +482,7 @@ def test_a_forced_backend_that_cannot_serve_the_last_parameter_changes_nothing(
     run(optimizer, params, range(steps))
     last.grad = _sparse(last)
     give_gradients(params, steps)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     monkeypatch.setenv("STEPFORGE_BACKEND", "foreach")
     assert_refused(optimizer.step, RuntimeError, ("STEPFORGE_BACKEND=foreach", "(2,)", "sparse"))
     assert_unchanged(optimizer, before)
@@ -501,7 +501,7 @@ def test_a_state_that_no_longer_fits_its_parameter_changes_nothing(
     params[1].grad = None
     params[1].data = torch.ones(7)
     give_gradients(params, 2)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises((RuntimeError, ValueError), match=r"5|7"):
         optimizer.step()
     assert_unchanged(optimizer, before)
@@ -521,7 +521,7 @@ def test_an_option_that_was_spoiled_by_hand_changes_nothing(
     run(optimizer, params, range(steps))
     give_gradients(params, steps)
     optimizer.param_groups[1]["lr"] = value
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         optimizer.step()
     assert_unchanged(optimizer, before)
@@ -552,7 +552,7 @@ def test_a_hyperparameter_set_by_hand_to_no_number_gets_the_constructors_sentenc
     run(optimizer, params, range(steps))
     give_gradients(params, steps)
     optimizer.param_groups[1][name] = value
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     error = ValueError if "components" in words else TypeError
     assert_refused(optimizer.step, error, (words,))
     assert_unchanged(optimizer, before)
@@ -631,7 +631,7 @@ def test_a_parameter_whose_elements_share_memory_is_refused_before_any_is_steppe
     optimizer = stepforge.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.5}])
     give_gradients(params, 0)
     params[-1].data = params[-1].data.flatten()[:1].sum().expand(params[-1].shape)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     assert_refused(optimizer.step, RuntimeError, ("strides", "share memory", "clone it"))
     assert_unchanged(optimizer, before)
 
@@ -649,7 +649,7 @@ def test_a_format_that_was_spoiled_by_hand_changes_nothing(
     run(optimizer, params, range(steps))
     give_gradients(params, steps)
     optimizer.param_groups[1][name] = value
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     words = (f"Invalid {name} value: {value!r}", "it must be one of None")
     assert_refused(optimizer.step, ValueError, words)
     assert_unchanged(optimizer, before)
@@ -692,7 +692,7 @@ def test_codes_that_were_spoiled_by_hand_change_nothing(
     spoil(optimizer.state[params[1]])
     optimizer.param_groups[0]["state_format"] = then
     give_gradients(params, 2)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=words):
         optimizer.step()
     assert_unchanged(optimizer, before)

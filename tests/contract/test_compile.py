@@ -20,10 +20,10 @@ from tests.twins import (
     assert_identical,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
 )
 
 # What modules of torch say of themselves when they are imported.
@@ -58,7 +58,7 @@ class Pair:
             give_gradients(self.params, step, uneven=uneven)
             self.step()
             run(self.plain, self.plain_params, range(step, step + 1), uneven=uneven)
-            assert_identical(frozen(self.compiled), frozen(self.plain))
+            assert_identical(snapshot(self.compiled), snapshot(self.plain))
 
 
 COMPILED = [(cls, "aot_eager") for cls in OPTIMIZERS] + [(stepforge.AdamW, "inductor")]
@@ -153,7 +153,7 @@ def test_options_that_ask_for_other_states_are_noticed(change: dict[str, Any]) -
     pair.advance(range(1))
     give_gradients(pair.params, 1)
     pair.compiled.param_groups[0].update(change)
-    before = frozen(pair.compiled)
+    before = snapshot(pair.compiled)
     with pytest.raises(RuntimeError, match=r"other states than when .*call .*reset\(\)"):
         pair.step()
     assert_unchanged(pair.compiled, before)
@@ -217,7 +217,7 @@ def test_compiled_and_plain_steps_may_alternate() -> None:
         else:
             run(pair.compiled, pair.params, range(step, step + 1))
             run(pair.plain, pair.plain_params, range(step, step + 1))
-    assert_identical(frozen(pair.compiled), frozen(pair.plain))
+    assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
 
 
 def test_a_parameter_swapped_behind_the_compilers_back_is_noticed() -> None:
@@ -267,7 +267,7 @@ def test_an_option_that_no_state_can_have_is_said_as_without_compilation() -> No
     pair = Pair(stepforge.Adam, lr=LR)
     pair.advance(range(1))
     pair.compiled.param_groups[0]["state_format"] = "int4"
-    before = frozen(pair.compiled)
+    before = snapshot(pair.compiled)
     step = torch.compile(pair.compiled.step, backend="aot_eager")
     with pytest.raises(ValueError, match=r"Invalid state_format value: 'int4'.*'int8'"):
         step()
@@ -302,4 +302,4 @@ def test_a_compiled_training_step_may_hold_the_optimizer(cls: type) -> None:
         inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         compiled_step(*compiled, inputs)
         training_step(*plain, inputs)
-    assert_identical(frozen(compiled[1]), frozen(plain[1]))
+    assert_identical(snapshot(compiled[1]), snapshot(plain[1]))

@@ -26,11 +26,11 @@ from tests.twins import (
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
-    through_a_file,
+    save_and_load,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -221,12 +221,12 @@ def test_an_overflow_leaves_everything_untouched(
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaler.scale(loss_of(model, steps)).backward()
     next(model.parameters()).grad[0, 0] = float("inf")
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     if unscale:
         scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    after = frozen(optimizer)
+    after = snapshot(optimizer)
     assert_identical({**after, "grads": None}, {**before, "grads": None})
     assert scaler.get_scale() == 2.0**7
     assert not hasattr(optimizer, "grad_scale")
@@ -413,7 +413,7 @@ def test_a_copy_continues_identically(cls: type, steps: int, duplicate: Callable
     assert not any(p is q for p, q in zip(own, params, strict=True))
     run(optimizer, params, range(steps, steps + 4))
     run(copied, own, range(steps, steps + 4))
-    assert_identical(frozen(copied), frozen(optimizer))
+    assert_identical(snapshot(copied), snapshot(optimizer))
 
 
 def _no_hook(*_: Any) -> None:
@@ -453,7 +453,7 @@ def test_a_scheduled_optimizer_can_be_pickled(cls: type) -> None:
     copied = _pickled(optimizer)
     run(copied, copied.param_groups[0]["params"], range(1, 2))
     run(optimizer, params, range(1, 2))
-    assert_identical(frozen(copied)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(copied)["params"], snapshot(optimizer)["params"])
 
 
 @each_optimizer
@@ -470,7 +470,7 @@ def test_a_pickle_of_an_older_version_is_completed(cls: type) -> None:
     restored.__setstate__(old)
     run(restored, restored.param_groups[0]["params"], range(3, 6))
     run(optimizer, params, range(3, 6))
-    assert_identical(frozen(restored)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(restored)["params"], snapshot(optimizer)["params"])
 
 
 # Tensors without data
@@ -530,7 +530,7 @@ def test_zero_redundancy_optimizer_takes_the_class(cls: type) -> None:
     optimizer.consolidate_state_dict()
     fresh_model = make_model()
     fresh = ZeroRedundancyOptimizer(fresh_model.parameters(), optimizer_class=cls, lr=LR)
-    fresh.load_state_dict(through_a_file(optimizer.state_dict()))  # it aliases what it loads
+    fresh.load_state_dict(save_and_load(optimizer.state_dict()))  # it aliases what it loads
     fresh_model.load_state_dict(model.state_dict())
     train(model, optimizer, range(4, 6))
     train(fresh_model, fresh, range(4, 6))
@@ -553,7 +553,7 @@ def test_distributed_state_dicts_restore_by_name(cls: type, flatten: bool) -> No
     model = make_model()
     optimizer = cls(model.parameters(), lr=LR)
     train(model, optimizer, range(3))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     assert_unchanged(optimizer, before)
     resumed_model = make_model()
@@ -588,7 +588,7 @@ def test_the_sums_of_adagrad_can_be_shared() -> None:
     run(optimizer, params, range(3))
     run(private, alone, range(3))
     assert all(optimizer.state[p]["sum"].is_shared() for p in params)
-    assert_identical(frozen(optimizer)["params"], frozen(private)["params"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(private)["params"])
 
 
 # Trainers
@@ -634,8 +634,8 @@ def test_a_wrapper_of_a_class_made_at_run_time(cls: type) -> None:
         scheduler.step()
         plain_scheduler.step()
     wrapped.load_state_dict(copy.deepcopy(wrapped.state_dict()))
-    assert_identical(frozen(optimizer)["params"], frozen(plain)["params"])
-    assert_identical(frozen(optimizer)["state"], frozen(plain)["state"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(plain)["params"])
+    assert_identical(snapshot(optimizer)["state"], snapshot(plain)["state"])
 
 
 class Counting:

@@ -23,10 +23,10 @@ from stepforge.explain import Frozen, InFull
 from tests.twins import (
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     twin_of,
 )
 
@@ -208,7 +208,7 @@ def test_explaining_changes_nothing(cls: type) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     stepforge.explain(optimizer)
     assert_unchanged(optimizer, before)
 

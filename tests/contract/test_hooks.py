@@ -27,10 +27,10 @@ from tests.twins import (
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -112,7 +112,7 @@ def test_a_pre_hook_that_returns_something_else_is_refused(make: type) -> None:
     optimizer = make(params)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: 3)
     give_gradients(params, 0)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
         optimizer.step()
     assert_unchanged(optimizer, before)
@@ -305,7 +305,7 @@ def test_a_closure_that_raises_changes_nothing(cls: type) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
 
     def failing() -> float:
         raise ArithmeticError("diverged")
@@ -325,7 +325,7 @@ def test_a_step_without_gradients_does_nothing(make: type, steps: int) -> None:
     optimizer = make(params, weight_decay=0.5)
     run(optimizer, params, range(steps))
     optimizer.zero_grad()
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     assert optimizer.step() is None
     assert_unchanged(optimizer, before)
 
@@ -336,10 +336,10 @@ def test_gradients_are_not_written(make: type) -> None:
     optimizer = make(params, weight_decay=0.5, maximize=True)
     give_gradients(params, 0)
     gradients = [p.grad for p in params]
-    before = frozen(optimizer)["grads"]
+    before = snapshot(optimizer)["grads"]
     optimizer.step()
     assert all(p.grad is g for p, g in zip(params, gradients, strict=True))
-    assert_identical(frozen(optimizer)["grads"], before)
+    assert_identical(snapshot(optimizer)["grads"], before)
 
 
 @pytest.mark.parametrize("foreach", [True, False])

@@ -22,10 +22,10 @@ from tests.twins import (
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -272,9 +272,9 @@ def test_a_duplicate_within_a_group_warns_and_is_stepped_once(cls: type) -> None
     run(twin_of(cls)([q], lr=LR), [q], range(STEPS))
     assert float(optimizer.state[p]["step"]) == STEPS
     assert_params_close([p], [q], **tolerance(torch.float32, STEPS))
-    state = frozen(optimizer)["state"]
+    state = snapshot(optimizer)["state"]
     optimizer.load_state_dict(optimizer.state_dict())
-    assert_identical(frozen(optimizer)["state"], state)
+    assert_identical(snapshot(optimizer)["state"], state)
 
 
 @each_optimizer
@@ -283,7 +283,7 @@ def test_a_parameter_in_two_groups_is_refused(cls: type) -> None:
     with pytest.raises(ValueError, match="more than one parameter group"):
         cls([{"params": params}, {"params": params[:1]}])
     optimizer = cls(params)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": params[2]})
     assert_unchanged(optimizer, before)
@@ -299,7 +299,7 @@ def test_names_are_for_all_or_for_none(cls: type) -> None:
     with pytest.raises(ValueError, match=r"with/without names.*with names"):
         cls([{"params": params[:1]}, {"params": _named(params[1:])}])
     optimizer = cls(_named(params[:1]))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="with/without names"):
         optimizer.add_param_group({"params": params[1:]})
     assert_unchanged(optimizer, before)
