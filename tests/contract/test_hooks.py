@@ -1,7 +1,7 @@
 """Step hooks, closures, profiler records and ``zero_grad``.
 
-The oracle is torch's documentation of hooks; where it says nothing, the torch.optim twin, which
-runs through the same tests.
+Oracle: torch's documentation of hooks. Where it says nothing: the torch.optim twin, which runs
+through the same tests.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ either_library = pytest.mark.parametrize(
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """A record that global hooks write to for the length of a test."""
+    """Return a list to which global hooks append during a test."""
     record: list[str] = []
     handles = [
         register_optimizer_step_pre_hook(lambda *_: record.append("global pre")),
@@ -138,7 +138,7 @@ def test_hooks_belong_to_one_optimizer(make: type) -> None:
     assert record == ["local pre", "local post"]
 
 
-# torch.optim itself fires hooks twice here, so it is no oracle for the rest of the subclasses.
+# torch.optim itself fires hooks twice in a subclass, so it is no oracle for these tests.
 
 
 def _subclass(cls: type) -> type:
@@ -202,7 +202,7 @@ def test_hooks_fire_again_after_a_step_that_raised(cls: type, calls: list[str]) 
 
 
 def test_hooks_fire_again_after_an_interrupt_at_any_line_before_them(calls: list[str]) -> None:
-    """Oracle: the hooks of the step that follows. Ctrl-C is an exception between two lines."""
+    """Oracle: the hooks of the next step. Ctrl-C is an exception between two lines."""
     optimizer = stepforge.AdamW(make_params())
     wrapper = type(optimizer).step.__code__  # type: ignore[attr-defined]
     interrupted: list[int] = []
