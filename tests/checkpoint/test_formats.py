@@ -442,7 +442,7 @@ def test_a_rule_may_not_compute_with_bit_patterns() -> None:
 
         lr: NonNegative = 0.1
 
-    with pytest.raises(TypeError, match=r"sign_of_bits computes with words.*for formats"):
+    with pytest.raises(TypeError, match=r"sign_of_bits computes with uint32.*for formats"):
         BitwiseDescent(make_params())
 
 
