@@ -36,7 +36,7 @@ def single_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="module")
 def mesh(single_process_group: None) -> DeviceMesh:
-    """A device mesh of this process alone."""
+    """Return a device mesh of this process alone."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh("cpu", (1,))

@@ -96,7 +96,7 @@ def states(model: Model, optimizer: Any) -> dict[str, Any]:
 def test_plain_states_load_from_and_into_torch_optim_as_they_are(
     cls: type, direction: str, form: Any, tmp_path: Path
 ) -> None:
-    """Also into an optimizer with other options of formats, which no state dict has."""
+    """The target may have other options of formats, as no state dict has them."""
     source, target = {
         "to torch": (cls, twin_of(cls)),
         "from torch": (twin_of(cls), cls),

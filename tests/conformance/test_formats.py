@@ -35,7 +35,7 @@ from tests.conformance.table import (
 INF, NAN = float("inf"), float("nan")
 
 #: Rows longer than a block, shorter than a block, and of whole blocks; one row; and shapes without
-#: int8 states: no rows of elements, a vector, a scalar. All others have 4,096 elements or more.
+#: int8 states: an empty one, a vector, a scalar. The others have 4,096 elements or more.
 SHAPES = [(17, 257), (64, 100), (4, 3, 384), (1, 4100), (0, 300), (5000,), ()]
 STEPS = 7  # RAdam's form changes at its sixth
 

@@ -131,9 +131,8 @@ def test_a_sparse_gradient_does_what_it_does_in_torch(
     """
     gradients = gradients_at(indices, dtype)
     got = trained(OPTIMIZERS["Adagrad"].ours, options | flags, dtype, gradients)
-    with torch.sparse.check_sparse_tensor_invariants(
-        enable=False
-    ):  # torch.optim leaves it implicit
+    # torch.optim makes sparse tensors with implicit checks. Some versions warn about that.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
         theirs = OPTIMIZERS["Adagrad"].theirs
         wanted = trained(theirs, options | {"foreach": False}, dtype, gradients)
     u = torch.finfo(dtype).eps / 2

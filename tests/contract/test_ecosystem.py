@@ -416,7 +416,7 @@ def test_a_copy_continues_identically(cls: type, steps: int, duplicate: Callable
 
 
 def _no_hook(*_: Any) -> None:
-    """A hook that does nothing, and that pickle can find."""
+    """Do nothing. This hook is at module level, where pickle can find it."""
 
 
 @pytest.mark.parametrize("duplicate", [_pickled, copy.deepcopy])
