@@ -231,7 +231,10 @@ def scalar_device(p: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
 
 def block_formats(state: State) -> list[Format]:
     """Return the formats in blocks that a state may have; none for a scalar state."""
-    return [] if state.scalar else [make(state.unsigned) for make in BLOCK_FORMATS.values()]
+    if state.scalar:
+        return []
+    # Two options may share the format of one kind of states.
+    return list(dict.fromkeys(make(state.unsigned) for make in BLOCK_FORMATS.values()))
 
 
 def format_keys(state: State, format_: Format) -> tuple[str, ...]:
