@@ -39,7 +39,8 @@ step.stepper
 step.compiled step
 accounting
 explain
-checkpoint.result checkpoint.save
+checkpoint.result checkpoint.save checkpoint.match
+checkpoint.check_state
 checkpoint.load
 checkpoint.reshard
 checkpoint
