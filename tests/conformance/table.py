@@ -51,11 +51,11 @@ OPTIMIZERS = {
 BACKENDS = {
     name: {"STEPFORGE_BACKEND": name}
     for name in backends.BACKENDS
-    # Its compiled kernels serve no CPU, where this table is; tests/triton takes it to their device.
+    # Its compiled kernels serve no CPU, where this table is; tests/backends/triton takes it to their device.
     if name != "triton" or is_interpreted()
 }
 #: Those that take microseconds for a small step. Triton's interpreter takes milliseconds, so Triton
-#: is in samples of the tests only, here, in tests/triton and among the examples.
+#: is in samples of the tests only, here, in tests/backends/triton and among the examples.
 FAST = [name for name in BACKENDS if name != "triton"]
 #: What a user may write to choose a backend, beside writing nothing.
 FLAGS: dict[str, dict[str, bool]] = {

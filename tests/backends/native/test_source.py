@@ -32,7 +32,7 @@ from stepforge.ops import (
 )
 from stepforge.program import Graph
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, extreme
-from tests.native.graphs import (
+from tests.backends.graphs import (
     ARITHMETICS,
     INSTRUCTION_SETS,
     Row,

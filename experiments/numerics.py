@@ -1,11 +1,12 @@
-"""Measures the rounding errors of training in float32 and writes docs/numerics.md.
+"""Measure the rounding errors of training in float32 and write docs/numerics.md.
 
-Each algorithm is transcribed here once more, from its paper, in float64 and with nothing of this
-library in it. That transcription, stepforge and torch.optim are fed the same float32 gradients, and
-what the two store in float32 is compared with what the transcription holds.
+    python -m experiments.numerics
 
-Run it from anywhere: ``python experiments/make_numerics.py``. It is deterministic, uses one thread
-and takes less than a minute.
+Each algorithm is transcribed here from its paper, in float64 and without this library. The
+transcription, stepforge and torch.optim get the same float32 gradients; then the float32 results of
+the two libraries are compared with the transcription's.
+
+The script is deterministic, uses one thread and takes less than a minute.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import stepforge
 
 Array: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 State: TypeAlias = dict[str, Any]
-#: ``transcription(options, t, p, g, state) -> p``; writes its new moments into ``state``.
+#: ``transcription(options, t, p, g, state) -> p``; writes the new moments into ``state``.
 Transcription: TypeAlias = Callable[[Mapping[str, Any], int, Array, Array, State], Array]
 
 SEED = 20240229
@@ -36,7 +37,7 @@ SEED = 20240229
 
 
 def _moments(h: Mapping[str, Any], p: Array, g: Array, state: State) -> tuple[Array, Array, Array]:
-    """What the Adam family shares: L2 decay, the two averages, and the decoupled decay of p."""
+    """Apply L2 decay, update both averages, and return them and the decoupled decay of p."""
     beta1, beta2 = h["betas"]
     shrink = np.zeros_like(p)
     if h.get("decoupled_weight_decay"):
@@ -49,7 +50,7 @@ def _moments(h: Mapping[str, Any], p: Array, g: Array, state: State) -> tuple[Ar
 
 
 def adam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Array:
-    """Kingma and Ba 2015, Algorithm 1; with amsgrad, torch.optim's form of Reddi et al. 2018."""
+    """Step by Kingma and Ba 2015, Algorithm 1; amsgrad as in torch.optim (Reddi et al. 2018)."""
     beta1, beta2 = h["betas"]
     m, v, shrink = _moments(h, p, g, state)
     if h.get("amsgrad"):
@@ -60,7 +61,7 @@ def adam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Arra
 
 
 def nadam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Array:
-    """Dozat 2016, Algorithm 2; torch.optim averages m with beta1 instead of mu_t."""
+    """Step by Dozat 2016, Algorithm 2; torch.optim averages m with beta1 instead of mu_t."""
     beta1, beta2 = h["betas"]
     m, v, shrink = _moments(h, p, g, state)
     mu, mu_next = (beta1 * (1 - 0.5 * 0.96 ** (s * h["momentum_decay"])) for s in (t, t + 1))
@@ -73,7 +74,7 @@ def nadam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Arr
 
 
 def radam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Array:
-    """Liu et al. 2020, Algorithm 2; torch.optim rectifies from rho_t > 5 on and adds eps."""
+    """Step by Liu et al. 2020, Algorithm 2; torch.optim rectifies if rho_t > 5, and adds eps."""
     beta1, beta2 = h["betas"]
     m, v, shrink = _moments(h, p, g, state)
     m_hat = m / (1 - beta1**t)
@@ -88,7 +89,7 @@ def radam(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Arr
 
 
 def adagrad(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> Array:
-    """Duchi, Hazan and Singer 2011, Figure 1, diagonal; torch.optim lets the rate decay."""
+    """Step by Duchi, Hazan and Singer 2011, Figure 1, diagonal; torch.optim decays the rate."""
     g = g + h.get("weight_decay", 0.0) * p
     state["v"] = state.get("v", 0.0) + g**2
     step: Array = h["lr"] / (1 + (t - 1) * h["lr_decay"]) * g / (np.sqrt(state["v"]) + h["eps"])
@@ -97,14 +98,14 @@ def adagrad(h: Mapping[str, Any], t: int, p: Array, g: Array, state: State) -> A
 
 @dataclasses.dataclass(frozen=True)
 class Algorithm:
-    """One row of the tables.
+    """An algorithm to measure.
 
     Attributes:
-        label: its name there.
+        label: its name in the tables.
         name: the class in stepforge and in torch.optim.
         transcription: the algorithm in float64.
-        options: what the constructors are given beside their defaults.
-        second: the name of the second moment in ``optimizer.state``.
+        options: the options that are not defaults.
+        second: the key of the second moment in ``optimizer.state``.
     """
 
     label: str
@@ -132,7 +133,7 @@ ALGORITHMS = (
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One kind of gradients: ``draw(rng, scale, progress)``, progress running from 0 to 1."""
+    """A kind of gradients: ``draw(rng, scale, progress)``, where progress runs from 0 to 1."""
 
     label: str
     meaning: str
@@ -165,26 +166,26 @@ STREAMS = (
 )
 #: The sizes of the initial parameters.
 SIZES = (1.0, 0.01)
-#: Gradients of different elements lie up to so many powers of ten apart.
+#: Gradients of different elements are up to this many powers of ten apart.
 DECADES = 6
 
 
 def gradients(steps: int, elements: int, seed: int) -> Iterator[np.ndarray[Any, Any]]:
-    """The gradients of every step: float32, of shape (streams, sizes, elements).
+    """Yield the gradients of every step: float32, of shape (streams, sizes, elements).
 
-    The same stream meets initial parameters of every size.
+    Initial parameters of every size get the same gradients.
     """
     rng = np.random.default_rng(seed)
     scale = 10 ** rng.uniform(-DECADES, 0, (len(STREAMS), elements))
     for step in range(steps):
         progress = step / max(steps - 1, 1)
-        drawn = [s.draw(rng, row, progress) for s, row in zip(STREAMS, scale, strict=True)]
+        drawn = [s.draw(rng, scales, progress) for s, scales in zip(STREAMS, scale, strict=True)]
         g = np.stack(drawn).astype(np.float32)
         yield np.repeat(g[:, None, :], len(SIZES), axis=1)
 
 
 def initial_parameters(elements: int, seed: int) -> np.ndarray[Any, Any]:
-    """Gaussian, float32, of shape (streams, sizes, elements)."""
+    """Return Gaussian values: float32, of shape (streams, sizes, elements)."""
     rng = np.random.default_rng((seed, 1))
     p = rng.standard_normal((len(STREAMS), len(SIZES), elements))
     scaled: np.ndarray[Any, Any] = p * np.array(SIZES)[None, :, None]
@@ -193,9 +194,9 @@ def initial_parameters(elements: int, seed: int) -> np.ndarray[Any, Any]:
 
 # The measurement. ---------------------------------------------------------------------------------
 
-STORED, OURS, THEIRS = "float32 storage", "stepforge", "torch.optim"
-CONTESTANTS = (STORED, OURS, THEIRS)
-#: The unit roundoff of float32: what one correctly rounded operation may be off, relatively.
+STORAGE, OURS, THEIRS = "float32 storage", "stepforge", "torch.optim"
+CONTESTANTS = (STORAGE, OURS, THEIRS)
+#: The unit roundoff of float32: the largest relative error of one correctly rounded operation.
 UNIT = 2.0**-24
 
 
@@ -204,9 +205,9 @@ class Errors:
     """The errors of one algorithm's three float32 runs, each of shape (streams, sizes, elements).
 
     Attributes:
-        parameter: ``|p - p64|`` in units of 2**-24 of the largest magnitude that the element's
-            ``p64`` has had, by contestant.
-        second: ``(v - v64) / v64``, signed, 0 where ``v64`` is 0, by contestant.
+        parameter: by contestant, ``|p - p64|`` in units of 2**-24 of the largest magnitude that the
+            element's ``p64`` has reached.
+        second: by contestant, ``(v - v64) / v64`` with its sign; 0 where ``v64`` is 0.
     """
 
     parameter: Mapping[str, Array]
@@ -214,7 +215,7 @@ class Errors:
 
 
 class _Run:
-    """One algorithm in its four forms: float64, that rounded when stored, ours and theirs."""
+    """Four runs of an algorithm: float64, float64 rounded when stored, stepforge, torch.optim."""
 
     def __init__(self, algorithm: Algorithm, initial: np.ndarray[Any, Any]) -> None:
         self.algorithm = algorithm
@@ -240,8 +241,8 @@ class _Run:
             optimizer.step()
 
     def errors(self) -> Errors:
-        parameters = {STORED: self.rounded}
-        seconds = {STORED: self.rounded_state["v"]}
+        parameters = {STORAGE: self.rounded}
+        seconds = {STORAGE: self.rounded_state["v"]}
         for contestant, (p, optimizer) in self.trained.items():
             parameters[contestant] = p.detach().double().numpy()
             v = optimizer.state[p][self.algorithm.second]
@@ -264,13 +265,13 @@ def measure(
     seed: int = SEED,
     algorithms: Sequence[Algorithm] = ALGORITHMS,
 ) -> dict[str, Errors]:
-    """Trains with every algorithm on the same gradients.
+    """Train with every algorithm on the same gradients.
 
     Args:
         steps: how many steps.
-        elements: how many parameters for each stream of gradients and each initial size.
-        seed: of the gradients and the initial parameters.
-        algorithms: which algorithms.
+        elements: how many elements per stream of gradients and initial size.
+        seed: the seed of the gradients and the initial parameters.
+        algorithms: the algorithms to measure.
 
     Returns:
         The errors by the algorithm's label.
@@ -284,10 +285,10 @@ def measure(
 
 
 def deviations(ours: Array, theirs: Array) -> float:
-    """How far the mean of ``ours`` is above that of ``theirs``, in standard deviations.
+    """Return how far the mean of ``ours`` exceeds that of ``theirs``, in standard deviations.
 
-    Two runs that round equally well differ by chance; their elements are pairs with the same
-    gradients, so the spread of the differences says by how much. Above 3 is more than chance.
+    Two runs that round equally well differ by chance. Their elements are pairs with the same
+    gradients, so the spread of the differences tells by how much. Above 3 is more than chance.
     """
     difference = ours - theirs
     spread = difference.std() / np.sqrt(difference.size)
@@ -296,7 +297,7 @@ def deviations(ours: Array, theirs: Array) -> float:
 
 # The page. ----------------------------------------------------------------------------------------
 
-PAGE = Path(__file__).with_name("numerics.md")
+PAGE = Path(__file__).parents[1] / "docs" / "numerics.md"
 STEPS, ELEMENTS = 1000, 4000
 
 
@@ -311,8 +312,8 @@ def _pooled(errors: Mapping[str, Errors], summary: Callable[[Array], Any]) -> st
         for index, size in enumerate(SIZES):
             values = {c: float(summary(e.parameter[c][:, index])) for c in CONTESTANTS}
             ratio = values[THEIRS] / values[OURS]
-            numbers = [f"{values[c]:.2f}" for c in CONTESTANTS]
-            rows.append([label, f"{size:g}", *numbers, f"{ratio:.2f}"])
+            cells = [f"{values[c]:.2f}" for c in CONTESTANTS]
+            rows.append([label, f"{size:g}", *cells, f"{ratio:.2f}"])
     return _table(["", "size of p", *CONTESTANTS, f"{THEIRS} / {OURS}"], rows)
 
 
@@ -335,12 +336,12 @@ def _second_moments(errors: Mapping[str, Errors]) -> str:
         for summary in (lambda x: np.abs(x).mean(), lambda x: np.abs(x).max(), np.mean):
             row += [f"{summary(e.second[c]):.1e}" for c in (OURS, THEIRS)]
         rows.append(row)
-    heads = [f"{what}, {c}" for what in ("mean", "largest", "bias") for c in (OURS, THEIRS)]
-    return _table(["", *heads], rows)
+    header = [f"{name}, {c}" for name in ("mean", "largest", "bias") for c in (OURS, THEIRS)]
+    return _table(["", *header], rows)
 
 
 def _comparison(errors: Mapping[str, Errors]) -> str:
-    """Says where ours is the larger error, and whether by more than chance."""
+    """Say where stepforge has the larger error, and whether by more than chance."""
     cells = [
         [e.parameter[c][s, index] for c in CONTESTANTS]
         for e in errors.values()
@@ -353,25 +354,25 @@ def _comparison(errors: Mapping[str, Errors]) -> str:
         if ours.mean() > theirs.mean()
     ]
     by, sigmas = (max(column, default=0.0) for column in zip(*larger)) if larger else (0.0, 0.0)
-    above = max(ours.mean() / stored.mean() - 1 for stored, ours, _ in cells)
+    above = max(ours.mean() / storage.mean() - 1 for storage, ours, _ in cells)
     peaks = [
         [e.parameter[c][:, index].max() for c in CONTESTANTS]
         for e in errors.values()
         for index in range(len(SIZES))
     ]
-    higher = [(ours / theirs - 1, ours / stored - 1) for stored, ours, theirs in peaks]
-    lost = [pair for pair in higher if pair[0] > 0]
+    excess = [(ours / theirs - 1, ours / storage - 1) for storage, ours, theirs in peaks]
+    lost = [pair for pair in excess if pair[0] > 0]
     text = (
-        f"Of these {len(cells)} means, {len(larger)} are larger for {OURS}, by at most {by:.1%} "
-        f"and {sigmas:.1f} standard deviations of the paired difference (the largest of "
-        f"{len(cells)} draws of chance alone is usually between 2 and 3). None is more than "
-        f"{above:.0%} above {STORED}. Of the {len(peaks)} largest errors in the table before it, "
-        f"{len(lost)} are larger for {OURS}"
+        f"{len(larger)} of these {len(cells)} means are larger for {OURS}, by at most {by:.1%} "
+        f"and {sigmas:.1f} standard deviations of the paired difference. (By chance alone, the "
+        f"largest of {len(cells)} draws is usually between 2 and 3.) None is more than "
+        f"{above:.0%} above {STORAGE}. Of the {len(peaks)} largest errors in the previous table, "
+        f"{OURS} has the larger one in {len(lost)}"
     )
     if lost:
         text += (
             f", by at most {max(x for x, _ in lost):.1%}, where {OURS} is at most "
-            f"{max(max(x, 0.0) for _, x in lost):.1%} above {STORED}"
+            f"{max(max(x, 0.0) for _, x in lost):.1%} above {STORAGE}"
         )
     return textwrap.fill(text + ".", 100)
 
@@ -388,7 +389,7 @@ def _decay_table() -> str:
 
 
 def page(errors: Mapping[str, Errors], steps: int, elements: int) -> str:
-    """The text of docs/numerics.md."""
+    """Return the text of docs/numerics.md."""
     streams = "\n".join(f"- **{s.label}**: {s.meaning}" for s in STREAMS)
     total = elements * len(STREAMS) * len(SIZES)
     factor = float(np.float32(0.999)), float(np.float32(0.001))
@@ -396,36 +397,36 @@ def page(errors: Mapping[str, Errors], steps: int, elements: int) -> str:
     cpu = torch.backends.cpu.get_cpu_capability()
     return f"""# Rounding errors
 
-What training in float32 loses, measured: {OURS} beside {THEIRS}, both against a float64
-transcription of each published algorithm (with {THEIRS}'s deviations from the papers, which are
-marked in `experiments/make_numerics.py`). This page is written by
+The rounding errors of training in float32, measured: {OURS} and {THEIRS}, both against a float64
+transcription of each published algorithm. The transcriptions include {THEIRS}'s deviations from
+the papers, which `experiments/numerics.py` notes. This page is written by
 
-    python experiments/make_numerics.py
+    python -m experiments.numerics
 
-with seed {SEED}, here on stepforge {stepforge.__version__}, torch {torch.__version__},
+with seed {SEED}, on stepforge {stepforge.__version__}, torch {torch.__version__},
 numpy {np.__version__} and Python {platform.python_version()}, on a CPU
-({platform.machine()}, {cpu}). Both libraries run with their defaults: which backend that is makes
-no difference to {OURS}, as all of them store the same bits.
+({platform.machine()}, {cpu}). Both libraries run with their defaults. The choice of backend makes
+no difference to {OURS}, because all of its backends produce the same bits.
 
 ## What is measured
 
-{steps:,} steps on {total:,} elements, all with the same float32 gradients, which do not depend on
-the parameters, so that nothing feeds back. Each element's gradients have a scale of their own,
-drawn evenly over {DECADES} powers of ten. There are {len(STREAMS)} kinds:
+{steps:,} steps on {total:,} elements. All runs get the same float32 gradients, which do not depend
+on the parameters, so errors do not feed back. The gradients of each element have a scale of their
+own, drawn log-uniformly over {DECADES} powers of ten. There are {len(STREAMS)} kinds of gradients:
 
 {streams}
 
 Initial parameters are Gaussian with a standard deviation of {SIZES[0]:g} or {SIZES[1]:g}, the "size
-of p" in the tables. Options are the defaults; the decoupled variants of NAdam and RAdam have a
+of p" in the tables. Options are the defaults, and the decoupled variants of NAdam and RAdam have a
 `weight_decay` of {DECOUPLED["weight_decay"]:g}.
 
 - The **error of a parameter** is |p - p64| in units of 2^-24 of the largest magnitude that the
-  element's p64 has had on its way. That is the unit in which storing p in float32 must lose: a
-  rounding of p costs up to 1, and p crossing zero does not make an error look large.
-- The **error of a second moment** is (v - v64) / v64. Its mean with the sign is the **bias**.
-- **{STORED}** is the transcription with p and its states rounded to float32 once a step and
-  everything between computed in float64: what float32 storage costs by itself. Arithmetic cannot
-  go below it, except by chance.
+  element's p64 has reached during the run. In this unit, one rounding of p costs up to 1, and an
+  error does not look large because p crosses zero.
+- The **error of a second moment** is (v - v64) / v64. Its signed mean is the **bias**.
+- **{STORAGE}** is the transcription with p and its states rounded to float32 once per step, and
+  everything in between computed in float64. It is the cost of float32 storage alone: arithmetic
+  cannot go below it, except by chance.
 
 ## Parameters
 
@@ -449,41 +450,43 @@ The mean error by kind of gradient, {OURS} / {THEIRS}:
 
 ## Where the difference comes from
 
-**The two weights of a moving average.** {THEIRS} computes `v * 0.999 + g * g * 0.001`, each weight
-rounded to float32: {factor[0]:.10f} and {factor[1]:.13f}. They sum to more than one, and v ends up
-too large, by {limit:.1e} in the long run: the bias above is on its way there. {OURS} computes
-`v + (g * g - v) * 0.001`, whose weights sum to one whatever 0.001 rounds to; see `ema` in
-`stepforge/ops.py`. ({THEIRS} does so as well, but for m only.) Every step is divided by the root
-of v, so that all of them are too small by half of that, in the same direction: the further p
-travels for its size, the more of it shows. Adagrad has no such weights, and no such difference.
+**The two weights of a moving average.** {THEIRS} computes `v * 0.999 + g * g * 0.001`, with each
+weight rounded to float32: {factor[0]:.10f} and {factor[1]:.13f}. Their sum exceeds one, so v ends
+up too large, by {limit:.1e} in the long run; the bias above is on its way there. {OURS} computes
+`v + (g * g - v) * 0.001`, whose weights sum to one no matter how 0.001 is rounded; see `ema` in
+`stepforge/ops.py`. ({THEIRS} does the same, but for m only.) Every step is divided by the root of
+v, so all steps are too small by half of that factor, in the same direction. The effect grows with
+the distance that p travels relative to its size. Adagrad has no such weights, and no such
+difference.
 
-**Decoupled weight decay.** {THEIRS} multiplies p by `1 - lr * weight_decay` before the step. Next
-to 1, float32 has a resolution of 6e-8, and the decay itself is about 1e-5, so that what is stored
-of it has few digits left, and the error is the same in every step. {OURS} takes
-`lr * weight_decay * p` off p together with the step, as in the AdamW paper (Algorithm 2, line 12):
-the coefficient keeps all its digits, and p is rounded once a step instead of twice. The relative
-error of the decay's coefficient in the two forms (-1: there is no decay):
+**Decoupled weight decay.** {THEIRS} multiplies p by `1 - lr * weight_decay` before the step. Near
+1, float32 has a resolution of 6e-8, and the decay itself is about 1e-5. So few digits of the decay
+survive, and the error is the same in every step. {OURS} subtracts `lr * weight_decay * p` from p
+together with the step, as in the AdamW paper (Algorithm 2, line 12). The coefficient keeps all its
+digits, and p is rounded once per step instead of twice. The relative error of the decay's
+coefficient in the two forms (-1 means no decay at all):
 
 {_decay_table()}
 
-A coefficient alone does not save a decay from storage: where p has no gradient to move it, a decay
-below half a unit of p is rounded away, and a larger one to whole units. That is what AdamW's
-"rare" column shows, where {STORED} stands where {OURS} does.
+An exact coefficient does not protect a decay from storage. Where no gradient moves p, a decay below
+half a unit of p is rounded away, and a larger one is rounded to whole units. AdamW's "rare" column
+shows this: {STORAGE} has the same error as {OURS} there.
 
-**Roots and fused products.** `torch.sqrt` on a CPU is not correctly rounded; {OURS} uses roots that
-are, so that all backends store equal bits. In turn {THEIRS} rounds Adagrad's `sum + g * g` once,
-where {OURS} rounds it twice, for the same reason. Neither is large enough to be seen in p.
+**Roots and fused products.** `torch.sqrt` on a CPU is not correctly rounded. {OURS} uses correctly
+rounded roots, so that all backends produce equal bits. For the same reason, {OURS} rounds Adagrad's
+`sum + g * g` twice, while {THEIRS} rounds it once. Neither effect is large enough to show in p.
 
-**What remains** is the storage. Where nothing above applies (Adagrad), or where p is large beside
-its steps, both libraries are as good as float32 storage allows: their errors are two draws of the
-same rounding noise, and which is larger changes with the seed. Less needs more bits for p.
+**The rest** is storage. Where nothing above applies (Adagrad), or where p is large relative to its
+steps, both libraries are as good as float32 storage allows: their errors are two draws of the same
+rounding noise, and the larger of the two changes with the seed. A smaller error needs more bits
+for p.
 """
 
 
 def main() -> None:
-    """Measures and writes the page."""
+    """Measure, and write the page."""
     start = time.perf_counter()
-    # How torch divides work among threads decides which elements its vector loops leave over.
+    # Torch's division of work among threads decides which elements its vector loops leave over.
     torch.set_num_threads(1)
     PAGE.write_text(page(measure(STEPS, ELEMENTS), STEPS, ELEMENTS), encoding="utf-8")
     print(f"wrote {PAGE} in {time.perf_counter() - start:.0f} s", file=sys.stderr)

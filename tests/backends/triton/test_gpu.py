@@ -25,7 +25,7 @@ from tests.conformance.table import (
 )
 from tests.conformance.test_backends_agree import GROUPS, gradient
 from tests.contract.twins import assert_params_close, tolerance
-from tests.triton.kernels import by_kernels_only, on_host
+from tests.backends.triton.kernels import by_kernels_only, on_host
 
 pytestmark = [
     pytest.mark.gpu,

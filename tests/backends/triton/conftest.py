@@ -8,7 +8,7 @@ import torch
 
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton.kernel import is_interpreted
-from tests.triton.kernels import DEVICES
+from tests.backends.triton.kernels import DEVICES
 
 
 @pytest.fixture(autouse=True)

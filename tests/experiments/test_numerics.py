@@ -1,6 +1,6 @@
-"""experiments/make_numerics.py: float32 training is as exact as float32 storage allows.
+"""experiments/numerics.py: float32 training is as exact as float32 storage allows.
 
-The oracle is the script's own float64 transcription of each paper.
+Oracle: the script's own float64 transcription of each paper.
 """
 
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from make_numerics import (
+
+from experiments.numerics import (
     ALGORITHMS,
     OURS,
-    STORED,
+    STORAGE,
     THEIRS,
     Algorithm,
     Errors,
@@ -20,7 +21,7 @@ from make_numerics import (
     page,
 )
 
-STEPS, ELEMENTS = 300, 200  # 2,000 elements of each algorithm
+STEPS, ELEMENTS = 300, 200  # 2,000 elements per algorithm
 LABELS = [algorithm.label for algorithm in ALGORITHMS]
 AVERAGES_SQUARES = [algorithm.label for algorithm in ALGORITHMS if algorithm.name != "Adagrad"]
 
@@ -36,7 +37,7 @@ def test_the_mean_error_is_not_larger_than_that_of_torch(
 ) -> None:
     ours, theirs = errors[label].parameter[OURS], errors[label].parameter[THEIRS]
 
-    # Where both are as exact as storage allows, chance decides which is ahead.
+    # If both are as exact as storage allows, chance decides between them.
     assert ours.mean() <= theirs.mean() or deviations(ours, theirs) < 3
 
 
@@ -46,8 +47,8 @@ def test_the_largest_error_is_not_larger_than_that_of_torch(
 ) -> None:
     largest = {c: e.max() for c, e in errors[label].parameter.items()}
 
-    # One element decides a maximum, of about twenty roundings: 10% is two of them.
-    assert largest[OURS] <= max(largest[THEIRS], 1.1 * largest[STORED])
+    # A single element decides a maximum, by about twenty roundings: 10% is two of them.
+    assert largest[OURS] <= max(largest[THEIRS], 1.1 * largest[STORAGE])
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -56,8 +57,8 @@ def test_arithmetic_adds_nothing_to_what_storage_costs(
 ) -> None:
     means = {c: e.mean() for c, e in errors[label].parameter.items()}
 
-    # Adagrad, whose steps shrink, comes closest: 2% over 1,000 steps.
-    assert means[OURS] <= 1.05 * means[STORED]
+    # Adagrad, whose steps shrink, is closest to the limit: 2% over 1,000 steps.
+    assert means[OURS] <= 1.05 * means[STORAGE]
 
 
 @pytest.mark.parametrize("label", [label for label in LABELS if "decoupled" in label])
@@ -75,7 +76,7 @@ def test_the_second_moment_has_no_bias(errors: dict[str, Errors], label: str) ->
 
     assert np.abs(second[OURS]).mean() < np.abs(second[THEIRS]).mean()
     assert np.abs(second[OURS]).max() < np.abs(second[THEIRS]).max()
-    # torch.optim's grows by 1.3e-8 a step, ours not at all: what is left is chance.
+    # torch.optim's grows by 1.3e-8 per step. Ours does not grow, and its bias is chance.
     assert second[THEIRS].mean() > 1e-6
     assert abs(second[OURS].mean()) < 1e-7
 
@@ -83,7 +84,7 @@ def test_the_second_moment_has_no_bias(errors: dict[str, Errors], label: str) ->
 def test_adagrads_sum_is_as_exact_as_that_of_torch(errors: dict[str, Errors]) -> None:
     second = errors["Adagrad"].second
 
-    # torch.optim rounds sum + g * g once, we round it twice; the long sum hides it.
+    # torch.optim rounds sum + g * g once, stepforge twice; the long sum hides the difference.
     assert np.abs(second[OURS]).mean() < 1.05 * np.abs(second[THEIRS]).mean()
 
 
@@ -100,7 +101,7 @@ def test_the_transcription_agrees_with_torch_in_float64(algorithm: Algorithm) ->
         parameter.grad = torch.tensor(g)
         optimizer.step()
 
-    # torch.optim keeps NAdam's mu_product in float32: 1e-7 of thirty steps of 2e-3.
+    # torch.optim has NAdam's mu_product in float32: a relative error of 1e-7 in 30 steps of 2e-3.
     tolerance = 1e-8 if algorithm.name == "NAdam" else 1e-14
     np.testing.assert_allclose(parameter.detach().numpy(), p, rtol=0, atol=tolerance)
     second = optimizer.state[parameter][algorithm.second].numpy()

@@ -27,7 +27,7 @@ import torch
 import stepforge
 from stepforge.backends import trust
 from stepforge.backends.native import Kernel, build, kernel_for
-from tests.native.faults import (
+from tests.backends.native.faults import (
     altered,
     assert_right,
     bears_its_digest,
@@ -47,7 +47,7 @@ from tests.native.faults import (
     unloadable,
     wait_for,
 )
-from tests.native.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
+from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
 
 PROCESSES = 16
 #: The command of the compiler, as a shell takes it.
@@ -404,7 +404,7 @@ def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
     slow = executable(
         tmp_path / "slow-cc", f'if [ "$1" = --version ]; then echo 1; exit; fi; {waits}'
     )
-    code = "from tests.native.faults import assert_right; assert_right()"
+    code = "from tests.backends.native.faults import assert_right; assert_right()"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"CC": str(slow)}, start_new_session=True
     )

@@ -33,8 +33,8 @@ from tests.conformance.table import (
     outcome,
     run,
 )
-from tests.native.graphs import batch_of, traced
-from tests.triton.kernels import by_kernels_only, moved, on_host, tables
+from tests.backends.graphs import batch_of, traced
+from tests.backends.triton.kernels import by_kernels_only, moved, on_host, tables
 
 FULLEST = "bfloat16, 24 bits, int8 states"
 AT_RANDOM = "float16 at random"

@@ -31,9 +31,9 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.native.graphs import traced
-from tests.native.test_memory import SHARING, named
-from tests.triton.kernels import by_kernels_only, moved
+from tests.backends.graphs import traced
+from tests.backends.native.test_memory import SHARING, named
+from tests.backends.triton.kernels import by_kernels_only, moved
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -33,7 +33,7 @@ from tests.conformance.table import (
     run,
 )
 from tests.contract.twins import assert_identical, frozen
-from tests.triton.kernels import by_kernels_only, tables
+from tests.backends.triton.kernels import by_kernels_only, tables
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled here")
 

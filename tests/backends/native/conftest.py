@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stepforge.backends.native import build
-from tests.native.faults import assert_right
+from tests.backends.native.faults import assert_right
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source
 from tests.conformance.table import OPTIMIZERS, forced
-from tests.native.graphs import special
+from tests.backends.graphs import special
 
 #: By processor and compiler: the compiler's command, and that of what runs the program.
 PROCESSORS = {

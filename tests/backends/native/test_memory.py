@@ -29,7 +29,7 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.native.graphs import (
+from tests.backends.graphs import (
     batch_of,
     by_reference,
     columns_of,

@@ -1,6 +1,6 @@
-"""experiments/make_low_precision.py in miniature, and the figures of docs/low-precision.md.
+"""experiments/low_precision in miniature, and the figures of docs/low-precision.md.
 
-Oracles: averages in float64; the example's own run; the widths of codes, from which errors follow.
+Oracles: averages in float64; the example's own run; errors derived from the spacing of codes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import language_model
-import make_low_precision
 import pytest
 import torch
-from low_precision import memory, page, pictures, stall, tracking, training
-from low_precision.candidates import (
+
+from experiments.low_precision import __main__ as script
+from experiments.low_precision import memory, page, pictures, stall, tracking, training
+from experiments.low_precision.candidates import (
     BFLOAT16,
     CHOSEN,
     NEAREST,
@@ -26,9 +26,9 @@ from low_precision.candidates import (
     Candidate,
     candidates,
 )
-from low_precision.errors import KINDS, measure, moments
-from low_precision.tracking import Track
-from low_precision.training import (
+from experiments.low_precision.errors import KINDS, measure, moments
+from experiments.low_precision.tracking import Track
+from experiments.low_precision.training import (
     AT_RANDOM,
     BITS_24,
     BITS_32,
@@ -41,13 +41,13 @@ from low_precision.training import (
     PLAIN,
     SMALL_RATE,
     SMALLEST,
-    Arm,
     Digits,
     LanguageModel,
-    StoredRun,
+    LowPrecisionRun,
+    Precision,
+    language_model,
     load,
 )
-
 from stepforge.formats import BLOCK, random_uint32
 
 
@@ -56,7 +56,7 @@ def named(unsigned: bool, *names: str) -> list[Candidate]:
     return [by_name[name] for name in names]
 
 
-def words(shape: torch.Size) -> torch.Tensor:
+def random_u32(shape: torch.Size) -> torch.Tensor:
     return random_uint32(shape, 0, 12345, torch.device("cpu"))
 
 
@@ -70,7 +70,7 @@ def test_a_second_moment_never_becomes_zero(decades: int) -> None:
     ours = [c for c in candidates(unsigned=True) if c.chosen]
 
     assert len(ours) == 2
-    assert all((c.store(v, words(v.shape)) > 0).all() for c in ours)
+    assert all((c.store(v, random_u32(v.shape)) > 0).all() for c in ours)
 
 
 def test_rounding_alone_would_make_second_moments_zero() -> None:
@@ -89,18 +89,18 @@ def test_errors_are_those_of_the_width_of_codes(kind: object) -> None:
     m, v = moments(kind, (100, BLOCK), 0)  # type: ignore[arg-type]
     reached = m.abs() > 2.0**-13 * m.abs().amax(1, keepdim=True)
 
-    # Three bits of fraction: at most an eighth of the number from one code to the next.
-    of_m = (signed.store(m, words(m.shape)) / m - 1).abs()[reached]
-    of_v = (unsigned.store(v, words(v.shape)) / v - 1).abs()
+    # Three bits of fraction: neighboring codes differ by an eighth at most.
+    of_m = (signed.store(m, random_u32(m.shape)) / m - 1).abs()[reached]
+    of_v = (unsigned.store(v, random_u32(v.shape)) / v - 1).abs()
     assert of_m.max() <= 1 / 16
     assert of_v.max() <= 1 / 8
 
 
-@pytest.mark.parametrize("table", [*SIGNED.values(), *UNSIGNED.values()])
-def test_a_candidate_has_as_many_codes_as_a_byte(table: torch.Tensor) -> None:
-    assert len(table) in (128, 129, 256)  # 129: the dynamic map's 1 has been given a negative
-    assert (table.diff() > 0).all()
-    assert (table[0], table[-1]) == (0, 1)
+@pytest.mark.parametrize("curve", [*SIGNED.values(), *UNSIGNED.values()])
+def test_a_candidate_has_as_many_codes_as_a_byte(curve: torch.Tensor) -> None:
+    assert len(curve) in (128, 129, 256)  # 129: this dynamic map has a -1 too
+    assert (curve.diff() > 0).all()
+    assert (curve[0], curve[-1]) == (0, 1)
 
 
 # Storing after every step. ------------------------------------------------------------------------
@@ -108,24 +108,27 @@ def test_a_candidate_has_as_many_codes_as_a_byte(table: torch.Tensor) -> None:
 ELEMENTS = 256
 
 
-def tracked(stream: str, steps: int, chosen: list[Candidate]) -> dict[str, Track]:
-    """What becomes of second moments."""
-    of = next(s for s in tracking.STREAMS if s.name == stream)
-    tracks = tracking.measure(of, steps, ELEMENTS, unsigned=True, chosen=chosen)
+def stream_named(name: str) -> tracking.Stream:
+    return next(stream for stream in tracking.STREAMS if stream.name == name)
+
+
+def tracked(stream: str, steps: int, only: list[Candidate]) -> dict[str, Track]:
+    """Return the tracks of second moments, by candidate."""
+    tracks = tracking.measure(stream_named(stream), steps, ELEMENTS, unsigned=True, only=only)
     return {track.candidate.name: track for track in tracks}
 
 
 def last(track: Track) -> float:
-    """The root of the mean squared error in the end."""
+    """Return the final root mean square error."""
     return track.errors[-1][1]
 
 
 def test_no_curve_of_8_bits_follows_when_rounded_to_nearest() -> None:
-    ways = [c for c in candidates(unsigned=True) if c.rounding == NEAREST and c.curve != BFLOAT16]
-    tracks = tracked("drifting", 700, [*ways, *named(True, f"{CHOSEN}, {RANDOM}")])
+    others = [c for c in candidates(unsigned=True) if c.rounding == NEAREST and c.curve != BFLOAT16]
+    tracks = tracked("drifting", 700, [*others, *named(True, f"{CHOSEN}, {RANDOM}")])
     ours = last(tracks.pop(f"{CHOSEN}, {RANDOM}"))
 
-    # 0.11 is what the width of its steps says.
+    # 0.11 follows from the spacing of its codes.
     assert ours < 0.16
     assert len(tracks) == len(UNSIGNED) + 1
     assert all(last(track) > 3 * ours for track in tracks.values())
@@ -135,8 +138,8 @@ def test_bfloat16_follows_only_when_rounded_at_random() -> None:
     names = f"{BFLOAT16}, {NEAREST}", f"{BFLOAT16}, {RANDOM}"
     nearest, at_random = tracked("fading", 1200, named(True, *names)).values()
 
-    # Squares fall a hundredfold in 720 steps, in which an average may lose half of itself: log 2,
-    # half of which is 0.35.
+    # Squares shrink a hundredfold in 720 steps, in which an average can lose half of its value: an
+    # error of log(2) / 2, which is 0.35.
     assert nearest.biases[-1][1] > 0.15
     assert abs(at_random.biases[-1][1]) < 0.01
     assert 5 * last(at_random) < last(nearest)
@@ -145,10 +148,10 @@ def test_bfloat16_follows_only_when_rounded_at_random() -> None:
 def test_noise_is_what_the_width_of_steps_says() -> None:
     steady = tracking.STREAMS[0]
     (track,) = tracking.measure(
-        steady, 2000, 512, unsigned=True, chosen=named(True, f"{CHOSEN}, {RANDOM}")
+        steady, 2000, 512, unsigned=True, only=named(True, f"{CHOSEN}, {RANDOM}")
     )
 
-    # The width lies between a 16th and an 8th: the derivation on the page has 0.09 to 0.125.
+    # Codes are a 16th to an 8th apart, so the derivation on the page gives 0.09 to 0.125.
     assert 0.07 < last(track) < 0.14
 
 
@@ -157,10 +160,9 @@ def test_noise_is_what_the_width_of_steps_says() -> None:
     [("extreme", f"{CHOSEN}, {RANDOM}"), ("drifting", f"linear, {NEAREST}")],
 )
 def test_a_first_moment_follows_when_rounded_to_nearest(stream: str, other: str) -> None:
-    of = next(s for s in tracking.STREAMS if s.name == stream)
-    chosen = named(False, f"{CHOSEN}, {NEAREST}", other)
+    pair = named(False, f"{CHOSEN}, {NEAREST}", other)
 
-    ours, theirs = tracking.measure(of, 600, ELEMENTS, unsigned=False, chosen=chosen)
+    ours, theirs = tracking.measure(stream_named(stream), 600, ELEMENTS, unsigned=False, only=pair)
 
     assert 2 * ours.error < theirs.error
 
@@ -182,25 +184,30 @@ def test_plain_bfloat16_weights_do_not_move(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("arm", [BITS_24, BITS_32, AT_RANDOM], ids=lambda arm: arm.name)
+@pytest.mark.parametrize(
+    "precision", [BITS_24, BITS_32, AT_RANDOM], ids=lambda precision: precision.name
+)
 def test_other_weights_of_16_bits_do(
-    stalled: dict[str, dict[str, float]], arm: Arm, optimizer: str
+    stalled: dict[str, dict[str, float]], precision: Precision, optimizer: str
 ) -> None:
     reference = stalled[FLOAT32.name][optimizer]
 
     assert reference < 0.99
-    # Stored weights are rounded: half of 2**-8, which is the step below 1.
-    assert stalled[arm.name][optimizer] == pytest.approx(reference, abs=2.0**-9)
+    # Weights are rounded to bfloat16: half of 2**-8, its spacing below 1.
+    assert stalled[precision.name][optimizer] == pytest.approx(reference, abs=2.0**-9)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_bytes_are_those_that_the_guide_gives(optimizer: str) -> None:
-    moments_kept = 1 if optimizer == "Adagrad" else 2
+    moments_of_rule = 1 if optimizer == "Adagrad" else 2
 
-    int8, smallest = (memory.measure(optimizer, arm, (256, 256)) for arm in (INT8, SMALLEST))
+    int8, smallest = (
+        memory.measure(optimizer, precision, (256, 256)) for precision in (INT8, SMALLEST)
+    )
 
-    # A code, and four bytes of scale for 128; numbers such as the step are 4 or 8 bytes in all.
-    assert int8["state"] == pytest.approx(moments_kept * (1 + 4 / 128), abs=1e-3)
+    # One byte per code, four per scale of 128. Scalar states such as the step count add 4 or 8
+    # bytes in all, which the tolerance allows for.
+    assert int8["state"] == pytest.approx(moments_of_rule * (1 + 4 / 128), abs=1e-3)
     assert smallest["total"] == pytest.approx(int8["state"] + 5, abs=1e-3)
     assert smallest["total"] < 7.1
 
@@ -215,7 +222,7 @@ TINY = language_model.Config(
 
 def test_a_run_that_stores_float32_is_the_examples_own() -> None:
     config = dataclasses.replace(TINY, steps=5)
-    run = StoredRun(config, torch.float32)
+    run = LowPrecisionRun(config, torch.float32)
     for _ in range(config.steps):
         run.step()
 
@@ -225,9 +232,10 @@ def test_a_run_that_stores_float32_is_the_examples_own() -> None:
 def test_plain_bfloat16_stalls_at_a_small_learning_rate_and_24_bits_do_not() -> None:
     experiment = LanguageModel("", dataclasses.replace(TINY, lr=3e-5))
     final = {
-        arm.name: experiment.run("AdamW", arm.name, 0)[0].final for arm in (FLOAT32, BITS_24, PLAIN)
+        precision.name: experiment.run("AdamW", precision.name, 0)[0].final
+        for precision in (FLOAT32, BITS_24, PLAIN)
     }
-    learned = 8 - final[FLOAT32.name]  # bits; untrained, a byte has eight
+    learned = 8 - final[FLOAT32.name]  # in bits; an untrained model needs 8 per byte
 
     assert learned > 0.2
     assert abs(final[BITS_24.name] - final[FLOAT32.name]) < 0.02 * learned
@@ -236,10 +244,13 @@ def test_plain_bfloat16_stalls_at_a_small_learning_rate_and_24_bits_do_not() -> 
 
 def test_int8_learns_as_float32_does() -> None:
     experiment = LanguageModel("", dataclasses.replace(TINY, lr=3e-3))
-    final = {arm.name: experiment.run("AdamW", arm.name, 0)[0].final for arm in (FLOAT32, INT8)}
+    final = {
+        precision.name: experiment.run("AdamW", precision.name, 0)[0].final
+        for precision in (FLOAT32, INT8)
+    }
 
     assert final[FLOAT32.name] < 6
-    # Seeds differ by more: 0.1 bits after so few steps.
+    # Seeds differ by 0.1 bits after so few steps.
     assert final[INT8.name] == pytest.approx(final[FLOAT32.name], abs=0.1)
 
 
@@ -255,7 +266,7 @@ def test_missing_runs_are_trained_and_kept(tmp_path: Path) -> None:
 
     trained = training.train_missing(1, {"digits": one, SMALL_RATE.name: SMALL_RATE}, path)
 
-    assert trained.keys() - known.keys() == {("digits", "Adam", a.name, 0) for a in one.arms}
+    assert trained.keys() - known.keys() == {("digits", "Adam", a.name, 0) for a in one.precisions}
     assert load(path) == trained
 
 
@@ -287,20 +298,20 @@ def test_int8_moments_are_within_the_spread_of_float32(
 
 @pytest.fixture(scope="module")
 def tracks() -> tuple[dict[str, Sequence[Track]], dict[str, Sequence[Track]]]:
-    first, second = (make_low_precision.tracks(unsigned, 350, BLOCK) for unsigned in (False, True))
+    first, second = (script.tracks(unsigned, 350, BLOCK) for unsigned in (False, True))
     return first, second
 
 
 def test_the_page_can_be_written_and_has_the_results(
     tracks: tuple[dict[str, Sequence[Track]], dict[str, Sequence[Track]]],
 ) -> None:
-    made = make_low_precision.tables(*tracks, load(), blocks=2, stall_steps=2)
+    made = script.tables(*tracks, load(), blocks=2, stall_steps=2)
     text = page.PAGE.read_text(encoding="utf-8")
     written = page.filled(text, made)
 
     assert not any(re.search(r"\b(nan|inf)\b", table) for table in made.values())
     assert all(table in written for table in made.values())
-    # What does not depend on how much was measured stands on the page as it is.
+    # These parts do not depend on the sizes of the measurements.
     for name in ("memory", "language model", "verdict", "digits", "small learning rate"):
         assert made[name] in text
 

@@ -20,7 +20,7 @@ import stepforge
 from stepforge.backends import native
 from stepforge.backends.native import Kernel, build, kernel_for
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, forced, normal, outcome, parameter
-from tests.native.graphs import (
+from tests.backends.graphs import (
     INSTRUCTION_SETS,
     Row,
     by_kernel,

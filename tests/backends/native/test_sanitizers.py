@@ -19,7 +19,7 @@ import torch
 from stepforge.backends.native import build
 from stepforge.backends.native.dtypes import STORABLE
 from tests.conformance.table import OPTIMIZERS
-from tests.native.graphs import c_of, graph_of, run_compiler
+from tests.backends.graphs import c_of, graph_of, run_compiler
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 

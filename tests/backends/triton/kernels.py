@@ -13,7 +13,7 @@ import stepforge
 from stepforge.backends import reference, triton
 from stepforge.backends.triton.table import Table
 from stepforge.program import Graph
-from tests.native.graphs import Row, batch_of
+from tests.backends.graphs import Row, batch_of
 
 #: Where kernels can run. A test of both runs on one, and skips the other.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -14,7 +14,7 @@ import torch
 
 from stepforge.backends.native import build, kernel_for
 from stepforge.program import Graph
-from tests.native.graphs import by_kernel, run_compiler, spec_of, traced
+from tests.backends.graphs import by_kernel, run_compiler, spec_of, traced
 
 
 def new_graph() -> Graph:

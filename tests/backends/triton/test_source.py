@@ -22,9 +22,9 @@ from stepforge.backends.triton.source import named, triton_source
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
 from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
-from tests.native.graphs import columns_of, graph_of, in_new_process, spec_of, traced
-from tests.native.test_source import RULES, together
-from tests.triton.kernels import tables
+from tests.backends.graphs import columns_of, graph_of, in_new_process, spec_of, traced
+from tests.backends.native.test_source import RULES, together
+from tests.backends.triton.kernels import tables
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

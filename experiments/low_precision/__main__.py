@@ -1,10 +1,10 @@
-"""Measures what low precision costs, and puts tables and pictures into docs/low-precision.md.
+"""Measure the cost of low precision, and write tables and pictures to docs/low-precision.md.
 
-    python experiments/make_low_precision.py         # three minutes
-    python experiments/make_low_precision.py --anew  # trains everything again: twenty minutes more
+    python -m experiments.low_precision            # three minutes
+    python -m experiments.low_precision --retrain  # twenty minutes more
 
-Training, by far the longest, is kept in experiments/low_precision/results.json; runs that are
-missing there are trained. Everything else is measured. All of it is deterministic.
+Training takes by far the longest, so results.json keeps its results, and only runs that it lacks
+are trained. All else is measured each time. Everything is deterministic.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from low_precision import errors, memory, page, pictures, stall, tracking, training
-from low_precision.page import PAGE
-from low_precision.tracking import Track
-from low_precision.training import DIGITS, LANGUAGE, RESULTS, SMALL_RATE, Outcome
 
-#: How much is measured: blocks that are stored once; steps and elements of averages; steps of
-#: weights that begin at 1.
+from experiments.low_precision import errors, memory, page, pictures, stall, tracking, training
+from experiments.low_precision.page import PAGE
+from experiments.low_precision.tracking import Track
+from experiments.low_precision.training import DIGITS, LANGUAGE, RESULTS, SMALL_RATE, Outcome
+
+#: Sizes of the measurements: blocks stored once; steps and elements of averages; steps of weights
+#: that start at 1.
 BLOCKS, STEPS, ELEMENTS, STALL_STEPS = 1000, 3000, 2048, 100
 
 
 def tracks(unsigned: bool, steps: int, elements: int) -> dict[str, Sequence[Track]]:
-    """What becomes of a moment of each stream of gradients, by the name of the stream."""
+    """Return the tracks of a moment of each stream of gradients, by the name of the stream."""
     return {
         stream.name: tracking.measure(stream, steps, elements, unsigned=unsigned)
         for stream in tracking.STREAMS
@@ -42,14 +43,14 @@ def tables(
     blocks: int,
     stall_steps: int,
 ) -> dict[str, str]:
-    """All that the page is given, by the name of its place.
+    """Return all generated parts of the page, by name.
 
     Args:
-        first: what became of first moments, of :func:`tracks`.
-        second: what became of second moments.
-        outcomes: how training went.
+        first: the tracks of first moments, as :func:`tracks` returns them.
+        second: the tracks of second moments.
+        outcomes: the results of training.
         blocks: how many blocks to store once.
-        stall_steps: how many steps to take with weights that begin at 1.
+        stall_steps: how many steps to take with weights that start at 1.
     """
     return {
         "memory": page.memory(memory.table()),
@@ -69,17 +70,17 @@ def tables(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains what is missing, measures the rest, and writes the page and its pictures."""
+    """Train the missing runs, measure the rest, and write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--anew", action="store_true", help="train everything again")
+    parser.add_argument("--retrain", action="store_true", help="train everything again")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
     torch.set_num_threads(1)
-    if given.anew:
+    if options.retrain:
         RESULTS.unlink(missing_ok=True)
     outcomes = training.train_missing(
-        given.processes, report=lambda line: print(line, file=sys.stderr)
+        options.processes, report=lambda line: print(line, file=sys.stderr)
     )
     first, second = (tracks(unsigned, STEPS, ELEMENTS) for unsigned in (False, True))
     made = tables(first, second, outcomes, blocks=BLOCKS, stall_steps=STALL_STEPS)

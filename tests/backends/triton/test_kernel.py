@@ -22,7 +22,7 @@ from tests.conformance.table import (
     extreme,
     normal,
 )
-from tests.native.graphs import (
+from tests.backends.graphs import (
     ARITHMETICS,
     batch_of,
     by_reference,
@@ -34,7 +34,7 @@ from tests.native.graphs import (
     traced,
     with_results,
 )
-from tests.native.test_source import (
+from tests.backends.native.test_source import (
     CONSTANTS,
     RULES,
     RULES_OF_WORDS,
@@ -46,7 +46,7 @@ from tests.native.test_source import (
     together,
     where_roundings_change,
 )
-from tests.triton.kernels import by_kernel, by_kernels_only
+from tests.backends.triton.kernels import by_kernel, by_kernels_only
 
 every_arithmetic = pytest.mark.parametrize("arithmetic", ARITHMETICS.values(), ids=ARITHMETICS)
 
