@@ -421,8 +421,8 @@ of p" in the tables. Options are the defaults, and the decoupled variants of NAd
 `weight_decay` of {DECOUPLED["weight_decay"]:g}.
 
 - The **error of a parameter** is |p - p64| in units of 2^-24 of the largest magnitude that the
-  element's p64 has reached during the run. In this unit, one rounding of p costs up to 1, and an
-  error does not look large because p crosses zero.
+  element's p64 has reached during the run. In this unit, one rounding of p costs up to 1, and the
+  error is not inflated where p crosses zero.
 - The **error of a second moment** is (v - v64) / v64. Its signed mean is the **bias**.
 - **{STORAGE}** is the transcription with p and its states rounded to float32 once per step, and
   everything in between computed in float64. It is the cost of float32 storage alone: arithmetic
