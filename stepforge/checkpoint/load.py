@@ -1,7 +1,7 @@
-"""Checkpoints: the state dict, and loading one without surprises.
+"""Loading a state dict: all of it is checked before anything changes.
 
-The format is torch.optim's, so that either library continues what the other began. Loading checks
-everything before it changes anything, and never aliases what it was given.
+Values are converted while they are checked, so that making the changes cannot fail. Nothing in an
+optimizer ever aliases the state dict it was loaded from.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = ["Loading", "apply", "complete_options", "examine", "unpickled"]
 
 @dataclass
 class Loading:
-    """What loading a state dict will do, once all of it has been checked.
+    """The changes that loading a state dict will make, fully checked.
 
     Attributes:
         state: the new state of each parameter that gets one; None removes what it has.
-        extra: entries of the state that belong to no parameter.
+        extra: the keys of ``state`` that are no parameters, with their values.
         groups: for each param group, the options to change.
-        in_place: for each param group, what to write into the options that are tensors.
+        in_place: for each param group, the new values of options that are tensors.
         names: for each param group, the parameters' names to adopt, or None.
-        result: what does not fit.
-        reasons: of what in that needs one, why it does not.
+        result: the keys that do not fit.
+        reasons: for some of those keys, the reason.
     """
 
     state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
@@ -61,18 +61,19 @@ def examine(
     state: Mapping[Any, Any],
     lent: Mapping[Any, Lent],
 ) -> Loading:
-    """Checks a state dict against an optimizer's groups, and says what loading it will do.
+    """Check a state dict against an optimizer's groups, and return the changes to make.
 
-    Values are converted here, so that nothing is left for :func:`apply` that can fail.
+    Values are converted here, so that :func:`apply` cannot fail.
 
     Args:
         rule: the optimizer's rule.
         groups: its param groups.
-        state_dict: what is to be loaded. It is not changed, and nothing in the answer aliases it.
-        strict: whether anything missing, unexpected or mismatched is an error.
+        state_dict: the state dict; not changed, and nothing in the result aliases it.
+        strict: True if a missing, unexpected or mismatched key is an error.
         foreign: hyperparameters that only other optimizers have.
         state: the optimizer's state, which the state dict may alias.
-        lent: what its last state dict lent out, of :func:`~stepforge.checkpoint.save.lent`.
+        lent: the tensors that its last state dict shares, from
+            :func:`~stepforge.checkpoint.save.lent`.
 
     Raises:
         ValueError: the state dict has another structure, a value out of its range or, if
@@ -113,11 +114,11 @@ def examine(
 def apply(
     loading: Loading, groups: Sequence[dict[str, Any]], state: dict[Any, Any], *, strict: bool
 ) -> None:
-    """Carries out what :func:`examine` found to be right. Nothing in here can fail."""
+    """Make the changes that :func:`examine` has found. Nothing in here can fail."""
     changes = zip(groups, loading.groups, loading.in_place, loading.names, strict=True)
     for group, options, in_place, names in changes:
         for name, value in in_place.items():
-            # A tensor of the user's, which a scheduler or a captured graph may share.
+            # The user's tensor, which a scheduler or a captured graph may share.
             with torch.no_grad(), torch.inference_mode(group[name].is_inference()):
                 group[name].copy_(value)
         group.update(options)
@@ -135,7 +136,7 @@ def apply(
 
 @dataclass(frozen=True)
 class _Match:
-    """A parameter, and where the state dict has it."""
+    """A parameter, and its place in the state dict."""
 
     group: int
     p: torch.Tensor
@@ -172,7 +173,7 @@ def _saved_groups(state_dict: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _distinctly_named(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether every parameter has a name and no two have the same."""
+    """Return True if every parameter has a name, and all names differ."""
     if not all("param_names" in group for group in groups):
         return False
     names = [name for group in groups for name in group["param_names"]]
@@ -184,7 +185,7 @@ def _adopted_names(
     source: Mapping[str, Any] | None,
     saved_groups: Sequence[Mapping[str, Any]],
 ) -> list[str] | None:
-    """The saved names, where they are complete and name just the parameters of the group."""
+    """Return the saved names, if they are complete and fit the parameters of the group."""
     if source is None or not all("param_names" in saved for saved in saved_groups):
         return None
     names = list(source["param_names"])
@@ -244,7 +245,7 @@ def _group_source(
     by_name: bool,
     strict: bool,
 ) -> Mapping[str, Any] | None:
-    """The saved group from which a group takes its options; None keeps those it has."""
+    """Return the saved group for the options of a group; None to keep its own."""
     if not by_name or not members:
         return saved_groups[index] if index < len(saved_groups) else None
     sources = sorted({m.saved_group for m in members if m.saved_group is not None})
@@ -281,7 +282,7 @@ def _new_options(
         elif not declared.optional_in_checkpoint:
             result.missing_keys.append(f"param_groups[{index}].{name}")
     for state in rule.states.values():
-        # A flag that adds a state is on if either has it on: the state begins where it is missing.
+        # A flag that adds a state is on if either has it on: a missing state begins at zero.
         if state.when in options:
             options[state.when] = options[state.when] or group[state.when]
     own = {*rule.hyperparameters, "params", "param_names"}
@@ -294,14 +295,14 @@ def _new_options(
 
 
 def _is_without_value(declared: Hyperparameter, value: Any, own: Any) -> bool:
-    """Whether an option is on the device meta, and the optimizer's own is not."""
+    """Return True if an option is on the meta device, and the optimizer's own is not."""
     return not getattr(own, "is_meta", False) and any(
         isinstance(x, torch.Tensor) and x.is_meta for _, x in declared.components(value)
     )
 
 
 def _as_written(name: str, value: Any, own: torch.Tensor) -> torch.Tensor:
-    """An option as it will be in a tensor of the user's: rounded to its dtype if that is a float.
+    """Round an option to the dtype of the user's tensor that it will be written to.
 
     Raises:
         ValueError: it would be another number there.
@@ -349,7 +350,7 @@ def _examine_parameter(
             problems.missing(key)
         elif not problems.mismatched(key, _number_problem(key, entry[key], member.p)):
             found[key] = scalar_state(entry[key], member.p, group)
-            if key == "step" and found[key].itemsize < 4:  # which would stick at 256, or 2048
+            if key == "step" and found[key].itemsize < 4:  # it would stick at 256, or 2048
                 found[key] = found[key].to(scalar_dtype())
     for column, _, _ in layout.columns():
         found |= (
@@ -368,7 +369,7 @@ def _examine_parameter(
 
 @dataclass
 class _Problems:
-    """Enters what does not fit of one parameter into a loading, and counts it."""
+    """Counter of the keys of one parameter that do not fit; enters them into a loading."""
 
     label: str
     loading: Loading
@@ -378,7 +379,7 @@ class _Problems:
         self.loading.result.missing_keys.append(self._entered(key, why))
 
     def mismatched(self, key: str, why: str | None) -> bool:
-        """Enters why a key does not fit; False if it does, of which None tells."""
+        """Enter the reason why a key does not fit; return False if it does fit."""
         if why is not None:
             self.loading.result.mismatched_keys.append(self._entered(key, why))
         return why is not None
@@ -397,7 +398,7 @@ _UNWRITTEN = "it was not read from the checkpoint that the step number is from"
 def _low_bits_found(
     p: torch.Tensor, entry: Mapping[str, Any], unwritten: frozenset[str], problems: _Problems
 ) -> dict[str, torch.Tensor]:
-    """Copies of the lower bits of a weight, however many were saved."""
+    """Return copies of the low bits of a weight, 8 or 16."""
     keys = [key for key in LOW_BITS if key in entry]
     if len(keys) > 1:
         problems.mismatched(keys[0], f"there is {keys[1]} too: which of them is of the weight?")
@@ -420,7 +421,7 @@ def _state_found(
     unwritten: frozenset[str],
     problems: _Problems,
 ) -> dict[str, torch.Tensor]:
-    """Copies of the tensors of a state, in the format in which it was saved."""
+    """Return copies of the tensors of a state, in the format they were saved in."""
     byte, scale = int8_blocks(state.unsigned).parts
     plain = Part("", p.dtype)
     if state.key in entry and byte.key(state.key) in entry:
@@ -451,10 +452,9 @@ def _state_found(
 def _without_own_form(
     layout: StateLayout, entry: Mapping[str, Any], own: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-    """An entry without what is the optimizer's own of a state that it also has in another format.
+    """Drop the optimizer's own tensors of a state that is also given in another format.
 
-    ``set_optimizer_state_dict`` adds what it is given, as of a whole state dict, to what the
-    optimizer has.
+    ``set_optimizer_state_dict`` adds the state dict that it is given to the optimizer's own.
     """
     unwanted: set[str] = set()
     for state in layout.states.values():
@@ -469,7 +469,7 @@ def _without_own_form(
 
 
 def _of_any_format(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
-    """The keys of an entry that are right in some format: scales only beside codes."""
+    """Return the keys of a state that are right in some format: scales only beside codes."""
     known = set(LOW_BITS)
     for state in rule.states.values():
         of_codes, of_scales = int8_keys(state)
@@ -477,15 +477,15 @@ def _of_any_format(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
     return known
 
 
-#: The dtypes of states with an element for each element, as plain numbers.
+#: The dtypes of states with one element per element, as plain numbers.
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _COMPLEX = (torch.complex128, torch.complex64)
-#: The dtypes in which a number, such as that of the step, may have been saved.
+#: The dtypes that a scalar state, such as the step count, may have been saved in.
 _NUMBERS = (*_REAL, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _tensor_problem(x: Any, p: torch.Tensor, part: Part) -> str | None:
-    """Why something cannot be a part of a state of a parameter; None if it can."""
+    """Say why an object cannot be a part of a state; None if it can."""
     shape = part.shape(p.shape) if p.dim() or not part.of_block else ()
     if not isinstance(x, torch.Tensor):
         return f"is {reprlib.repr(x)}, which must be a tensor of shape {shape}"
@@ -504,7 +504,7 @@ def _tensor_problem(x: Any, p: torch.Tensor, part: Part) -> str | None:
 
 
 def _sharding_problem(x: Any, p: Any, part: Part) -> str | None:
-    """Why a sharded tensor does not lie as its sharded parameter does; None if it does."""
+    """Say how a DTensor is sharded differently than its parameter; None if it is not."""
     if (x.device_mesh, tuple(x.placements)) != (p.device_mesh, tuple(p.placements)):
         return (
             f"is sharded as {x.placements} on {x.device_mesh}, which must be {p.placements} on "
@@ -515,7 +515,7 @@ def _sharding_problem(x: Any, p: Any, part: Part) -> str | None:
 
 
 def _number_problem(key: str, value: Any, p: torch.Tensor) -> str | None:
-    """Why something cannot be a scalar state, or the step number; None if it can."""
+    """Say why an object cannot be a scalar state or step count; None if it can."""
     allowed = "a whole number from 0 up" if key == "step" else "a number"
     if isinstance(value, torch.Tensor):
         if value.layout != torch.strided or value.numel() != 1 or value.dtype not in _NUMBERS:
@@ -572,7 +572,7 @@ def _complaint(result: LoadResult, reasons: Mapping[str, str]) -> str:
 def unpickled(
     rule: Rule, group: Mapping[str, Any], p: torch.Tensor, entry: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The entry of a parameter as it came from a pickle, whose scalar states may be numbers.
+    """Return the state of a parameter from a pickle, whose scalar states may be numbers.
 
     Raises:
         ValueError: a state is neither a tensor nor a number that may stand for one.
@@ -596,7 +596,7 @@ def unpickled(
 
 
 def complete_options(hyperparameters: Mapping[str, Hyperparameter], group: dict[str, Any]) -> None:
-    """Gives a group that was pickled by an older version the options it does not know."""
+    """Give a group from an older pickle the options that it lacks."""
     for name, declared in hyperparameters.items():
         if name not in group or not declared.init:
             group[name] = declared.default

@@ -8,14 +8,14 @@ __all__ = ["LoadResult"]
 
 
 class LoadResult(NamedTuple):
-    """What ``load_state_dict(..., strict=False)`` did not load, as ``nn.Module`` reports it.
+    """The report of ``load_state_dict(..., strict=False)``, in the form of ``nn.Module``.
 
-    Keys are ``"parameter.state"`` or ``"parameter"``, a parameter being given by its name, or by
-    its number in the order of the groups; ``"param_groups[i].option"`` for a group's options.
+    Keys are ``"parameter.state"`` or ``"parameter"``, with the name of a parameter or its index in
+    the order of the groups; or ``"param_groups[i].option"`` for an option of a group.
 
     Attributes:
         missing_keys: expected, but not in the state dict.
-        unexpected_keys: in the state dict, but of no use here.
+        unexpected_keys: in the state dict, but unknown here.
         mismatched_keys: of another shape or kind than the parameter.
     """
 

@@ -42,7 +42,7 @@ _ONE_UNSIGNED, _ONE_SIGNED = 255 - 7, 127 - 7
 
 @functools.cache
 def int8_blocks(unsigned: bool) -> Format:
-    """One byte per element and one scale per block: 8.25 bits.
+    """Return the format of one byte per element and one scale per block: 8.25 bits.
 
     Args:
         unsigned: True for numbers from 0 up, rounded at random: 31 octaves in steps of at most an

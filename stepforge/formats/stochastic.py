@@ -16,7 +16,7 @@ __all__ = ["stochastic"]
 
 @functools.cache
 def stochastic(dtype: torch.dtype) -> Format:
-    """16 bits, rounded up with the probability that makes the mean right.
+    """Return the format of 16 bits, rounded up with the probability that makes the mean right.
 
     Args:
         dtype: bfloat16 or float16.

@@ -84,9 +84,9 @@ class Adagrad(Optimizer, rule=adagrad):
         ) -> None: ...
 
     def share_memory(self) -> None:
-        """Moves the states ``sum`` to shared memory, for training from several processes.
+        """Move the states ``sum`` to shared memory, for training from several processes.
 
-        Also what else has an element for each element or block of a parameter: scales, low bits.
+        Scales and low bits move too.
         """
         for group in self.param_groups:
             for p in group["params"]:

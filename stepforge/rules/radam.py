@@ -24,7 +24,7 @@ def radam(h: Any, t: Value, p: Value, g: Value, m: Value, v: Value) -> tuple[Val
 
 
 def rectification(rho: Value, rho_inf: Value) -> Value:
-    """r_t, for 5 <= rho <= rho_inf: where it is used, and where it is a number."""
+    """Return r_t. It is a number, and used, for 5 <= rho <= rho_inf only."""
     return sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 

@@ -102,7 +102,7 @@ class StateLayout:
 
     @functools.cached_property
     def keys(self) -> tuple[str, ...]:
-        """All keys of the parameter's state."""
+        """The keys of the parameter's state."""
         return (*self.scalars, *(tensor.key for tensor in self.tensors))
 
     @functools.cached_property

@@ -430,7 +430,7 @@ def test_a_rule_has_no_words() -> None:
 
         lr: NonNegative = 0.1
 
-    with pytest.raises(TypeError, match=r"sign_of_bits computes with words.*for formats"):
+    with pytest.raises(TypeError, match=r"sign_of_bits computes with uint32.*for formats"):
         Wordy(make_params())
 
 
