@@ -27,6 +27,7 @@ import torch
 import stepforge
 from stepforge.backends import trust
 from stepforge.backends.native import Kernel, build, kernel_for
+from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
 from tests.backends.native.faults import (
     altered,
     assert_right,
@@ -47,7 +48,6 @@ from tests.backends.native.faults import (
     unloadable,
     wait_for,
 )
-from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
 
 PROCESSES = 16
 #: The command of the compiler, as a shell takes it.

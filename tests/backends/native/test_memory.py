@@ -16,6 +16,15 @@ from torch._subclasses import FakeTensorMode
 
 import stepforge
 from stepforge.backends import native
+from tests.backends.graphs import (
+    batch_of,
+    by_reference,
+    columns_of,
+    graph_of,
+    in_new_process,
+    step_by_kernel,
+    traced,
+)
 from tests.conformance.table import (
     GRADIENT_LAYOUTS,
     OPTIMIZERS,
@@ -28,15 +37,6 @@ from tests.conformance.table import (
     outcome,
     parameter,
     run,
-)
-from tests.backends.graphs import (
-    batch_of,
-    by_reference,
-    columns_of,
-    graph_of,
-    in_new_process,
-    step_by_kernel,
-    traced,
 )
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -14,6 +14,7 @@ import torch
 import stepforge
 from stepforge.backends import native
 from stepforge.backends.native import build, prebuilt
+from tests.backends.graphs import INSTRUCTION_SETS, c_of, graph_of, in_new_process
 from tests.backends.native.faults import (
     altered,
     assert_right,
@@ -27,7 +28,6 @@ from tests.backends.native.faults import (
     refusal,
     shortened,
 )
-from tests.backends.graphs import INSTRUCTION_SETS, c_of, graph_of, in_new_process
 
 SOURCE = c_of(new_graph(), torch.float32)
 BEST, *LESSER = INSTRUCTION_SETS.values()

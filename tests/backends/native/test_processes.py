@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from stepforge.backends.native import build
-from tests.backends.native.faults import assert_right, executable, kernels, leftovers, wait_for
 from tests.backends.graphs import in_new_process
+from tests.backends.native.faults import assert_right, executable, kernels, leftovers, wait_for
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 

@@ -24,8 +24,8 @@ from stepforge.backends import Batch, native
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source
-from tests.conformance.table import OPTIMIZERS, forced
 from tests.backends.graphs import special
+from tests.conformance.table import OPTIMIZERS, forced
 
 #: By processor and compiler: the compiler's command, and that of what runs the program.
 PROCESSORS = {

@@ -18,8 +18,8 @@ import torch
 
 from stepforge.backends.native import build
 from stepforge.backends.native.dtypes import STORABLE
-from tests.conformance.table import OPTIMIZERS
 from tests.backends.graphs import c_of, graph_of, run_compiler
+from tests.conformance.table import OPTIMIZERS
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 

@@ -19,7 +19,6 @@ import torch
 import stepforge
 from stepforge.backends import native
 from stepforge.backends.native import Kernel, build, kernel_for
-from tests.conformance.table import OPTIMIZERS, assert_same_bits, forced, normal, outcome, parameter
 from tests.backends.graphs import (
     INSTRUCTION_SETS,
     Row,
@@ -31,6 +30,7 @@ from tests.backends.graphs import (
     spec_of,
     traced,
 )
+from tests.conformance.table import OPTIMIZERS, assert_same_bits, forced, normal, outcome, parameter
 
 ENOUGH = native.PARALLEL_MIN  # for more than one thread
 GRAIN = 64

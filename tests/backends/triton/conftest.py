@@ -1,4 +1,4 @@
-"""All of this folder runs kernels of Triton: interpreted on a CPU, compiled on a GPU."""
+"""Fixtures for tests that run Triton kernels: interpreted on a CPU, compiled on a GPU."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ def _triton() -> None:
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The CPU where kernels are interpreted, a GPU where there is one."""
+    """The CPU if kernels are interpreted, the GPU if there is one."""
     device = torch.device(request.param)
     if device.type == "cpu" and not is_interpreted():
         pytest.skip("kernels are compiled here, for the GPU")
@@ -26,7 +26,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         pytest.skip("no GPU")
     yield device
     if device.type == "cuda":
-        torch.cuda.synchronize()  # what goes wrong on the device goes wrong in this test
+        torch.cuda.synchronize()  # so that an error on the device fails this test, not a later one
 
 
 @pytest.fixture
@@ -39,23 +39,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """Says whether a graph is being captured, of which a CPU knows nothing."""
+    """A function that starts and ends a pretended CUDA graph capture on a CPU."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
 
-    def say(now: bool) -> None:
+    def set_capturing(now: bool) -> None:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
 
-    say(False)
-    return say
+    set_capturing(False)
+    return set_capturing
 
 
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a scaler says is on a device, out of sight: reading it fails."""
+    """Gradient scales count as device tensors, and reading one fails."""
 
     def read(self: GradScale) -> GradScale:
-        raise AssertionError("waits for the device")
+        raise AssertionError("synchronizes the device")
 
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     monkeypatch.setattr(GradScale, "on_host", property(lambda self: False))

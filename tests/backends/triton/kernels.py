@@ -1,4 +1,4 @@
-"""How the tests here run a kernel, and look into what is kept of it."""
+"""Helpers to run a Triton kernel, and to inspect the tables of a plan."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import stepforge
 from stepforge.backends import reference, triton
 from stepforge.backends.triton.table import Table
 from stepforge.program import Graph
-from tests.backends.graphs import Row, batch_of
+from tests.backends.graphs import Columns, batch_of
 
-#: Where kernels can run. A test of both runs on one, and skips the other.
+#: The devices that can run kernels. A test of both runs on one of them and skips the other.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @contextlib.contextmanager
 def by_kernels_only() -> Iterator[None]:
-    """Fails if the Triton backend leaves something to the reference."""
+    """Fail if the Triton backend leaves a parameter to the reference."""
     with mock.patch.object(reference, "run", side_effect=AssertionError("not by a kernel")):
         yield
 
 
 def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The same values in memory of the same layout on a device; on the CPU the tensor itself."""
+    """Return a tensor on a device, in memory of the same layout; on the CPU the tensor itself."""
     if device.type == "cpu":
         return x
     whole = x.new_empty(0).set_(x.untyped_storage()).to(device)
@@ -36,26 +36,26 @@ def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def by_kernel(
     graph: Graph,
-    rows: Sequence[Row],
-    numbers: Sequence[Sequence[float]],
+    params: Sequence[Columns],
+    coefficients: Sequence[Sequence[float]],
     arithmetic: torch.dtype,
     device: torch.device,
-) -> list[Row]:
-    """The results of each row, given its coefficients; the rows stay as they are."""
-    copies = [{name: moved(_copied(x), device) for name, x in row.items()} for row in rows]
+) -> list[Columns]:
+    """Return the results for each parameter, and leave the arguments unchanged."""
+    copies = [{name: moved(_copied(x), device) for name, x in param.items()} for param in params]
     with by_kernels_only():
-        triton.run(batch_of(graph, copies, numbers, arithmetic))
-    return [{name: row[name].cpu() for name in graph.results} for row in copies]
+        triton.run(batch_of(graph, copies, coefficients, arithmetic))
+    return [{name: param[name].cpu() for name in graph.results} for param in copies]
 
 
 def _copied(x: torch.Tensor) -> torch.Tensor:
-    """A copy of the whole memory, seen alike."""
+    """Return the same view of a copy of the whole memory."""
     memory = x.new_empty(0).set_(x.untyped_storage().clone())
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def tables(optimizer: stepforge.Optimizer) -> list[Table]:
-    """The tables that an optimizer's plan keeps; fails if it keeps no plan."""
+    """Return the tables of an optimizer's plan; fail if it has no plan."""
     assert optimizer._stepper.plan is not None
     found = []
     for launch in optimizer._stepper.plan.launches:
@@ -65,11 +65,11 @@ def tables(optimizer: stepforge.Optimizer) -> list[Table]:
 
 
 def uploads(optimizer: stepforge.Optimizer) -> dict[str, int]:
-    """How often each part of an optimizer's tables was uploaded."""
+    """Return how often each part of an optimizer's tables was uploaded."""
     names = ("rows", "gradients", "coefficients", "members")
     return {name: sum(getattr(t, name).uploads for t in tables(optimizer)) for name in names}
 
 
-def on_host(outcome: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU."""
-    return {name: x.detach().cpu().clone() for name, x in outcome.items()}
+def on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies on the CPU."""
+    return {name: x.detach().cpu().clone() for name, x in tensors.items()}

@@ -21,6 +21,8 @@ from stepforge.expr import Expr
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import int8_blocks, stochastic
 from stepforge.ops import where
+from tests.backends.graphs import batch_of, traced
+from tests.backends.triton.kernels import by_kernels_only, moved, on_host, tables
 from tests.conformance.table import (
     FORMATS,
     LAYOUTS,
@@ -32,8 +34,6 @@ from tests.conformance.table import (
     outcome,
     run,
 )
-from tests.backends.graphs import batch_of, traced
-from tests.backends.triton.kernels import by_kernels_only, moved, on_host, tables
 
 FULLEST = "bfloat16, 24 bits, int8 states"
 AT_RANDOM = "float16 at random"

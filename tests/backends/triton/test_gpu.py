@@ -14,6 +14,7 @@ import torch
 
 import stepforge
 from stepforge.backends.triton.kernel import BLOCK
+from tests.backends.triton.kernels import by_kernels_only, on_host
 from tests.conformance.table import (
     DTYPES,
     FORMATS,
@@ -25,7 +26,6 @@ from tests.conformance.table import (
 )
 from tests.conformance.test_backends_agree import GROUPS, gradient
 from tests.contract.twins import assert_params_close, tolerance
-from tests.backends.triton.kernels import by_kernels_only, on_host
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,6 +19,9 @@ from stepforge.backends import ParamSpec, triton
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.step.params import check_params
+from tests.backends.graphs import traced
+from tests.backends.native.test_memory import SHARING, named
+from tests.backends.triton.kernels import by_kernels_only, moved
 from tests.conformance.table import (
     LAYOUTS,
     OPTIMIZERS,
@@ -31,9 +34,6 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.backends.graphs import traced
-from tests.backends.native.test_memory import SHARING, named
-from tests.backends.triton.kernels import by_kernels_only, moved
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -20,6 +20,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import table
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.step.uniform import ScalarStates
+from tests.backends.triton.kernels import by_kernels_only, tables
 from tests.conformance.table import (
     OPTIMIZERS,
     VARIANTS,
@@ -33,7 +34,6 @@ from tests.conformance.table import (
     run,
 )
 from tests.contract.twins import assert_identical, frozen
-from tests.backends.triton.kernels import by_kernels_only, tables
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled here")
 

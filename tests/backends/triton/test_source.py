@@ -1,6 +1,6 @@
-"""The generated Triton, to readers and to its compiler, which needs no GPU to compile for one.
+"""The generated Triton code, as readers and the compiler see it; compiling needs no GPU.
 
-Oracles: the names that a reader looks for; the instructions that the compiler makes of a kernel.
+Oracles: the names that a reader looks for; the instructions of the compiled kernel.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
 from stepforge.backends.triton.source import named, triton_source
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
-from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
 from tests.backends.graphs import columns_of, graph_of, in_new_process, spec_of, traced
-from tests.backends.native.test_source import RULES, together
+from tests.backends.rules import RULES, together
 from tests.backends.triton.kernels import tables
+from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
-def source_of(graph: Graph, stored: torch.dtype, dims: int = 0) -> str:
-    return triton_source(spec_of(graph, stored), dims)
+def source_of(graph: Graph, dtype: torch.dtype, dims: int = 0) -> str:
+    return triton_source(spec_of(graph, dtype), dims)
 
 
-def stored_as(name: str, format_: str) -> KernelSpec:
-    """The kernel that steps a parameter of an optimizer."""
+def spec_of_format(name: str, format_: str) -> KernelSpec:
+    """Return the spec of the kernel that steps an optimizer's parameters in a format."""
     dtype, options = FORMATS[format_]
     p = torch.zeros(64, 64, dtype=dtype)
     optimizer = OPTIMIZERS[name].ours([p], **options)
@@ -45,8 +45,8 @@ def stored_as(name: str, format_: str) -> KernelSpec:
 @pytest.mark.parametrize("dims", [0, 2])
 @pytest.mark.parametrize("format_", FORMATS)
 def test_formats_are_readable(format_: str, dims: int) -> None:
-    """What is stored, what is read of it and what becomes of it have names of their own."""
-    spec = stored_as("Adam", format_)
+    """Stored bits, decoded values and new bits have names of their own."""
+    spec = spec_of_format("Adam", format_)
     text = triton_source(spec, dims)
     for name in set(spec.tensors) - {"g"}:
         assert f"tl.store({named(name, 'at')}, " in text
@@ -62,7 +62,7 @@ def test_formats_are_readable(format_: str, dims: int) -> None:
 @pytest.mark.parametrize("dims", [0, 2])
 @every_optimizer
 def test_triton_is_readable(name: str, dims: int) -> None:
-    """Every number has the name of what it is, every coefficient says what it was made from."""
+    """Every value is named after its column, and every coefficient has its formula as a comment."""
     graph = graph_of(name)
     text = source_of(graph, torch.float32, dims)
     for column in graph.varying.inputs:
@@ -79,7 +79,7 @@ def test_triton_is_readable(name: str, dims: int) -> None:
 
 def test_triton_depends_on_the_dtypes_and_dimensions() -> None:
     graph = graph_of("Adam")
-    sources = {source_of(graph, stored, dims) for stored in STORABLE for dims in range(3)}
+    sources = {source_of(graph, dtype, dims) for dtype in STORABLE for dims in range(3)}
     assert len(sources) == 3 * len(STORABLE)
     assert source_of(graph, torch.float32) == source_of(graph_of("Adam"), torch.float32)
 
@@ -88,15 +88,15 @@ def test_triton_depends_on_the_dtypes_and_dimensions() -> None:
 def test_a_kernel_is_made_once(
     options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its steps differ in nothing that would have it compiled again."""
+    """Steps do not differ in anything that makes Triton compile again."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     launches: list[dict[str, Any]] = []
     inner = Kernel.launch
 
     def launch(self: Kernel, *args: Any) -> None:
         _, *tensors, aligned, _ = args
-        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
-        launches.append({"kernel": id(self), "kinds": kinds, "aligned": aligned})
+        keys = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+        launches.append({"kernel": id(self), "specialization": keys, "aligned": aligned})
         inner(self, *args)
 
     monkeypatch.setattr(Kernel, "launch", launch)
@@ -118,7 +118,7 @@ def test_a_kernel_is_made_once(
     assert len(set(compiled)) <= 1
 
 
-def test_a_source_that_cannot_be_kept_is_a_reason(
+def test_a_source_that_cannot_be_written_is_a_reason(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.mkdir(mode=0o700)
@@ -131,7 +131,7 @@ def test_a_source_that_cannot_be_kept_is_a_reason(
     assert not list(cache.glob("build-*"))
 
 
-# What the compiler makes of it.
+# Compiled kernels.
 
 CASES: dict[str, tuple[str, torch.dtype, int]] = {
     "NAdam": ("NAdam", torch.float32, 0),
@@ -142,7 +142,7 @@ CASES: dict[str, tuple[str, torch.dtype, int]] = {
     "all operations": ("", torch.float32, 0),
     "all operations in double": ("", torch.float64, 0),
 }
-#: Of the optimizer, in the format, for tensors of so many dimensions.
+#: The optimizer, the format, and the strided dimensions.
 FORMAT_CASES: dict[str, tuple[str, str, int]] = {
     "int8": ("Adam", "float32, int8 states", 0),
     "24 bits": ("RAdam", "bfloat16, 24 bits, int8 states", 0),
@@ -153,7 +153,7 @@ FORMAT_CASES: dict[str, tuple[str, str, int]] = {
 
 
 def print_instructions(folder: str) -> None:
-    """Prints what is made of each case for NVIDIA's and for AMD's processors."""
+    """Compile each case for GPUs of NVIDIA and AMD, and print counts of instructions."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -163,12 +163,12 @@ def print_instructions(folder: str) -> None:
     def compiled(function: Any, signature: dict[str, Any], constants: dict[str, Any]) -> Any:
         types = {n: "constexpr" if n in constants else signature[n] for n in function.arg_names}
         position = {n: (function.arg_names.index(n),) for n in function.arg_names}
-        words = [n for n, kind in types.items() if kind.startswith("*")]
+        pointers = [n for n, kind in types.items() if kind.startswith("*")]
         source = ASTSource(
             function,
             types,
             {position[n]: value for n, value in constants.items()},
-            {position[n]: [["tt.divisibility", 16]] for n in words},
+            {position[n]: [["tt.divisibility", 16]] for n in pointers},
         )
         return [
             triton.compile(
@@ -179,12 +179,12 @@ def print_instructions(folder: str) -> None:
 
     for case in [*CASES, *FORMAT_CASES]:
         if case in CASES:
-            name, stored, dims = CASES[case]
+            name, dtype, dims = CASES[case]
             graph = graph_of(name) if name else traced(together(*RULES), "c")
-            spec = spec_of(graph, stored)
+            spec = spec_of(graph, dtype)
         else:
             name, format_, dims = FORMAT_CASES[case]
-            spec = stored_as(name, format_)
+            spec = spec_of_format(name, format_)
         number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
         made = Kernel(spec, dims)
         function = made._step
@@ -225,7 +225,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_operation_is_rounded_by_itself_and_nothing_is_flushed(
     case: str, instructions: Any
 ) -> None:
-    """No fused multiply-add, no approximate division or root, no denormal taken for zero."""
+    """No fused multiply-add, no approximate division or root, no denormal flushed to zero."""
     opcodes = instructions[case]["ptx"]
     assert not [x for x in opcodes if re.search(r"\bfma|\.ftz|approx|div\.full|\bmad\.f", x)]
     kind = "f64" if "double" in case else "f32"
@@ -235,31 +235,31 @@ def test_every_operation_is_rounded_by_itself_and_nothing_is_flushed(
 
 
 @pytest.mark.parametrize("case", ["NAdam", "double", "bfloat16", "float16"])
-def test_whole_words_are_moved(case: str, instructions: Any) -> None:
-    """Of 16 bytes each, for every column read and written."""
+def test_loads_and_stores_are_16_bytes_wide(case: str, instructions: Any) -> None:
+    """For every column read and written."""
     opcodes = instructions[case]["ptx"]
-    name, stored, _ = CASES[case]
+    name, dtype, _ = CASES[case]
     graph = graph_of(name)
-    form = "v2.b64" if stored == torch.float64 else "v4.b32"
-    words = BLOCK // (32 * WARPS) * stored.itemsize // 16  # of each thread, in each column
-    assert opcodes[f"ld.global.{form}"] == words * len(graph.varying.inputs)
-    assert opcodes[f"st.global.{form}"] == words * len(graph.results)
+    form = "v2.b64" if dtype == torch.float64 else "v4.b32"
+    count = BLOCK // (32 * WARPS) * dtype.itemsize // 16  # per thread and column
+    assert opcodes[f"ld.global.{form}"] == count * len(graph.varying.inputs)
+    assert opcodes[f"st.global.{form}"] == count * len(graph.results)
 
 
-def test_codes_are_moved_by_the_eight(instructions: Any) -> None:
-    """As many as a thread has elements: two columns of codes are two words of 8 bytes each way."""
+def test_codes_are_loaded_and_stored_eight_at_a_time(instructions: Any) -> None:
+    """A thread has 8 elements: two columns of codes are two 8-byte loads and stores."""
     opcodes = instructions["int8"]["ptx"]
     assert opcodes["ld.global.v2.b32"] == opcodes["st.global.v2.b32"] == 2
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_elements_are_counted_in_64_bits(case: str, instructions: Any) -> None:
-    """Every pointer to elements is moved by 64 bits; one to a table by the row's number."""
+    """Pointers to elements are advanced by 64-bit offsets; those to tables by an index."""
     lines = instructions[case]["ttir"].splitlines()
-    moved = [line for line in lines if "tt.addptr" in line and "tensor<1024" not in line]
-    begins = [line for line in moved if ", i64" in line]
+    advanced = [line for line in lines if "tt.addptr" in line and "tensor<1024" not in line]
+    by_64_bits = [line for line in advanced if ", i64" in line]
     if not CASES[case][2]:
-        assert len(begins) >= len(set(columns_of(graph_of("Adagrad"))))
+        assert len(by_64_bits) >= len(set(columns_of(graph_of("Adagrad"))))
     assert any(
         "arith.muli" in line and line.rstrip().split(" : ")[1][:3] == "i64" for line in lines
     )

@@ -15,9 +15,9 @@ from stepforge.backends.aliasing import addresses
 from stepforge.backends.triton.kernel import BLOCK, Kernel
 from stepforge.backends.triton.source import KernelArgs
 from stepforge.backends.triton.table import Mirror, Table, written
-from tests.conformance.table import OPTIMIZERS, assert_same_bits, contiguous, forced, normal
 from tests.backends.graphs import Row, batch_of, by_reference, spec_of, traced
 from tests.backends.triton.kernels import by_kernel, by_kernels_only, tables, uploads
+from tests.conformance.table import OPTIMIZERS, assert_same_bits, contiguous, forced, normal
 
 AROUND = [BLOCK - 1, BLOCK, BLOCK + 1]
 
