@@ -22,6 +22,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Seed, hyper, read_body, signature_of
 from stepforge.explain import without_effect
+from stepforge.formats import StateFormat
 from stepforge.hyperparameter import Hyperparameter
 from stepforge.rule import Rule
 from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
@@ -133,7 +134,7 @@ class Optimizer(_Declared):
     capturable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     differentiable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     fused: bool | None = hyper(default=None, kw_only=True, optional_in_checkpoint=True)
-    state_format: Literal["float32", "bfloat16", "int8"] | None = hyper(
+    state_format: StateFormat | None = hyper(
         default=None, kw_only=True, optional_in_checkpoint=True
     )
     master_weight_bits: Literal[24, 32] | None = hyper(
@@ -201,8 +202,8 @@ class Optimizer(_Declared):
                     self.state[p] = checkpoint.unpickled(self.rule, group, p, self.state[p])
 
     def _patch_step_function(self) -> None:
-        # torch wraps the step of every class in hooks and a profiler record. If a subclass overrides
-        # step and calls super().step(), both are wrapped, but only the outer one may run hooks.
+        # torch wraps the step of every class in hooks and a profiler record. If a subclass
+        # overrides step and calls super().step(), both are wrapped; only the outer runs hooks.
         cls = type(self)
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{cls.__name__}.zero_grad"
         if not getattr(cls.step, "hooked", False):

@@ -7,6 +7,7 @@ optimizer ever aliases the state dict it was loaded from.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,13 +18,20 @@ import torch
 
 from stepforge.checkpoint.result import LoadResult
 from stepforge.checkpoint.save import Lent
-from stepforge.formats import Part, int8_blocks
+from stepforge.formats import Part
 from stepforge.hyperparameter import EXECUTION_FLAGS, Hyperparameter
 from stepforge.ops import scalar_dtype
 from stepforge.rule import Rule, State
-from stepforge.state.layout import LOW_BITS, StateLayout, int8_keys, state_layout
+from stepforge.state.layout import (
+    LOW_BITS,
+    StateLayout,
+    block_format_of,
+    block_formats,
+    format_keys,
+    state_layout,
+)
 from stepforge.state.sharding import local, place_like
-from stepforge.state.values import converted, copied_in_own_format, int8_problem, scalar_state
+from stepforge.state.values import block_problem, converted, copied_in_own_format, scalar_state
 
 __all__ = ["Loading", "apply", "complete_options", "examine", "unpickled"]
 
@@ -422,25 +430,26 @@ def _state_found(
     problems: _Problems,
 ) -> dict[str, torch.Tensor]:
     """Return copies of the tensors of a state, in the format they were saved in."""
-    byte, scale = int8_blocks(state.unsigned).parts
-    plain = Part("", p.dtype)
-    if state.key in entry and byte.key(state.key) in entry:
-        problems.mismatched(state.key, f"there is {byte.key(state.key)} too: which one counts?")
+    codes = [format_keys(state, x)[0] for x in block_formats(state)]
+    firsts = [key for key in (state.key, *codes) if key in entry]
+    if len(firsts) > 1:
+        problems.mismatched(firsts[0], f"there is {firsts[1]} too: which one counts?")
         return {}
-    parts = (byte, scale) if byte.key(state.key) in entry else (plain,)
-    keys = {part: part.key(state.key) for part in parts}
-    if keys[parts[0]] not in entry:
+    if not firsts:
         if state.when is None:
-            problems.missing(keys[parts[0]])
+            problems.missing(state.key)
         return {}
+    format_ = block_format_of(state, entry)
+    parts = (Part("", p.dtype),) if format_ is None else format_.parts
     before = problems.count
-    for part, key in keys.items():
+    for part in parts:
+        key = part.key(state.key)
         if key in unwritten:
             problems.missing(key, _UNWRITTEN)
-        elif part is not scale:
+        elif format_ is None or not part.of_block:
             problems.mismatched(key, _tensor_problem(entry[key], p, part))
         elif problems.count == before:
-            why = int8_problem(entry[keys[byte]], entry.get(key), p)
+            why = block_problem(format_, entry[firsts[0]], entry.get(key), p)
             if why is not None and key not in entry:
                 problems.missing(key, f"{state.key} {why}")
             else:
@@ -458,10 +467,11 @@ def _without_own_form(
     """
     unwanted: set[str] = set()
     for state in layout.states.values():
-        forms = [{state.key}, set(int8_keys(state))]
-        are_own = [all(entry.get(k) is own.get(k) for k in form) for form in forms]
-        if all(form & entry.keys() for form in forms) and any(are_own) and not all(are_own):
-            unwanted |= forms[are_own.index(True)]
+        forms = [{state.key}, *(set(format_keys(state, x)) for x in block_formats(state))]
+        given = [form for form in forms if form & entry.keys()]
+        are_own = [all(entry.get(key) is own.get(key) for key in form) for form in given]
+        if any(are_own) and not all(are_own):
+            unwanted.update(*itertools.compress(given, are_own))
     low = [key for key in LOW_BITS if key in entry]
     if len(low) > 1:
         unwanted |= {key for key in low if entry[key] is own.get(key)}
@@ -472,8 +482,9 @@ def _of_any_format(rule: Rule, entry: Mapping[str, Any]) -> set[str]:
     """Return the keys of a state that are right in some format: scales only beside codes."""
     known = set(LOW_BITS)
     for state in rule.states.values():
-        of_codes, of_scales = int8_keys(state)
-        known |= {state.key, of_codes} | ({of_scales} if of_codes in entry else set())
+        known.add(state.key)
+        for codes, *scales in (format_keys(state, x) for x in block_formats(state)):
+            known |= {codes, *(scales if codes in entry else ())}
     return known
 
 

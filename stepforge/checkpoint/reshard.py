@@ -20,7 +20,7 @@ import torch
 from stepforge.checkpoint.result import LoadResult
 from stepforge.formats import Part
 from stepforge.rule import Rule
-from stepforge.state.layout import LOW_BITS, StateLayout, int8_keys, state_layout
+from stepforge.state.layout import LOW_BITS, StateLayout, block_formats, state_layout
 from stepforge.state.sharding import empty_part, local
 from stepforge.state.values import decoded_if_cut, joined_weight
 
@@ -300,7 +300,9 @@ class _Member:
 
     @property
     def _scales(self) -> set[str]:
-        return {int8_keys(state)[1] for state in self.layout.states.values()}
+        states = self.layout.states.values()
+        scales = [(state, x.parts[1]) for state in states for x in block_formats(state)]
+        return {part.key(state.key) for state, part in scales}
 
     @property
     def _low_bits(self) -> str | None:

@@ -12,7 +12,7 @@ import torch
 
 from stepforge.hyperparameter import EXECUTION_FLAGS
 from stepforge.rule import Rule
-from stepforge.state.layout import LOW_BITS, int8_keys
+from stepforge.state.layout import LOW_BITS, block_formats, format_keys
 from stepforge.state.sharding import local
 from stepforge.state.values import decoded, joined_weight
 
@@ -253,7 +253,12 @@ def _options_of_twin(cls: type) -> set[str]:
 def _in_full(rule: Rule, entry: Mapping[str, Any], p: torch.Tensor) -> dict[str, Any]:
     """Return the state of a parameter with all states as plain numbers."""
     states = [state for state in rule.states.values() if not state.scalar]
-    owners = {key: state for state in states for key in (state.key, *int8_keys(state))}
+    owners = {state.key: state for state in states} | {
+        key: state
+        for state in states
+        for x in block_formats(state)
+        for key in format_keys(state, x)
+    }
     # A state has the place of the first of its keys.
     keys = dict.fromkeys(owners[key].key if key in owners else key for key in entry)
     return {

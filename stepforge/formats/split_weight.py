@@ -34,7 +34,7 @@ __all__ = ["split_weight"]
 
 
 @functools.cache
-def split_weight(dtype: torch.dtype, width: int) -> Format:
+def split_weight(dtype: torch.dtype, width: int, /) -> Format:
     """Return the format of a 16-bit weight and the rest of a longer one.
 
     Args:

@@ -15,7 +15,7 @@ __all__ = ["stochastic"]
 
 
 @functools.cache
-def stochastic(dtype: torch.dtype) -> Format:
+def stochastic(dtype: torch.dtype, /) -> Format:
     """Return the format of 16 bits, rounded up with the probability that makes the mean right.
 
     Args:

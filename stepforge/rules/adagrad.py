@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepforge.declare import Decay, LearningRate, NonNegative, Seed, full
+from stepforge.formats import StateFormat
 from stepforge.ops import Value, sqrt
 from stepforge.optimizer import Optimizer, ParamsT
 
@@ -77,7 +78,7 @@ class Adagrad(Optimizer, rule=adagrad):
             capturable: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            state_format: Literal["float32", "bfloat16", "int8"] | None = None,
+            state_format: StateFormat | None = None,
             master_weight_bits: Literal[24, 32] | None = None,
             stochastic_rounding: bool = False,
             rounding_seed: Seed = 0,

@@ -14,7 +14,7 @@ from stepforge.program import Program
 __all__ = ["OPERATIONS", "computed", "results"]
 
 #: The C expression of each operation. Operands are names of variables, or numbers. ``{number}`` is
-#: the type of the arithmetic, and ``{f}`` the suffix of its functions: ``f``, or nothing for double.
+#: the type of the arithmetic, ``{f}`` the suffix of its functions: ``f``, or nothing for double.
 OPERATIONS: dict[str, str] = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
