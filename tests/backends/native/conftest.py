@@ -1,4 +1,4 @@
-"""All of this folder compiles."""
+"""Fixtures for tests that compile kernels."""
 
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(params=[0o000, 0o077], ids=oct)
 def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The least and the most that processes take from what they make."""
+    """The least and the most restrictive umask."""
     before = os.umask(request.param)
     yield request.param
     os.umask(before)
@@ -36,7 +36,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the kernel, which no process has loaded from there."""
+    """A folder with a kernel that no process has loaded from there."""
     folder = tmp_path / "filled"
     monkeypatch.setenv("STEPFORGE_CACHE", str(folder))
     assert_right()

@@ -1,4 +1,4 @@
-"""A small rule, and what can go wrong on the way to its kernel."""
+"""A small rule, and faults to inject on the way to its kernel."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.backends.graphs import by_kernel, run_compiler, spec_of, traced
 
 
 def new_graph() -> Graph:
-    """A small rule, of which no process remembers a kernel."""
+    """Return the graph of a small rule, whose kernel no process has in memory."""
     return traced(lambda p, g: p + 2.0 * g)
 
 
 def assert_right() -> None:
-    """Steps by a kernel that is loaded anew."""
+    """Step by a newly loaded kernel, and check the result."""
     p, g = torch.arange(100.0), torch.arange(100.0).flip(0)
     (result,) = by_kernel(new_graph(), [{"p": p, "g": g}], [[]], torch.float32)
     assert torch.equal(result["p"], p + 2 * g)
 
 
 def refusal() -> str:
-    """Why a kernel cannot be had: one sentence."""
+    """Return the one sentence that says why there is no kernel."""
     sentence = kernel_for(spec_of(new_graph(), torch.float32))
     assert isinstance(sentence, str)
     assert "\n" not in sentence
@@ -43,17 +43,18 @@ def kernels(folder: Path) -> list[Path]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """The files of the cache that are no kernels."""
+    """Return the names of files in the cache that are not kernels."""
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".so")
 
 
 def bears_its_digest(kernel: Path) -> bool:
+    """Return True if a kernel's name ends in the digest of its content."""
     digest = hashlib.sha256(kernel.read_bytes()).hexdigest()
     return kernel.stem.split("-")[-1] == digest[:32]
 
 
 def key_of(kernel: Path) -> str:
-    """What a kernel's name says of what went into it."""
+    """Return the part of a kernel's name that identifies its source, flags and compiler."""
     return kernel.stem.rsplit("-", 1)[0]
 
 
@@ -61,9 +62,9 @@ def never(*args: Any, **kwargs: Any) -> NoReturn:
     raise AssertionError("this must not be called")
 
 
-def raises_os_error(number: int) -> Callable[..., NoReturn]:
+def raises_os_error(code: int) -> Callable[..., NoReturn]:
     def fail(*args: Any, **kwargs: Any) -> NoReturn:
-        raise OSError(number, os.strerror(number))
+        raise OSError(code, os.strerror(code))
 
     return fail
 
@@ -82,7 +83,7 @@ def emptied(content: bytes) -> bytes:
 
 
 def unloadable(cache: Path, like: Path) -> Path:
-    """A kernel's file that bears its digest and is no library."""
+    """Return a kernel's file that has the right digest but is not a library."""
     content = b"no library"
     cache.mkdir(mode=0o700)
     digest = hashlib.sha256(content).hexdigest()[:32]
@@ -96,15 +97,15 @@ def mode_of(path: Path) -> int:
 
 
 def wait_for(path: Path) -> None:
-    """Waits until there is a file."""
+    """Wait until a file exists."""
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert time.monotonic() < deadline, f"there is no {path}"
+        assert time.monotonic() < deadline, f"{path} does not exist"
         time.sleep(0.01)
 
 
 def evil_library(path: Path) -> Path:
-    """A library of the same function, which writes nothing."""
+    """Return a library whose function has the same name and writes nothing."""
     c_file = path.with_suffix(".c")
     c_file.write_text("void stepforge_run(void) {}\n")
     done = run_compiler(["-shared", "-fPIC", c_file, "-o", path])

@@ -1,5 +1,5 @@
-"""Faults on the way to a kernel. Oracle: ``p + 2 * g`` by torch, exact in small whole numbers; each
-fault ends in that or in one sentence.
+"""Faults on the way to a kernel. Oracle: ``p + 2 * g`` by torch, which is exact for small integers.
+Each fault ends in that result or in one sentence.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.backends import cache as process_cache
 from stepforge.backends import trust
 from stepforge.backends.native import Kernel, build, kernel_for
-from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, traced
+from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, spec_of, traced
 from tests.backends.native.faults import (
     altered,
     assert_right,
@@ -50,7 +51,7 @@ from tests.backends.native.faults import (
 )
 
 PROCESSES = 16
-#: The command of the compiler, as a shell takes it.
+#: The compiler's command, quoted for a shell.
 try:
     COMPILER = shlex.join(build.compiler())
 except build.BuildError:  # all tests skip
@@ -60,7 +61,7 @@ except build.BuildError:  # all tests skip
 # The cache.
 
 
-def test_a_kernel_is_compiled_once_and_kept_in_private(
+def test_a_kernel_is_compiled_once_into_a_private_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_right()
@@ -107,7 +108,7 @@ def test_a_cache_that_may_not_be_written_still_serves_what_it_has(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache.mkdir(mode=0o700)
-    # As for an ordinary user in a folder of mode 0500; permissions do not bind the superuser.
+    # As for a regular user in a folder of mode 0500. Root is not bound by permissions.
     monkeypatch.setattr(tempfile, "mkdtemp", raises_os_error(errno.EACCES))
     assert "cannot be written to (Permission denied): set STEPFORGE_CACHE" in refusal()
     monkeypatch.undo()
@@ -117,7 +118,7 @@ def test_a_cache_that_may_not_be_written_still_serves_what_it_has(
     assert_right()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the superuser")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root is not bound by permissions")
 def test_a_read_only_cache(cache: Path) -> None:
     cache.mkdir(mode=0o500)
     assert "cannot be written to (Permission denied): set STEPFORGE_CACHE" in refusal()
@@ -155,16 +156,16 @@ def test_a_cache_that_belongs_to_another_is_refused(
 def test_kernels_are_private_whatever_the_umask(
     tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also the folders on the way that are missing, such as ~/.cache."""
+    """Also missing parent folders, such as ~/.cache."""
     cache = tmp_path / "home" / "cache"
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     assert_right()
     (kernel,) = kernels(cache)
-    assert [mode_of(place) for place in (kernel, cache, cache.parent)] == [0o600, 0o700, 0o700]
+    assert [mode_of(path) for path in (kernel, cache, cache.parent)] == [0o600, 0o700, 0o700]
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
-def test_a_kernel_file_that_others_may_write_to_is_built_anew(filled: Path, mode: int) -> None:
+def test_a_kernel_file_that_others_may_write_to_is_rebuilt(filled: Path, mode: int) -> None:
     (kernel,) = kernels(filled)
     kernel.chmod(mode)
     before = kernel.stat().st_ino
@@ -174,8 +175,8 @@ def test_a_kernel_file_that_others_may_write_to_is_built_anew(filled: Path, mode
     assert kernel.stat().st_ino != before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser gives files away")
-def test_a_kernel_file_that_belongs_to_another_is_built_anew(filled: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_kernel_file_that_belongs_to_another_is_rebuilt(filled: Path) -> None:
     (kernel,) = kernels(filled)
     os.chown(kernel, 2, 2)
     assert_right()
@@ -186,7 +187,7 @@ def test_a_kernel_file_that_belongs_to_another_is_built_anew(filled: Path) -> No
 def test_a_cache_in_a_folder_that_others_may_write_to_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They could put another cache in its place, unless the folder has the sticky bit."""
+    """They could replace the cache, unless the folder has the sticky bit."""
     parent = tmp_path / "shared"
     parent.mkdir()
     cache = parent / "mine" / "cache"
@@ -202,24 +203,24 @@ def test_a_cache_in_a_folder_that_others_may_write_to_is_refused(
     assert len(kernels(cache)) == 1
 
 
-def test_a_link_to_a_cache_is_as_safe_as_where_it_leads(
+def test_a_link_to_a_cache_is_as_safe_as_its_target(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    behind = tmp_path / "shared" / "cache"
-    behind.mkdir(mode=0o700, parents=True)
-    cache.symlink_to(behind)
-    behind.parent.chmod(0o777)
-    assert f"{behind.parent} can be written to by others" in refusal()
-    behind.parent.chmod(0o755)
+    target = tmp_path / "shared" / "cache"
+    target.mkdir(mode=0o700, parents=True)
+    cache.symlink_to(target)
+    target.parent.chmod(0o777)
+    assert f"{target.parent} can be written to by others" in refusal()
+    target.parent.chmod(0o755)
     assert_right()
-    assert build.cache_folder() == behind
-    assert len(kernels(behind)) == 1
+    assert build.cache_folder() == target
+    assert len(kernels(target)) == 1
 
 
 def test_without_a_home_there_is_no_cache_in_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As for the user of a container that its list of users lacks."""
+    """As for the user of a container who is not in its list of users."""
     monkeypatch.chdir(tmp_path)
     for name in ("STEPFORGE_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -239,7 +240,7 @@ def test_without_a_home_there_is_no_cache_in_the_current_folder(
     assert build.cache_folder() == tmp_path / "home" / "kernels"
 
 
-def test_a_relative_folder_for_caches_is_ignored_as_its_specification_has_it(
+def test_a_relative_xdg_cache_home_is_ignored_as_its_specification_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("STEPFORGE_CACHE", raising=False)
@@ -248,20 +249,20 @@ def test_a_relative_folder_for_caches_is_ignored_as_its_specification_has_it(
     assert build.cache_folder() == tmp_path / ".cache" / "stepforge"
 
 
-@pytest.fixture(params=["/proc/self/fd", "/nonexistent"], ids=["by-number", "by-copy"])
+@pytest.fixture(params=["/proc/self/fd", "/nonexistent"], ids=["by-descriptor", "by-copy"])
 def way_to_load(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its number where a process finds its open files, by a private copy elsewhere."""
+    """Load by file descriptor where the system has /proc, and by a private copy elsewhere."""
     monkeypatch.setattr(build, "_OPEN_FILES", request.param)
 
 
 @pytest.mark.usefixtures("way_to_load")
-def test_what_was_checked_is_what_is_loaded(
+def test_the_checked_bytes_are_the_loaded_bytes(
     cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if another library takes its name in between."""
+    """Also if another library replaces the file in between."""
     (original,) = kernels(filled)
     cache.mkdir(mode=0o700)
-    kernel = Path(shutil.copy(original, cache))  # which no process has loaded
+    kernel = Path(shutil.copy(original, cache))  # no process has loaded it
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     evil = evil_library(filled.parent / "evil.so")
     digest = build._digest
@@ -281,9 +282,9 @@ def test_what_was_checked_is_what_is_loaded(
 def test_kernels_that_are_opened_one_after_the_other_are_not_mixed_up(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each has the number of the one before when it is open, which is a name for the loader."""
+    """Each reuses the file descriptor of the previous one, which the loader takes for its name."""
     p = torch.arange(100.0)
-    for factor in [1.0, 2.0, 3.0, 4.0, 5.0] * 2:  # built, then found
+    for factor in [1.0, 2.0, 3.0, 4.0, 5.0] * 2:  # first built, then found
         graph = traced(functools.partial(lambda factor, p, g: p + factor * g, factor))
         (result,) = by_kernel(graph, [{"p": p, "g": p}], [[]], torch.float32)
         assert torch.equal(result["p"], p + factor * p)
@@ -291,7 +292,7 @@ def test_kernels_that_are_opened_one_after_the_other_are_not_mixed_up(
 
 
 @pytest.mark.parametrize("fault", [shortened, altered, emptied])
-def test_a_kernel_file_that_is_not_what_it_was_is_built_anew(
+def test_a_damaged_kernel_file_is_rebuilt(
     cache: Path, filled: Path, fault: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (original,) = kernels(filled)
@@ -318,10 +319,10 @@ def test_a_kernel_under_another_s_name_is_not_loaded(
     assert (cache / original.name).exists()
 
 
-def test_what_cannot_be_loaded_is_built_anew_once(
+def test_an_unloadable_kernel_is_rebuilt_once(
     cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As from a disk that others share, of another system: its name tells nothing of that."""
+    """As from another system that shares the disk, which the name does not tell."""
     (original,) = kernels(filled)
     unloadable(cache, original)
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
@@ -331,7 +332,7 @@ def test_what_cannot_be_loaded_is_built_anew_once(
     assert_right()
 
 
-def test_without_a_compiler_what_cannot_be_loaded_is_passed_over(
+def test_without_a_compiler_an_unloadable_kernel_is_passed_over(
     cache: Path, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (original,) = kernels(filled)
@@ -343,10 +344,8 @@ def test_without_a_compiler_what_cannot_be_loaded_is_passed_over(
     assert_right()
 
 
-def test_what_cannot_be_loaded_although_it_is_new_is_said(
-    cache: Path, named_compiler: Path
-) -> None:
-    """By a compiler for another machine, say."""
+def test_a_new_kernel_that_cannot_be_loaded_is_a_reason(cache: Path, named_compiler: Path) -> None:
+    """For example from a compiler for another machine."""
     log = cache.with_name("log")
     executable(
         named_compiler,
@@ -357,50 +356,50 @@ while [ "$1" != -o ]; do shift; done
 echo "no library" > "$2"
 """,
     )
-    for calls in (1, 2):  # once each time
+    for calls in (1, 2):  # one call each time
         assert "the compiled kernel cannot be loaded (" in refusal()
         assert len(log.read_text().splitlines()) == calls
 
 
-def test_a_build_that_was_cut_off_does_not_matter(cache: Path) -> None:
-    cut_off = cache / "build-0a1b2c3d"
-    cut_off.mkdir(parents=True)
+def test_an_interrupted_build_does_not_matter(cache: Path) -> None:
+    interrupted = cache / "build-0a1b2c3d"
+    interrupted.mkdir(parents=True)
     cache.chmod(0o700)
-    (cut_off / "kernel.c").write_text("half a fil")
-    (cut_off / "kernel.so").write_bytes(b"\x7fELF")
+    (interrupted / "kernel.c").write_text("half a fil")
+    (interrupted / "kernel.so").write_bytes(b"\x7fELF")
     assert_right()
     assert len(kernels(cache)) == 1
     assert all(map(bears_its_digest, kernels(cache)))
-    assert cut_off.exists(), "its process may still be at work"
+    assert interrupted.exists(), "its process may still be running"
 
 
-def test_builds_that_were_cut_off_days_ago_are_removed(cache: Path) -> None:
-    """And nothing that is not ours, should someone name a folder of projects as the cache."""
+def test_builds_that_were_interrupted_days_ago_are_removed(cache: Path) -> None:
+    """But no files of others, if the cache is set to a folder with other projects."""
     abandoned, theirs = cache / "build-0a1b2c3d", cache / "build-projects"
     for folder, name in ((abandoned, "kernel.c"), (theirs, "kernel.c"), (theirs, "main.c")):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / name).write_text("half a fil")
     cache.chmod(0o700)
-    beyond = time.time() - build.ABANDONED_S
-    os.utime(abandoned, (beyond - 60, beyond - 60))
-    os.utime(theirs, (beyond - 60, beyond - 60))
+    limit = time.time() - build.ABANDONED_S
+    os.utime(abandoned, (limit - 60, limit - 60))
+    os.utime(theirs, (limit - 60, limit - 60))
     young = cache / "build-4e5f6a7b"
     young.mkdir()
-    os.utime(young, (beyond + 60, beyond + 60))
+    os.utime(young, (limit + 60, limit + 60))
     assert_right()
     assert not abandoned.exists()
     assert len(list(theirs.iterdir())) == 2
     assert young.exists()
 
 
-@pytest.mark.skipif(build.fcntl is None, reason="there are no locks of files here")
+@pytest.mark.skipif(build.fcntl is None, reason="this system has no file locks")
 def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
     cache: Path, tmp_path: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a machine that slept, or whose clock was set."""
-    begun = tmp_path / "begun"
-    waits = f'for x; do case $x in */kernel.so) echo "$x" > {begun}.new; esac; done'
-    waits += f"; mv {begun}.new {begun}; exec sleep 60"
+    """As on a machine that was suspended, or whose clock was set."""
+    started = tmp_path / "started"
+    waits = f'for x; do case $x in */kernel.so) echo "$x" > {started}.new; esac; done'
+    waits += f"; mv {started}.new {started}; exec sleep 60"
     slow = executable(
         tmp_path / "slow-cc", f'if [ "$1" = --version ]; then echo 1; exit; fi; {waits}'
     )
@@ -409,11 +408,11 @@ def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
         [sys.executable, "-c", code], env=os.environ | {"CC": str(slow)}, start_new_session=True
     )
     try:
-        wait_for(begun)
-        work = Path(begun.read_text().strip()).parent
+        wait_for(started)
+        work = Path(started.read_text().strip()).parent
         os.utime(work, (1e9, 1e9))
         assert_right()
-        assert work.exists(), "its process is at work"
+        assert work.exists(), "its process is running"
     finally:
         process.kill()
         process.wait()
@@ -424,7 +423,7 @@ def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
 
 
 def build_in_many_processes() -> None:
-    """Forks processes that all begin to build at the same moment; fails if one fails."""
+    """Fork processes that start to build at the same moment; fail if one fails."""
     gate, release = os.pipe()
     children = []
     for _ in range(PROCESSES):
@@ -450,18 +449,18 @@ def test_processes_that_start_at_once_on_an_empty_cache(cache: Path) -> None:
     assert not leftovers(cache)
 
 
-# The key.
+# The key of a kernel.
 
 
 @pytest.fixture
 def real_compiler() -> str:
-    """The command of the compiler, as a shell takes it."""
+    """The compiler's command, quoted for a shell."""
     return COMPILER
 
 
 @pytest.fixture
 def named_compiler(real_compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a test may put the compiler that CC names."""
+    """The path of a compiler that CC names, for a test to write."""
     path = tmp_path / "fake-cc"
     monkeypatch.setenv("CC", str(path))
     return path
@@ -481,10 +480,10 @@ def test_other_flags_make_another_kernel(
 def test_another_version_of_the_compiler_makes_another_kernel(
     cache: Path, named_compiler: Path, real_compiler: str
 ) -> None:
-    """Also when it takes the place of the old one while a process runs."""
+    """Also if it replaces the old one while a process runs."""
     for count, version in enumerate(["1.0", "2.0"], start=1):
-        tells = f'if [ "$1" = --version ]; then echo "cc {version}"; exit; fi'
-        executable(named_compiler, f'{tells}\nexec {real_compiler} "$@"')
+        prints = f'if [ "$1" = --version ]; then echo "cc {version}"; exit; fi'
+        executable(named_compiler, f'{prints}\nexec {real_compiler} "$@"')
         os.utime(named_compiler, (count, count))
         for _ in range(2):
             assert_right()
@@ -510,10 +509,10 @@ def test_an_instruction_set_that_does_not_exist(
     assert "STEPFORGE_ISA is 'x86-64-v9'" in sentence
 
 
-def test_an_instruction_set_that_the_processor_has_not(
+def test_an_instruction_set_that_the_processor_lacks(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its kernels would end the process at their first instruction."""
+    """Its kernels would crash the process at their first instruction."""
     processor_of_level_3(monkeypatch)
     assert build.instruction_set() == "x86-64-v3"
     monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v2")
@@ -526,30 +525,30 @@ def test_an_instruction_set_that_the_processor_has_not(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "says"),
+    ("variable", "value", "problem"),
     [("CC", "/nonexistent", "CC names '/nonexistent'"), ("PATH", "", "no C compiler")],
 )
 def test_no_compiler(
-    cache: Path, variable: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch
+    cache: Path, variable: str, value: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv(variable, value)
     sentence = refusal()
-    assert says in sentence
+    assert problem in sentence
     assert "install gcc or clang" in sentence
 
 
 def test_the_compiler_may_be_named_with_arguments(
     cache: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As make and every build system take it: CC="ccache gcc"."""
+    """As in make and every build system: CC="ccache gcc"."""
     for count, arguments in enumerate(["-DUNUSED", "-DUNUSED -fno-inline"], start=1):
         monkeypatch.setenv("CC", f"{real_compiler} {arguments}")
         assert_right()
         assert len(kernels(cache)) == count
 
 
-def test_without_a_compiler_what_is_in_the_cache_still_serves(
+def test_without_a_compiler_the_cache_still_serves(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "/nonexistent")
@@ -598,7 +597,7 @@ def test_a_compiler_that_does_not_end(
 
 
 def is_running(process: int) -> bool:
-    """Whether a process runs that may no longer have a parent to wait for it."""
+    """Return True if a process runs and is not a zombie that no parent waits for."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -609,13 +608,13 @@ def is_running(process: int) -> bool:
 def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
     cache: Path, named_compiler: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compiler's driver runs the compiler proper as a child, which would go on for hours."""
-    told = tmp_path / "child"
-    sleeps = f"sleep 60 & echo $! > {told}.new; mv {told}.new {told}; wait"
+    """A compiler's driver runs the compiler proper as a child, which would run on for hours."""
+    pid_file = tmp_path / "child"
+    sleeps = f"sleep 60 & echo $! > {pid_file}.new; mv {pid_file}.new {pid_file}; wait"
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
     monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 2.0)
     assert "did not finish" in refusal()
-    child = int(told.read_text())
+    child = int(pid_file.read_text())
     deadline = time.monotonic() + 10
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -636,7 +635,7 @@ def test_a_compiler_that_is_removed_meanwhile(
     assert refusal() == f"{named_compiler} cannot be run (No such file or directory)"
 
 
-#: The script of a compiler that makes a library without what it was asked for.
+#: The script of a compiler whose library lacks the kernel's function.
 MAKES_SOMETHING_ELSE = f"""\
 if [ "$1" = --version ]; then echo 1; exit; fi
 while [ "$1" != -o ]; do shift; done
@@ -644,25 +643,25 @@ echo "int nothing;" | {COMPILER} -shared -fPIC -x c - -o "$2"
 """
 
 
-def test_a_library_without_the_function_is_said_and_built_anew(
+def test_a_library_without_the_function_is_a_reason_and_rebuilt(
     cache: Path, named_compiler: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executable(named_compiler, MAKES_SOMETHING_ELSE)
     assert refusal().startswith("the compiled kernel cannot be loaded (")
     assert refusal().endswith(" has no function stepforge_run)")
-    tells = 'if [ "$1" = --version ]; then echo 1; exit; fi'
-    executable(named_compiler, f'{tells}\nexec {real_compiler} "$@"')
+    prints = 'if [ "$1" = --version ]; then echo 1; exit; fi'
+    executable(named_compiler, f'{prints}\nexec {real_compiler} "$@"')
     os.utime(named_compiler, (1, 1))
     assert_right()
     assert len(kernels(cache)) == 2
 
 
-# What fails is tried again, but not in every step.
+# A failure is retried, but not in every step.
 
 
-def asking() -> Callable[[], Kernel | str]:
-    """Asks for the kernel of one graph, again and again."""
-    return functools.partial(kernel_for, new_graph(), (torch.float32,) * 2, torch.float32)
+def small_kernel_getter() -> Callable[[], Kernel | str]:
+    """Return a function that asks for the kernel of one graph."""
+    return functools.partial(kernel_for, spec_of(new_graph(), torch.float32))
 
 
 def test_a_compiler_that_was_missing_serves_once_it_is_there(
@@ -670,7 +669,7 @@ def test_a_compiler_that_was_missing_serves_once_it_is_there(
     named_compiler: Path,
     real_compiler: str,
 ) -> None:
-    small_kernel = asking()
+    small_kernel = small_kernel_getter()
     assert "which is not on the PATH" in str(small_kernel())
     executable(named_compiler, f'exec {real_compiler} "$@"')
     assert isinstance(small_kernel(), Kernel)
@@ -682,18 +681,18 @@ def test_a_compiler_that_failed_serves_once_it_is_repaired_or_another_is_named(
     real_compiler: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    log, small_kernel = cache.with_name("log"), asking()
+    log, small_kernel = cache.with_name("log"), small_kernel_getter()
     executable(named_compiler, f"echo called >> {log}; exit 1")
     assert {str(small_kernel()) for _ in range(100)} == {
         f"{named_compiler} failed: it said nothing"
     }
-    # Once for its version, once for the kernel.
+    # One call for its version, one for the kernel.
     assert len(log.read_text().splitlines()) == 2
     executable(named_compiler, f'exec {real_compiler} "$@"')
     os.utime(named_compiler, (1, 1))
     assert isinstance(small_kernel(), Kernel)
     monkeypatch.setenv("CC", str(executable(named_compiler.with_name("other"), "exit 1")))
-    small_kernel = asking()
+    small_kernel = small_kernel_getter()
     assert "failed" in str(small_kernel())
     monkeypatch.setenv("CC", real_compiler)
     assert isinstance(small_kernel(), Kernel)
@@ -702,7 +701,7 @@ def test_a_compiler_that_failed_serves_once_it_is_repaired_or_another_is_named(
 def test_a_cache_that_was_not_safe_serves_once_it_is(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_kernel = asking()
+    small_kernel = small_kernel_getter()
     cache.mkdir()
     cache.chmod(0o777)
     assert "can be written to by others" in str(small_kernel())
@@ -713,21 +712,21 @@ def test_a_cache_that_was_not_safe_serves_once_it_is(
 def test_a_disk_that_was_full_is_tried_again_after_a_while(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_kernel, now = asking(), 1000.0
-    monkeypatch.setattr(cache, "time", SimpleNamespace(monotonic=lambda: now))
+    small_kernel, now = small_kernel_getter(), 1000.0
+    monkeypatch.setattr(process_cache, "time", SimpleNamespace(monotonic=lambda: now))
     with monkeypatch.context() as full:
         full.setattr(os, "replace", raises_os_error(errno.ENOSPC))
         assert "No space left on device" in str(small_kernel())
     assert "No space left on device" in str(small_kernel())
-    now += cache.RETRY_S + 1
+    now += process_cache.RETRY_S + 1
     assert isinstance(small_kernel(), Kernel)
 
 
-# What an optimizer makes of it.
+# Optimizers.
 
 
 def train(fused: bool | None = None) -> tuple[torch.Tensor, str]:
-    """A parameter after a step of 0.25 downwards, and the backend that served it."""
+    """Return a parameter after a step of -0.25, and the backend of the step."""
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.full((3,), 2.0)
     optimizer = stepforge.Adam([p], lr=0.25, fused=fused)
@@ -737,25 +736,25 @@ def train(fused: bool | None = None) -> tuple[torch.Tensor, str]:
 
 
 def steps_without_a_compiler(cache: str) -> None:
-    """Prints what fused=True says, which backends serve otherwise, and what was warned of."""
-    assert not Path(cache).exists(), "to import the library is not to compile"
+    """Print the error of ``fused=True``, the backends of default steps, and all warnings."""
+    assert not Path(cache).exists(), "importing the library must not compile"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(RuntimeError) as refused:
             train(fused=True)
-        assert not caught, "an error says it already"
-        ends = [train() for _ in range(3)]
+        assert not caught, "the error is enough"
+        results = [train() for _ in range(3)]
         p = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
         p.grad = torch.ones(2, dtype=torch.float64)
         stepforge.RAdam([p]).step()
-    assert all(torch.equal(p, torch.full((3,), 0.75)) for p, _ in ends)
-    told = [(w.category.__name__, str(w.message)) for w in caught]
-    found = {"refused": str(refused.value), "served": [by for _, by in ends], "told": told}
-    print(json.dumps(found))
+    assert all(torch.equal(p, torch.full((3,), 0.75)) for p, _ in results)
+    warned = [(w.category.__name__, str(w.message)) for w in caught]
+    served = [backend for _, backend in results]
+    print(json.dumps({"refused": str(refused.value), "served": served, "warned": warned}))
 
 
-#: CC, or what the compiler that it names does, and what is told of it. One that fails names, as
-#: compilers do, the file, which is another for every kernel.
+#: CC, or the script of a compiler for it to name, and the reason in messages. The failing compiler
+#: prints the name of its file, as compilers do, which differs for every kernel.
 BROKEN = {
     "missing": ("/nonexistent", None, "which is not on the PATH: install gcc or clang"),
     "unreadable": ('gcc "', None, "which is no command (No closing quotation)"),
@@ -766,7 +765,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_without_a_compiler(tmp_path: Path, broken: str) -> None:
-    """``fused=True`` says what is wrong; by default foreach serves, with one warning."""
+    """``fused=True`` raises with the reason; by default foreach steps, with one warning."""
     named, script, reason = BROKEN[broken]
     cc = named or str(executable(tmp_path / "fake-cc", str(script)))
     cache = str(tmp_path / "cache")
@@ -775,13 +774,13 @@ def test_without_a_compiler(tmp_path: Path, broken: str) -> None:
     assert found["refused"].startswith("fused=True cannot serve")
     assert reason in found["refused"], found["refused"]
     assert found["served"] == ["foreach"] * 3
-    ((category, message),) = found["told"]
+    ((category, message),) = found["warned"]
     assert category == "RuntimeWarning"
     assert reason in message
     assert "\n" not in message
 
 
-def test_a_bad_instruction_set_is_told_to_who_asks_for_a_kernel(
+def test_fused_raises_for_a_bad_instruction_set(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     processor_of_level_3(monkeypatch)

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead. Oracles: where a loaded library lies, and ``p + 2 * g`` by torch."""
+"""Prebuilt kernels. Oracles: the path of the loaded library, and ``p + 2 * g`` by torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ needs_lesser = pytest.mark.skipif(not LESSER, reason="this processor has one ins
 
 @pytest.fixture
 def ahead(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the kernel for every instruction set, and a cache that does not exist yet."""
+    """A folder with the kernel for every instruction set; the cache does not exist yet."""
     folder = tmp_path / "ahead"
     for isa in INSTRUCTION_SETS.values():
         prebuilt.compile_ahead(folder, SOURCE, isa, build.compiler())
@@ -50,7 +50,7 @@ def the_kernel(folder: Path, isa: str) -> Path:
 
 
 def loaded() -> Path:
-    """Where the library of the small rule comes from."""
+    """Return the path of the library that is loaded for the small rule."""
     return Path(prebuilt.load(SOURCE)._name)
 
 
@@ -113,7 +113,7 @@ def test_a_lesser_instruction_set_serves_only_where_the_best_cannot_be_had(
 
 
 @pytest.mark.parametrize("fault", [shortened, altered, emptied])
-def test_one_that_is_not_what_it_was_is_passed_over(
+def test_a_damaged_kernel_is_passed_over(
     ahead: Path, cache: Path, fault: Callable[[bytes], bytes]
 ) -> None:
     kernel = the_kernel(ahead, BEST)
@@ -122,8 +122,8 @@ def test_one_that_is_not_what_it_was_is_passed_over(
     assert_right()
 
 
-def test_one_that_cannot_be_loaded_is_passed_over(ahead: Path, cache: Path) -> None:
-    """As of another system that shares the disk."""
+def test_an_unloadable_kernel_is_passed_over(ahead: Path, cache: Path) -> None:
+    """As from another system that shares the disk."""
     kernel = the_kernel(ahead, BEST)
     content = b"no library"
     kernel.rename(kernel.with_name(f"{key_of(kernel)}-{build._digest(content)}.so"))
@@ -133,7 +133,7 @@ def test_one_that_cannot_be_loaded_is_passed_over(ahead: Path, cache: Path) -> N
     assert_right()
 
 
-def test_one_of_another_source_or_other_flags_is_never_loaded(
+def test_a_kernel_of_another_source_or_other_flags_is_never_loaded(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Path(prebuilt.load(SOURCE + "\n")._name).parent == cache
@@ -152,7 +152,7 @@ def test_the_package_s_own_folder_is_the_default(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_that_is_missing(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The package's own may be; one that is named may not."""
+    """The package's own folder may be missing; one that the user names may not."""
     monkeypatch.setattr(prebuilt, "FOLDER", tmp_path / "missing")
     monkeypatch.delenv("STEPFORGE_PREBUILT")
     assert_right()
@@ -181,7 +181,7 @@ def test_a_folder_of_an_instruction_set_that_others_may_write_to_is_refused(
 
 
 def test_a_folder_below_one_that_others_may_write_to_is_refused(ahead: Path) -> None:
-    """They could put another in its place, unless that one has the sticky bit."""
+    """They could replace the folder, unless its parent has the sticky bit."""
     parent = ahead.parent
     parent.chmod(0o777)
     assert f"{parent} can be written to by others" in refusal()
@@ -189,7 +189,7 @@ def test_a_folder_below_one_that_others_may_write_to_is_refused(ahead: Path) -> 
     assert loaded() == the_kernel(ahead, BEST)
 
 
-def test_a_link_is_as_safe_as_where_it_leads(
+def test_a_link_is_as_safe_as_its_target(
     ahead: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shared = tmp_path / "shared"
@@ -201,23 +201,25 @@ def test_a_link_is_as_safe_as_where_it_leads(
     assert f"{shared} can be written to by others" in refusal()
 
 
-def test_what_is_made_ahead_can_be_read_by_all_and_written_by_one(
+def test_prebuilt_kernels_can_be_read_by_all_and_written_by_the_owner(
     tmp_path: Path, umask: int
 ) -> None:
-    """Whatever the umask: who installs is often not who steps."""
+    """Whatever the umask: one user installs, and others step."""
     folder = tmp_path / "new" / "ahead"
     kernel = prebuilt.compile_ahead(folder, SOURCE, BEST, build.compiler())
     assert mode_of(kernel) == 0o644
-    assert [mode_of(place) for place in (*kernel.parents,)[:3]] == [0o755] * 3
+    assert [mode_of(folder) for folder in (*kernel.parents,)[:3]] == [0o755] * 3
 
 
 @pytest.mark.parametrize("mode", [0o664, 0o646])
-def test_one_that_others_may_write_to_is_passed_over(ahead: Path, cache: Path, mode: int) -> None:
+def test_a_kernel_that_others_may_write_to_is_passed_over(
+    ahead: Path, cache: Path, mode: int
+) -> None:
     the_kernel(ahead, BEST).chmod(mode)
     assert loaded().parent == cache
 
 
-def test_none_are_looked_for_if_it_is_empty(
+def test_an_empty_setting_turns_prebuilt_kernels_off(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPFORGE_PREBUILT", "")
@@ -235,20 +237,20 @@ def test_only_other_versions_are_removed(ahead: Path) -> None:
     assert sorted(kept.parent.iterdir()) == sorted([kept, foreign])
 
 
-def test_what_is_worth_compiling_ahead_is_for_this_kind_of_machine(
+def test_the_instruction_sets_to_prebuild_are_those_of_this_architecture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert set(prebuilt.instruction_sets()) <= {*build.LEVELS, ""}
-    assert "" in prebuilt.instruction_sets(), "or a processor would be left without"
+    assert "" in prebuilt.instruction_sets(), "every processor needs a kernel"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert prebuilt.instruction_sets() == ("",)
 
 
-# What an optimizer makes of it.
+# Optimizers.
 
 
 def step_with_a_state_of_another_dtype() -> None:
-    """Where only the kernel for float32 alone can be had. Oracle: the reference."""
+    """Step where only the kernel for float32 exists. Oracle: the reference."""
     results = []
     for fused in (True, False):
         p = torch.nn.Parameter(torch.arange(5.0))
@@ -261,8 +263,8 @@ def step_with_a_state_of_another_dtype() -> None:
             warnings.simplefilter("always")
             for _ in range(2):
                 optimizer.step()
-        told = ["install gcc or clang" in str(warning.message) for warning in caught]
-        assert told == ([True] if fused else [])
+        warned = ["install gcc or clang" in str(warning.message) for warning in caught]
+        assert warned == ([True] if fused else [])
         results.append([p.detach(), *optimizer.state[p].values()])
     for got, wanted in zip(*results, strict=True):
         assert got.dtype == wanted.dtype
@@ -272,7 +274,7 @@ def step_with_a_state_of_another_dtype() -> None:
 def test_a_state_of_another_dtype_goes_through_torch_operations_with_a_warning(
     cache: Path, tmp_path: Path
 ) -> None:
-    """It can come from a checkpoint at any time, after the choice of the backend."""
+    """A checkpoint may bring one at any time, after the choice of the backend."""
     folder = tmp_path / "ahead"
     source = c_of(graph_of("Adam"), torch.float32)
     prebuilt.compile_ahead(folder, source, BEST, build.compiler())

@@ -1,5 +1,5 @@
-"""Compiling beside forks, signals and threads. Oracle: ``p + 2 * g`` by torch; what waits for what
-never comes is ended by an alarm, and fails.
+"""Compilation with forks, signals and threads. Oracle: ``p + 2 * g`` by torch; an alarm ends a
+process that deadlocks, which fails the test.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from stepforge.backends.native import build
 from tests.backends.graphs import in_new_process
 from tests.backends.native.faults import assert_right, executable, kernels, leftovers, wait_for
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
 
 def waiting_compiler(folder: Path, then: str = "") -> str:
-    """The command of a compiler that says that it has begun, and waits until it may go on."""
+    """Return the command of a compiler that creates ``started`` and waits for ``go``."""
     script = f"""\
 if [ "$1" = --version ]; then echo 1; exit; fi
-touch {folder}/begun
+touch {folder}/started
 {then}
 for wait in $(seq 3000); do [ -e {folder}/go ] && break; sleep 0.05; done
 exec {shlex.join(build.compiler())} "$@"
@@ -46,26 +46,26 @@ def fork_while_a_thread_compiles(name: str) -> None:
 
     thread = threading.Thread(target=compile_one)
     thread.start()
-    wait_for(folder / "begun")
+    wait_for(folder / "started")
     child = os.fork()
     if child == 0:
         signal.alarm(60)
         os.environ["CC"] = real
         assert_right()
-        sys.exit()  # which ends as a program does, and not at once
-    assert os.waitpid(child, 0)[1] == 0, "the child hangs, or has no kernel"
+        sys.exit()  # with all exit handlers, unlike os._exit
+    assert os.waitpid(child, 0)[1] == 0, "the child hung, or has no kernel"
     (folder / "go").touch()
     thread.join()
     assert not failures, failures
 
 
 def test_a_child_compiles_while_a_thread_of_its_parent_does(tmp_path: Path) -> None:
-    """Neither waits for the other, nor takes away what the other works in."""
+    """Neither waits for the other, nor removes the other's working folder."""
     cache = tmp_path / "cache"
     in_new_process(
         fork_while_a_thread_compiles, str(tmp_path), timeout_s=300, STEPFORGE_CACHE=str(cache)
     )
-    assert len(kernels(cache)) == 2  # of two compilers
+    assert len(kernels(cache)) == 2  # by two compilers
     assert not leftovers(cache)
 
 
@@ -74,10 +74,10 @@ def step_in_a_signal_handler(name: str) -> None:
     compiler = waiting_compiler(folder, then=f"kill -USR1 {os.getpid()}")
     handled = []
 
-    def handle(number: int, frame: object) -> None:
+    def handle(signum: int, frame: object) -> None:
         os.environ["CC"] = real
         assert_right()
-        handled.append(number)
+        handled.append(signum)
         (folder / "go").touch()
 
     signal.signal(signal.SIGUSR1, handle)
@@ -87,7 +87,7 @@ def step_in_a_signal_handler(name: str) -> None:
     assert handled == [signal.SIGUSR1]
 
 
-def test_a_signal_handler_steps_while_what_it_interrupts_compiles(tmp_path: Path) -> None:
+def test_a_signal_handler_steps_while_the_interrupted_code_compiles(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     in_new_process(
         step_in_a_signal_handler, str(tmp_path), timeout_s=300, STEPFORGE_CACHE=str(cache)

@@ -1,8 +1,8 @@
-"""The generated C for another processor and by another compiler. Oracle: the kernel of this one.
+"""The generated C on another processor and by another compiler. Oracle: the kernel on this one.
 
-The kernels are linked into a program that steps what a file holds: for aarch64, which an emulator
-runs, and for this processor by clang. No tolerance: what IEEE 754 leaves to processors is the sign
-and payload of NaN, so any NaN stands for any other.
+The kernels are linked into a program that reads batches from stdin: for aarch64 in an emulator, and
+for this processor by clang. No tolerance: IEEE 754 leaves only the sign and payload of NaN to
+processors, so all NaNs count as equal.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from stepforge.backends import Batch, native
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native import build
 from stepforge.backends.native.source import c_source
-from tests.backends.graphs import special
+from tests.backends.graphs import special_values
 from tests.conformance.table import OPTIMIZERS, forced
 
-#: By processor and compiler: the compiler's command, and that of what runs the program.
+#: By processor and compiler: the compiler's command, then the programs that it and its result need.
 PROCESSORS = {
     "aarch64-gcc": (["aarch64-linux-gnu-gcc", "-static"], ["qemu-aarch64"]),
     "aarch64-clang": (
@@ -37,7 +37,7 @@ PROCESSORS = {
     "here-clang": (["clang"], []),
 }
 
-#: What is stepped: the optimizer, the dtype of its parameters, and options.
+#: The optimizers to step, with the dtype of their parameters and their options.
 CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     *((name, torch.float32, {"weight_decay": 0.1}) for name in OPTIMIZERS),
     ("Adam", torch.float64, {"amsgrad": True}),
@@ -52,7 +52,7 @@ CASES: list[tuple[str, torch.dtype, dict[str, Any]]] = [
     ("RAdam", torch.bfloat16, {"stochastic_rounding": True, "state_format": "int8"}),
     ("NAdam", torch.float16, {"stochastic_rounding": True}),
 ]
-#: Steps of each, of which the first and last are compared: RAdam is another rule after the fifth.
+#: Steps of each; the first and last are compared, because RAdam changes its form at the sixth.
 STEPS = 6
 
 MAIN = """\
@@ -65,7 +65,7 @@ typedef void run(int64_t, const int64_t *, void *const *, const void *, double,
 run RUNS;
 static run *const runs[] = {ADDRESSES};
 
-static void *taken(int64_t bytes) {
+static void *read_bytes(int64_t bytes) {
     void *at = malloc((size_t)bytes + 1);
     if (bytes && fread(at, (size_t)bytes, 1, stdin) != 1) exit(2);
     return at;
@@ -74,16 +74,16 @@ static void *taken(int64_t bytes) {
 int main(void) {
     int64_t head[5];
     while (fread(head, sizeof head, 1, stdin) == 1) {
-        int64_t rows = head[1], width = head[2], tensors = head[3];
-        int64_t *starts = taken((rows + 1) * 8);
-        void **records = taken(rows * width * 8);
-        void *numbers = taken(head[4]);
-        double *unscale = taken(8);
-        int64_t *bytes = taken(rows * tensors * 8);
-        for (int64_t n = 0; n < rows * tensors; n++)
-            records[n / tensors * width + n % tensors] = taken(bytes[n]);
-        runs[head[0]](rows, starts, records, numbers, *unscale, 1, 0, 0, 0);
-        for (int64_t n = 0; n < rows * tensors; n++)
+        int64_t params = head[1], width = head[2], tensors = head[3];
+        int64_t *starts = read_bytes((params + 1) * 8);
+        void **records = read_bytes(params * width * 8);
+        void *coefficients = read_bytes(head[4]);
+        double *unscale = read_bytes(8);
+        int64_t *bytes = read_bytes(params * tensors * 8);
+        for (int64_t n = 0; n < params * tensors; n++)
+            records[n / tensors * width + n % tensors] = read_bytes(bytes[n]);
+        runs[head[0]](params, starts, records, coefficients, *unscale, 1, 0, 0, 0);
+        for (int64_t n = 0; n < params * tensors; n++)
             fwrite(records[n / tensors * width + n % tensors], (size_t)bytes[n], 1, stdout);
     }
     return 0;
@@ -93,21 +93,21 @@ int main(void) {
 
 @dataclass
 class Step:
-    """A call of a kernel as it was made here.
+    """A call of a kernel on this machine.
 
     Attributes:
         source: the kernel's C.
-        given: what the program reads, but for which kernel it is.
+        arguments: the input of the program, except for the kernel's index.
         wanted: the tensors after the call.
     """
 
     source: str
-    given: bytes
+    arguments: bytes
     wanted: list[torch.Tensor]
 
 
 def extreme(x: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Values for a tensor: numbers of all magnitudes, a stretch of each, and what is special."""
+    """Return values for a tensor: all magnitudes, similar in each stretch, and special values."""
     if not x.dtype.is_floating_point:
         return torch.frombuffer(bytearray(random.bytes(x.nbytes)), dtype=x.dtype)
     count = x.numel()
@@ -118,15 +118,15 @@ def extreme(x: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
     with np.errstate(over="ignore", under="ignore"):
         sizes = np.exp2(around + random.uniform(-12, 12, count))
     values = torch.from_numpy(sizes * random.choice([-1.0, 1.0], count)).to(x.dtype)
-    # A half keeps to numbers, as one NaN in a block that shares a scale is all of it.
-    specials = special(x.dtype)
+    # Half of the tensor has no special values, since one NaN makes its whole block NaN.
+    specials = special_values(x.dtype)
     chosen = torch.from_numpy(random.integers(0, len(specials), count))
     where = torch.from_numpy(random.random(count) < 0.05) & (torch.arange(count) > count // 2)
     return torch.where(where, specials[chosen], values)
 
 
 def powers_of_two(x: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-    """Scales of blocks: all that there can be, NaN among them."""
+    """Return scales of blocks: all possible values, including NaN."""
     scales = np.exp2(random.integers(-95, 128, x.numel()).astype(np.float32))
     return torch.from_numpy(np.where(random.random(x.numel()) < 0.05, np.nan, scales))
 
@@ -136,28 +136,28 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def steps_of(name: str, dtype: torch.dtype, options: dict[str, Any], seed: int) -> list[Step]:
-    """The first and last step of an optimizer on extreme values, by its kernel here."""
+    """Return the first and last step of an optimizer on extreme values, by the kernel here."""
     random = np.random.default_rng(seed)
     made: list[Step] = []
     step_by_kernel = native.Table.run
 
     def run(table: native.Table, batch: Batch, grad_scale: GradScale | None = None) -> None:
         names = batch.spec.tensors
-        tensors = [batch.columns[n][row] for row in range(len(batch)) for n in names]
+        tensors = [batch.columns[n][index] for index in range(len(batch)) for n in names]
         with torch.no_grad():
             for name, x in zip(itertools.cycle(names), tensors):
-                scales = name.endswith(".scale")
-                flat(x).copy_(powers_of_two(x, random) if scales else extreme(x, random))
+                is_scale = name.endswith(".scale")
+                flat(x).copy_(powers_of_two(x, random) if is_scale else extreme(x, random))
         before = b"".join(flat(x).view(torch.uint8).numpy().tobytes() for x in tensors)
         step_by_kernel(table, batch, grad_scale)
         head = [len(batch), table.records.shape[1], len(names), table.coefficients.nbytes]
         sizes = [x.nbytes for x in tensors]
-        given = [np.array(head), table.starts, table.records, table.coefficients]
-        given += [np.array(1.0), np.array(sizes)]
+        arrays = [np.array(head), table.starts, table.records, table.coefficients]
+        arrays += [np.array(1.0), np.array(sizes)]
         made.append(
             Step(
                 c_source(batch.spec),
-                b"".join([*(array.tobytes() for array in given), before]),
+                b"".join([*(array.tobytes() for array in arrays), before]),
                 [flat(x).clone() for x in tensors],
             )
         )
@@ -180,18 +180,18 @@ def steps() -> list[Step]:
 
 
 def built(command: Sequence[str], sources: Sequence[str], folder: Path) -> Path:
-    """The program of some kernels."""
+    """Compile the program with these kernels."""
     flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
-    names = [f"run_{number}" for number in range(len(sources))]
+    names = [f"run_{index}" for index in range(len(sources))]
     main, *files = folder / "main.c", *(folder / f"{name}.o" for name in names)
     prototypes, addresses = ", ".join(names), ", ".join(f"&{name}" for name in names)
     main.write_text(MAIN.replace("RUNS", prototypes).replace("ADDRESSES", addresses))
     for name, source, object_file in zip(names, sources, files, strict=True):
         c_file = object_file.with_suffix(".c")
         c_file.write_text(source)
-        made = ["-c", str(c_file), "-o", str(object_file)]
+        files_flags = ["-c", str(c_file), "-o", str(object_file)]
         done = subprocess.run(
-            [*command, *flags, "-Werror", f"-Dstepforge_run={name}", *made],
+            [*command, *flags, "-Werror", f"-Dstepforge_run={name}", *files_flags],
             capture_output=True,
             text=True,
             check=False,
@@ -206,9 +206,9 @@ def built(command: Sequence[str], sources: Sequence[str], folder: Path) -> Path:
 
 
 def same(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """For each element True if it has the same bits, or is NaN in both."""
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    return (got.view(words) == wanted.view(words)) | ((got != got) & (wanted != wanted))
+    """Return True for each element with the same bits in both, or NaN in both."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    return (got.view(integer) == wanted.view(integer)) | ((got != got) & (wanted != wanted))
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
@@ -219,26 +219,26 @@ def test_another_processor_or_compiler_makes_the_same_bits(processor: str, tmp_p
             pytest.skip(f"{program} is not installed")
     sources = list(dict.fromkeys(step.source for step in steps()))
     heads = [np.array([sources.index(step.source)]).tobytes() for step in steps()]
-    given = b"".join(head + step.given for head, step in zip(heads, steps(), strict=True))
+    data = b"".join(head + step.arguments for head, step in zip(heads, steps(), strict=True))
     done = subprocess.run(
         [*needed[:1], str(built(command, sources, tmp_path))],
-        input=given,
+        input=data,
         capture_output=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
     at = 0
-    for number, step in enumerate(steps()):
-        numbers = []
+    for index, step in enumerate(steps()):
+        ordinary = []
         for wanted in step.wanted:
             size = wanted.nbytes
             got = torch.frombuffer(bytearray(done.stdout[at : at + size]), dtype=wanted.dtype)
             at += size
             wrong = ~same(got, wanted)
             assert not wrong.any(), (
-                f"{CASES[number // 2]}: {got[wrong][:5]} where it is {wanted[wrong][:5]} here"
+                f"{CASES[index // 2]}: {got[wrong][:5]} instead of {wanted[wrong][:5]}"
             )
-            numbers.append(wanted.double().isfinite() & (wanted != 0))
-        assert torch.cat(numbers).double().mean() > 0.5, "hardly a number is left to compare"
+            ordinary.append(wanted.double().isfinite() & (wanted != 0))
+        assert torch.cat(ordinary).double().mean() > 0.5, "too few finite values to compare"
     assert at == len(done.stdout)

@@ -1,8 +1,7 @@
-"""The generated C under the address and undefined behaviour sanitizers, in a program of its own.
+"""The generated C under the address and undefined behavior sanitizers, in a program of its own.
 
-Oracles: the sanitizers, on heap blocks of exactly the size of what they hold; and one thread's
-results for every other number of threads. That the sanitizers see what they should is tested by C
-with a mistake in it.
+Oracles: the sanitizers, on heap blocks of exactly the size of each tensor; and the results of one
+thread for all other numbers of threads. C with deliberate mistakes tests the sanitizers themselves.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import torch
 
 from stepforge.backends.native import build
 from stepforge.backends.native.dtypes import STORABLE
+from stepforge.backends.spec import arithmetic_of
 from tests.backends.graphs import c_of, graph_of, run_compiler
 from tests.conformance.table import OPTIMIZERS
 
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
-#: Sizes of the parameters that are stepped together: nothing, one, whole and split cache lines.
+#: Sizes of parameters that one call steps: empty, single, with whole and split cache lines.
 SHAPES = {
     "one": [1000],
     "empty": [0, 0],
@@ -33,7 +33,7 @@ SHAPES = {
     "odd splits": [191, 1, 129, 0, 62, 3, 1],
 }
 
-# Inputs are small numbers; what they are is no matter, as each element goes the same way.
+# Inputs are any small values: control flow does not depend on them.
 MAIN = """\
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,33 +47,33 @@ static void parallel(void (*share)(void *), void *work, unsigned threads, unsign
     for (current = size - 1; current >= 0; current--) share(work);
 }
 
-static uint64_t stepped(int64_t rows, const int64_t *sizes, int threads) {
-    int64_t *starts = malloc((size_t)(rows + 1) * sizeof *starts);
-    void **pointers = malloc((size_t)(rows * COLUMNS) * sizeof *pointers);
-    number *numbers = malloc((size_t)(rows * COEFFICIENTS) * sizeof *numbers);
+static uint64_t stepped(int64_t params, const int64_t *sizes, int threads) {
+    int64_t *starts = malloc((size_t)(params + 1) * sizeof *starts);
+    void **pointers = malloc((size_t)(params * COLUMNS) * sizeof *pointers);
+    number *coefficients = malloc((size_t)(params * COEFFICIENTS) * sizeof *coefficients);
     const size_t widths[COLUMNS] = {WIDTHS};
     starts[0] = 0;
-    for (int64_t row = 0; row < rows; row++) {
-        starts[row + 1] = starts[row] + sizes[row];
+    for (int64_t n = 0; n < params; n++) {
+        starts[n + 1] = starts[n] + sizes[n];
         for (int k = 0; k < COEFFICIENTS; k++)
-            numbers[row * COEFFICIENTS + k] = (number)(0.1 * (double)(k + row + 1));
+            coefficients[n * COEFFICIENTS + k] = (number)(0.1 * (double)(k + n + 1));
         for (int column = 0; column < COLUMNS; column++) {
-            size_t bytes = (size_t)sizes[row] * widths[column];
+            size_t bytes = (size_t)sizes[n] * widths[column];
             unsigned char *at = bytes ? malloc(bytes) : NULL;
             for (size_t b = 0; b < bytes; b++)    /* 0x3c to 0x3f: positive, neither NaN nor huge */
-                at[b] = (unsigned char)(0x3c + (b * 7 + (size_t)(column + row)) % 4);
-            pointers[row * COLUMNS + column] = at;
+                at[b] = (unsigned char)(0x3c + (b * 7 + (size_t)(column + n)) % 4);
+            pointers[n * COLUMNS + column] = at;
         }
     }
-    stepforge_run(rows, starts, pointers, numbers, 1.0, threads, thread, team, parallel);
+    stepforge_run(params, starts, pointers, coefficients, 1.0, threads, thread, team, parallel);
     uint64_t hash = 14695981039346656037u;
-    for (int64_t at = 0; at < rows * COLUMNS; at++) {
+    for (int64_t at = 0; at < params * COLUMNS; at++) {
         const unsigned char *bytes = pointers[at];
         for (size_t b = 0; b < (size_t)sizes[at / COLUMNS] * widths[at % COLUMNS]; b++)
             hash = (hash ^ bytes[b]) * 1099511628211u;
         free(pointers[at]);
     }
-    free(numbers), free(pointers), free(starts);
+    free(coefficients), free(pointers), free(starts);
     return hash;
 }
 
@@ -82,25 +82,26 @@ int main(void) {
     for (size_t run = 0; run < sizeof runs / sizeof *runs; run++)
         for (int threads = 1; threads <= 4; threads++)
             printf("%zu %d %llx\\n", run, threads,
-                   (unsigned long long)stepped(runs[run].rows, runs[run].sizes, threads));
+                   (unsigned long long)stepped(runs[run].params, runs[run].sizes, threads));
     return 0;
 }
 """
 
 
 def program(kernel: str, widths: list[int]) -> str:
-    """The C of a kernel with a ``main`` that steps all the shapes, on 1 to 4 threads."""
+    """Return the C of a kernel with a ``main`` that steps all shapes, on 1 to 4 threads."""
     arrays = [
         f"{{{len(sizes)}, (const int64_t[]){{{', '.join(map(str, sizes))}}}}}"
         for sizes in SHAPES.values()
     ]
-    runs = f"const struct {{int64_t rows; const int64_t *sizes;}} runs[] = {{{', '.join(arrays)}}};"
-    given = MAIN.replace("WIDTHS", ", ".join(map(str, widths)))
-    return kernel + given.replace("SHAPES_OF_RUNS", runs)
+    struct = "const struct {int64_t params; const int64_t *sizes;}"
+    runs = f"{struct} runs[] = {{{', '.join(arrays)}}};"
+    main = MAIN.replace("WIDTHS", ", ".join(map(str, widths)))
+    return kernel + main.replace("SHAPES_OF_RUNS", runs)
 
 
 def sanitized(kernel: str, widths: list[int], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Compiles and runs the program."""
+    """Compile and run the program."""
     c_file, executable = folder / "program.c", folder / "program"
     c_file.write_text(program(kernel, widths))
     flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
@@ -130,31 +131,30 @@ def _runtimes(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def kernel_and_widths(
-    name: str, stored: torch.dtype, options: Mapping[str, Any]
+    name: str, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> tuple[str, list[int]]:
-    """An optimizer's C, and the bytes of an element of each of its columns."""
-    arithmetic = torch.float64 if stored == torch.float64 else torch.float32
-    text = c_of(graph_of(name, **options), stored, arithmetic)
+    """Return an optimizer's C, and the bytes per element of each of its columns."""
+    text = c_of(graph_of(name, **options), dtype, arithmetic_of(dtype))
     columns = int(text.split("#define COLUMNS ")[1].split()[0])
-    return text, [stored.itemsize] * columns
+    return text, [dtype.itemsize] * columns
 
 
 CASES: list[tuple[str, torch.dtype, dict[str, bool]]] = [
     *((name, torch.float32, {}) for name in OPTIMIZERS),
     ("Adam", torch.float32, {"amsgrad": True}),
-    *(("NAdam", stored, {}) for stored in STORABLE if stored != torch.float32),
+    *(("NAdam", dtype, {}) for dtype in STORABLE if dtype != torch.float32),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "options"),
+    ("name", "dtype", "options"),
     CASES,
     ids=[f"{n}-{str(s).removeprefix('torch.')}{'-amsgrad' * bool(o)}" for n, s, o in CASES],
 )
-def test_no_memory_beside_its_own_and_nothing_undefined(
-    name: str, stored: torch.dtype, options: dict[str, bool], tmp_path: Path
+def test_no_access_out_of_bounds_and_no_undefined_behavior(
+    name: str, dtype: torch.dtype, options: dict[str, bool], tmp_path: Path
 ) -> None:
-    done = sanitized(*kernel_and_widths(name, stored, options), tmp_path)
+    done = sanitized(*kernel_and_widths(name, dtype, options), tmp_path)
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
     assert len(found) == 4 * len(SHAPES)
@@ -164,20 +164,24 @@ def test_no_memory_beside_its_own_and_nothing_undefined(
 
 
 MISTAKES = {
-    # what is wrong: what is written instead, and what a sanitizer says of it
+    # the mistake: the right code, the wrong code, and the message of the sanitizer
     "an element too many": ("i < count; i++", "i <= count; i++", "heap-buffer-overflow"),
     "an element too early": ("int64_t i = 0; ", "int64_t i = -1; ", "heap-buffer-overflow"),
-    "a row too many": ("w->starts[row + 1] <", "w->starts[row + 2] <", "heap-buffer-overflow"),
-    "a step of rows too wide": ("row * RECORD", "row * (RECORD + 1)", "heap-buffer-overflow"),
+    "a parameter too many": (
+        "w->starts[row + 1] <",
+        "w->starts[row + 2] <",
+        "heap-buffer-overflow",
+    ),
+    "records too far apart": ("row * RECORD", "row * (RECORD + 1)", "heap-buffer-overflow"),
     "an overflow": ("int64_t part = ", "int64_t part = INT64_MAX + ", "signed integer overflow"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_sanitizers_see_mistakes(mistake: str, tmp_path: Path) -> None:
-    right, wrong, said = MISTAKES[mistake]
+    right, wrong, message = MISTAKES[mistake]
     text, widths = kernel_and_widths("Adagrad", torch.float32, {})
     assert right in text
     done = sanitized(text.replace(right, wrong), widths, tmp_path)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr

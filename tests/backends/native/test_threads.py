@@ -1,5 +1,5 @@
-"""Threads change nothing. Oracle: the reference, which knows of none. No tolerance: a rule computes
-each element by itself, so it does not matter which thread does.
+"""The number of threads changes no result. Oracle: the reference, which uses one. No tolerance: a
+rule computes each element independently, so any thread may do it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stepforge.backends import native
 from stepforge.backends.native import Kernel, build, kernel_for
 from tests.backends.graphs import (
     INSTRUCTION_SETS,
-    Row,
+    Columns,
     by_kernel,
     by_reference,
     c_of,
@@ -32,10 +32,10 @@ from tests.backends.graphs import (
 )
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, forced, normal, outcome, parameter
 
-ENOUGH = native.PARALLEL_MIN  # for more than one thread
+ENOUGH = native.PARALLEL_MIN  # elements for more than one thread
 GRAIN = 64
 
-#: Sizes of parameters that are stepped in one call.
+#: Sizes of parameters that one call steps.
 SPLITS = {
     "one-big": [3 * ENOUGH + 17],
     "too-few-for-threads": [ENOUGH - 1],
@@ -46,8 +46,8 @@ SPLITS = {
     "many-small": [*range(370)],
     "a-big-one-last": [1] * 100 + [ENOUGH],
     "empties-between": [0, 0, ENOUGH // 2, 0, 0, 0, ENOUGH // 2 + 5, 0, 0],
-    # 66000 elements make shares of 16512 for four threads and of 33024 for two.
-    "shares-end-with-rows": [16512, 16512, 0, 16512, 16464],
+    # 66000 elements are shares of 16512 for four threads, and of 33024 for two.
+    "shares-end-with-parameters": [16512, 16512, 0, 16512, 16464],
 }
 
 pytestmark = pytest.mark.skipif(
@@ -63,30 +63,30 @@ def _as_many_threads_as_before() -> Iterator[None]:
 
 
 @functools.cache
-def inputs(split: str) -> tuple[list[Row], list[list[float]]]:
-    """Parameters of those sizes with gradients and moments, and coefficients of their own."""
+def inputs(split: str) -> tuple[list[Columns], list[list[float]]]:
+    """Return parameters of those sizes with gradients and moments, and coefficients for each."""
     sizes = SPLITS[split]
     whole = {name: normal((sum(sizes),), torch.float32, seed) for seed, name in enumerate("pgmv")}
     whole["v"] = whole["v"].abs()
     parts = [whole[name].split(sizes) for name in whole]
-    rows = [dict(zip(whole, row, strict=True)) for row in zip(*parts, strict=True)]
-    numbers = [
+    params = [dict(zip(whole, tensors, strict=True)) for tensors in zip(*parts, strict=True)]
+    coefficients = [
         [
-            bool((row + k) % 2) if node.boolean else 0.1 * (k + 1) / (row + 1)
+            bool((index + k) % 2) if node.boolean else 0.1 * (k + 1) / (index + 1)
             for k, node in enumerate(graph_of("RAdam").coefficients)
         ]
-        for row in range(len(rows))
+        for index in range(len(params))
     ]
-    return rows, numbers
+    return params, coefficients
 
 
-def joined(rows: Sequence[Row]) -> Row:
-    """One row of all the elements of these."""
-    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+def joined(params: Sequence[Columns]) -> Columns:
+    """Concatenate the columns of all parameters."""
+    return {name: torch.cat([param[name] for param in params]) for name in params[0]}
 
 
 @functools.cache
-def wanted(split: str) -> Row:
+def wanted(split: str) -> Columns:
     return joined(by_reference(graph_of("RAdam"), *inputs(split), torch.float32))
 
 
@@ -115,7 +115,7 @@ def test_the_splits_are_what_they_are_called() -> None:
 def trained(
     name: str, before_step: Callable[[int], None] = lambda step: None
 ) -> dict[str, torch.Tensor]:
-    """A parameter large enough for threads, with its states, after some steps."""
+    """Return a parameter large enough for threads, with its states, after some steps."""
     p = parameter(normal((ENOUGH + 999,), torch.float32, 0))
     optimizer = OPTIMIZERS[name].ours([p], lr=0.1)
     for step in range(6):
@@ -131,21 +131,21 @@ def oracle(name: str) -> dict[str, torch.Tensor]:
 
 
 def test_the_number_of_threads_changes_between_steps() -> None:
-    numbers = [1, 2, 4, 1, 3, 2]
+    threads = [1, 2, 4, 1, 3, 2]
     with forced("native"):
-        got = trained("NAdam", lambda step: torch.set_num_threads(numbers[step]))
+        got = trained("NAdam", lambda step: torch.set_num_threads(threads[step]))
     assert_same_bits(got, oracle("NAdam"))
 
 
 def test_optimizers_that_step_in_threads_of_python() -> None:
-    """Two of one kind and one of another, in one another's way as much as they can be."""
+    """Two of one class and one of another, which start each step at the same moment."""
     names = ["Adam", "Adam", "RAdam"]
-    together = threading.Barrier(len(names), timeout=30)
+    barrier = threading.Barrier(len(names), timeout=30)
     found: dict[int, dict[str, torch.Tensor]] = {}
 
     def wait(step: int) -> None:
-        torch.set_num_threads(2)  # each thread of Python has a number of its own
-        together.wait()
+        torch.set_num_threads(2)  # torch has this setting per Python thread
+        barrier.wait()
 
     def work(index: int) -> None:
         found[index] = trained(names[index], wait)
@@ -171,10 +171,10 @@ def test_threads_that_ask_for_a_kernel_at_once_get_the_same(
     monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path / "cache"))
     graph = traced(lambda p, g: p - 0.125 * g)
     found: list[Kernel | str] = []
-    together = threading.Barrier(4, timeout=30)
+    barrier = threading.Barrier(4, timeout=30)
 
     def ask() -> None:
-        together.wait()
+        barrier.wait()
         found.append(kernel_for(spec_of(graph, torch.float32)))
 
     run_at_once([ask] * 4)
@@ -183,7 +183,7 @@ def test_threads_that_ask_for_a_kernel_at_once_get_the_same(
     assert isinstance(found[0], Kernel)
 
 
-# What needs a process of its own.
+# Tests that need a process of their own.
 
 
 def threads_of_process() -> int:
@@ -192,13 +192,13 @@ def threads_of_process() -> int:
 
 def share_torch_s_threads() -> None:
     torch.set_num_threads(1)
-    rows, numbers = inputs("one-big")
+    params, coefficients = inputs("one-big")
     before = threads_of_process()
     torch.set_num_threads(3)
-    by_kernel(graph_of("RAdam"), rows, numbers, torch.float32)
-    assert threads_of_process() == before + 2, "a kernel has not run on three threads"
+    by_kernel(graph_of("RAdam"), params, coefficients, torch.float32)
+    assert threads_of_process() == before + 2, "the kernel did not run on three threads"
     torch.ones(10 * ENOUGH).mul_(2)
-    assert threads_of_process() == before + 2, "torch and kernels have threads of their own each"
+    assert threads_of_process() == before + 2, "torch and kernels do not share their threads"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
@@ -214,7 +214,7 @@ def step_with_fewer_threads_than_asked_for() -> None:
 
 
 def test_openmp_may_give_fewer_threads_than_were_asked_for() -> None:
-    """Each share of the work must still be done. OMP_DYNAMIC does the same on a busy machine."""
+    """All shares of the work must still be done. OMP_DYNAMIC does the same on a busy machine."""
     in_new_process(step_with_fewer_threads_than_asked_for, OMP_THREAD_LIMIT="3")
 
 
@@ -227,28 +227,28 @@ def step_in_children(folder: str) -> None:
     optimizer.step()
     before = p.detach().clone()
 
-    def step_and_tell(path: str) -> None:
+    def step_and_write(path: str) -> None:
         signal.alarm(30)  # ends a child that hangs
         optimizer.step()
         Path(path).write_bytes(p.detach().numpy().tobytes())
 
-    with_a_process = multiprocessing.get_context("fork").Process(
-        target=step_and_tell, args=("by-multiprocessing",)
+    process = multiprocessing.get_context("fork").Process(
+        target=step_and_write, args=("by-multiprocessing",)
     )
-    with_a_process.start()
-    with_a_process.join()
+    process.start()
+    process.join()
     child = os.fork()
     if child == 0:
-        step_and_tell("by-fork")
+        step_and_write("by-fork")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    assert with_a_process.exitcode == 0
+    assert process.exitcode == 0
     assert torch.equal(p, before)
     optimizer.step()  # the parent still has its threads
     for path in ("by-multiprocessing", "by-fork"):
         assert Path(path).read_bytes() == p.detach().numpy().tobytes(), path
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_children_of_a_process_that_has_threads(tmp_path: Path) -> None:
     in_new_process(step_in_children, str(tmp_path))

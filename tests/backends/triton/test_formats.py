@@ -1,6 +1,6 @@
-"""Formats within the kernel. Oracles: the reference, bit for bit; what was there before a step that
-is skipped; a twin that is stepped in another way. tests/conformance/test_formats.py has the rest of
-the comparison with the reference: every optimizer and format.
+"""Formats within Triton kernels. Oracles: the reference, bit for bit; the state before a skipped
+step; a twin that is stepped in another way. tests/conformance/test_formats.py compares every
+optimizer and format with the reference.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ AT_RANDOM = "float16 at random"
 IN_DOUBLE = "float64, int8 states"
 some_formats = pytest.mark.parametrize("format_", [FULLEST, AT_RANDOM, IN_DOUBLE])
 
-#: One block of the kernel and a part, whose chunks are all whole; chunks that end within rows; one
-#: row; several dimensions; what is too small for codes.
+#: More than one block of the kernel, with whole chunks only; chunks that end within rows; a single
+#: row; several dimensions; too small for int8.
 SHAPES = [(5, 8 * CHUNK), (17, 257), (1, 4 * BLOCK + 4), (4, 3, 400), (7,)]
 
 
@@ -54,14 +54,14 @@ def trained(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     **options: Any,
 ) -> stepforge.Optimizer:
-    """An optimizer that has stepped; its gradients lie as its parameters do."""
-    dtype, storage = FORMATS[format_]
-    place = torch.device(device)
+    """Return an optimizer after some steps, with gradients in the layout of the parameters."""
+    dtype, format_options = FORMATS[format_]
+    device = torch.device(device)
     params = [
-        torch.nn.Parameter(moved(LAYOUTS[layout](normal(shape, dtype, k)), place))
+        torch.nn.Parameter(moved(LAYOUTS[layout](normal(shape, dtype, k)), device))
         for k, shape in enumerate(shapes)
     ]
-    optimizer = stepforge.AdamW(params, lr=0.01, amsgrad=True, **storage, **options)
+    optimizer = stepforge.AdamW(params, lr=0.01, amsgrad=True, **format_options, **options)
     advance(optimizer, range(steps), layout)
     return optimizer
 
@@ -71,9 +71,9 @@ def advance(
 ) -> None:
     params = params_of(optimizer)
     for step in steps:
-        given = [extreme(p.shape, p.dtype, 100 * step + k) for k, p in enumerate(params)]
-        given = [moved(LAYOUTS[layout](g), p.device) for g, p in zip(given, params, strict=True)]
-        run(optimizer, params, [given])
+        gradients = [extreme(p.shape, p.dtype, 100 * step + k) for k, p in enumerate(params)]
+        pairs = zip(gradients, params, strict=True)
+        run(optimizer, params, [[moved(LAYOUTS[layout](g), p.device) for g, p in pairs]])
 
 
 def params_of(optimizer: stepforge.Optimizer) -> list[torch.nn.Parameter]:
@@ -95,7 +95,7 @@ def assert_equal(one: stepforge.Optimizer, other: stepforge.Optimizer) -> None:
 def test_blocks_and_random_bits_follow_the_index_of_an_element(
     format_: str, layout: str, device: torch.device
 ) -> None:
-    """Wherever its memory is: the oracle's is contiguous."""
+    """In any memory layout; the oracle's tensors are contiguous."""
     with forced("triton"), by_kernels_only():
         optimizer = trained(format_, layout, device=device)
     with forced("reference"):
@@ -106,7 +106,7 @@ def test_blocks_and_random_bits_follow_the_index_of_an_element(
 @pytest.mark.parametrize("offset", [0, 1])
 @some_formats
 def test_neighbours_are_not_touched(format_: str, offset: int, device: torch.device) -> None:
-    """Every tensor lies between guards, which stay; what is between them is the reference's."""
+    """Every tensor is between guard values, which stay; the tensors equal the reference's."""
     with forced("reference"):
         before, oracle = (trained(format_, steps=1) for _ in range(2))
         advance(oracle, [1])
@@ -119,9 +119,10 @@ def test_neighbours_are_not_touched(format_: str, offset: int, device: torch.dev
 
     optimizer = trained(format_, steps=0, device=device)
     for p, source in zip(params_of(optimizer), params_of(before), strict=True):
-        entry = before.state[source]
         p.data = guarded(source.detach())
-        optimizer.state[p] = {k: guarded(x) if x.dim() else x for k, x in entry.items()}
+        optimizer.state[p] = {
+            k: guarded(x) if x.dim() else x for k, x in before.state[source].items()
+        }
     with forced("triton"), by_kernels_only():
         advance(optimizer, [1])
     assert_equal(optimizer, oracle)
@@ -131,9 +132,9 @@ def test_neighbours_are_not_touched(format_: str, offset: int, device: torch.dev
 
 
 def test_columns_and_parts_of_any_names(device: torch.device) -> None:
-    """A state may be called as a part of another is in the kernel, or as a variable there.
+    """A state may have the name of a part of another in the kernel, or of a variable there.
 
-    Where there is no element a kernel may read a zero, of which these states would be large.
+    Past the last element, a kernel may read a zero, from which the rule makes large states.
     """
     names = ["m", "m_at_scale", "m_at", "index", "key", "element", "column", "decode_0", "x0"]
 
@@ -144,15 +145,16 @@ def test_columns_and_parts_of_any_names(device: torch.device) -> None:
     graph = traced(rule)
     formats = {name: int8_blocks(unsigned=k % 2 == 1) for k, name in enumerate(names)}
 
-    def results(step: Callable[..., None], place: torch.device) -> dict[str, torch.Tensor]:
-        row = {name: normal((33, 130), torch.float32, k).to(place) for k, name in enumerate("pg")}
+    def results(step: Callable[..., None], device: torch.device) -> dict[str, torch.Tensor]:
+        shape = (33, 130)
+        param = {name: normal(shape, torch.float32, k).to(device) for k, name in enumerate("pg")}
         for name in names:
             for part in formats[name].parts:
-                column = f"{name}.{part.name}" if part.name else name
-                row[column] = torch.full(part.shape((33, 130)), 7, dtype=part.dtype, device=place)
+                key = f"{name}.{part.name}" if part.name else name
+                param[key] = torch.full(part.shape(shape), 7, dtype=part.dtype, device=device)
         random = {"step_seeds": np.array([5]), "first_indices": np.array([0])}
-        step(batch_of(graph, [row], [[]], torch.float32, formats=formats, **random))
-        return on_host(row)
+        step(batch_of(graph, [param], [[]], torch.float32, formats=formats, **random))
+        return on_host(param)
 
     wanted = results(reference.run, torch.device("cpu"))
     with by_kernels_only():
@@ -160,28 +162,31 @@ def test_columns_and_parts_of_any_names(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("on_device", [False, True])
-@pytest.mark.parametrize("key", [0, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 2**31, 2**32 - 1])
 @pytest.mark.parametrize("start", [0, 2**31 - 5, 2**32 - 5, 2**40 + 3])
-def test_keys_and_indices_wrap_around(
-    start: int, key: int, on_device: bool, device: torch.device
+def test_seeds_and_indices_wrap_around(
+    start: int, seed: int, on_device: bool, device: torch.device
 ) -> None:
-    """Rows of two tables that begin anywhere in a tensor, with any key, wherever keys are."""
+    """Parameters of two tables, with any first index and any seed, on the host or the device."""
     graph = traced(lambda p, g: {"m": g * 2.0, "p": p - g})
 
-    def results(step: Callable[..., None], place: torch.device) -> dict[str, torch.Tensor]:
+    def results(run: Callable[..., None], device: torch.device) -> dict[str, torch.Tensor]:
         # Strided tensors have a table of their own.
-        rows = [
-            {"g": normal((size * step,), torch.float32, size).to(place)[::step]}
-            | {n: torch.ones(size * step, dtype=torch.bfloat16, device=place)[::step] for n in "pm"}
+        params = [
+            {"g": normal((size * step,), torch.float32, size).to(device)[::step]}
+            | {
+                name: torch.ones(size * step, dtype=torch.bfloat16, device=device)[::step]
+                for name in "pm"
+            }
             for size, step in ((BLOCK + 3, 1), (9, 2), (5, 1))
         ]
         formats = dict.fromkeys("pm", stochastic(torch.bfloat16))
-        keys: Any = np.array([key, key ^ 0x5EED5EED, key ^ 0x60606060])
-        keys = torch.from_numpy(keys).to(place) if on_device else keys
+        seeds: Any = np.array([seed, seed ^ 0x5EED5EED, seed ^ 0x60606060])
+        seeds = torch.from_numpy(seeds).to(device) if on_device else seeds
         starts = np.array([start, 4, start + 1])
-        random = {"step_seeds": keys, "first_indices": starts}
-        step(batch_of(graph, rows, [[]] * 3, torch.float32, formats=formats, **random))
-        return {f"{name}{k}": x for k, row in enumerate(rows) for name, x in on_host(row).items()}
+        random = {"step_seeds": seeds, "first_indices": starts}
+        run(batch_of(graph, params, [[]] * 3, torch.float32, formats=formats, **random))
+        return {f"{n}{k}": x for k, param in enumerate(params) for n, x in on_host(param).items()}
 
     wanted = results(reference.run, torch.device("cpu"))
     with by_kernels_only():
@@ -191,16 +196,16 @@ def test_keys_and_indices_wrap_around(
 @some_formats
 @pytest.mark.usefixtures("unread")
 def test_a_step_that_the_device_skips_leaves_every_bit(format_: str, device: torch.device) -> None:
-    """Codes, scales and low bits too; the step after it is the one that it would have been."""
+    """Also of codes, scales and low bits. The next step is as if there had been no skipped one."""
     with by_kernels_only():
         optimizer, twin = (trained(format_, steps=2, device=device, fused=True) for _ in range(2))
-        nothing = torch.zeros((), device=device)
-        optimizer.grad_scale, optimizer.found_inf = None, nothing + 1
+        zero = torch.zeros((), device=device)
+        optimizer.grad_scale, optimizer.found_inf = None, zero + 1
         before = outcomes(optimizer)
         advance(optimizer, [2])
         for got, oracle in zip(outcomes(optimizer), before, strict=True):
             assert_same_bits(got, oracle)
-        optimizer.found_inf = nothing
+        optimizer.found_inf = zero
         advance(optimizer, [2])
         advance(twin, [2])
     assert_equal(optimizer, twin)
@@ -208,31 +213,31 @@ def test_a_step_that_the_device_skips_leaves_every_bit(format_: str, device: tor
 
 @pytest.mark.parametrize("capturable", [False, True])
 @some_formats
-def test_rows_of_several_tables_have_keys_of_their_own(
+def test_parameters_of_several_tables_have_seeds_of_their_own(
     format_: str, capturable: bool, device: torch.device
 ) -> None:
-    """Of layouts in turn, at different steps. Keys that are on a GPU are not uploaded."""
+    """Layouts alternate, and step counts differ. Seeds that are on a GPU are not uploaded."""
 
-    def results(backend: str, place: torch.device) -> tuple[stepforge.Optimizer, list[int]]:
+    def results(backend: str, device: torch.device) -> tuple[stepforge.Optimizer, list[int]]:
         with forced(backend):
-            dtype, storage = FORMATS[format_]
+            dtype, options = FORMATS[format_]
             layouts = [LAYOUTS["transposed" if k % 2 else "contiguous"] for k in range(4)]
             params = [
-                torch.nn.Parameter(moved(layout(normal((33, 130), dtype, k)), place))
+                torch.nn.Parameter(moved(layout(normal((33, 130), dtype, k)), device))
                 for k, layout in enumerate(layouts)
             ]
-            optimizer = stepforge.NAdam(params, capturable=capturable, **storage)
+            optimizer = stepforge.NAdam(params, capturable=capturable, **options)
             for step in range(3):
-                given = [normal((33, 130), dtype, 10 * step + k).to(place) for k in range(4)]
+                gradients = [normal((33, 130), dtype, 10 * step + k).to(device) for k in range(4)]
                 run(optimizer, params, [[None if step == 0 and k == 2 else g
-                                         for k, g in enumerate(given)]])  # fmt: skip
+                                         for k, g in enumerate(gradients)]])  # fmt: skip
             found = tables(optimizer) if backend == "triton" else []
         return optimizer, [each.step_seeds.uploads for each in found]
 
     optimizer, uploads = results("triton", device)
     on_device = capturable and device.type == "cuda"
-    assert uploads == [0 if on_device else 2] * 2  # of the plan of the second step
-    # Powers of a GPU need not be the CPU's.
+    assert uploads == [0 if on_device else 2] * 2  # since the second step, which made a new plan
+    # pow on a GPU need not round like pow on a CPU.
     oracle, _ = results("reference", device if capturable else torch.device("cpu"))
     assert_equal(optimizer, oracle)
 
@@ -240,13 +245,13 @@ def test_rows_of_several_tables_have_keys_of_their_own(
 @pytest.mark.skipif(not is_interpreted(), reason="a GPU captures graphs itself")
 @pytest.mark.parametrize("steps_before", [0, 2])
 @some_formats
-def test_a_captured_step_sends_nothing(
+def test_a_captured_step_uploads_nothing(
     format_: str,
     steps_before: int,
     capturing: Callable[[bool], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its random bits are new in every step still. Oracle: steps that are not captured."""
+    """Random bits still change in every step. Oracle: steps that are not captured."""
     optimizer, twin = (
         trained(format_, steps=steps_before, capturable=True, shapes=[(33, 130), (7,)])
         for _ in range(2)
@@ -261,7 +266,7 @@ def test_a_captured_step_sends_nothing(
 
 
 @some_formats
-def test_autograd_is_told_of_every_part(format_: str, device: torch.device) -> None:
+def test_a_step_increments_the_version_of_every_part(format_: str, device: torch.device) -> None:
     with forced("triton"), by_kernels_only():
         optimizer = trained(format_, steps=1, device=device)
         tensors = [x for p in params_of(optimizer) for x in outcome(optimizer, p).values()]
@@ -271,10 +276,10 @@ def test_autograd_is_told_of_every_part(format_: str, device: torch.device) -> N
     assert all(x._version > version for x, version in zip(tensors, before, strict=True))
 
 
-@pytest.mark.skipif(not is_interpreted(), reason="bits of the CPU's powers are wanted")
+@pytest.mark.skipif(not is_interpreted(), reason="the oracle uses pow of the CPU")
 @pytest.mark.parametrize("shared", [False, True])
-def test_scales_that_a_kernel_does_not_read_are_the_reference_s(shared: bool) -> None:
-    """Those with gaps, and those that are those of another parameter as well."""
+def test_the_reference_steps_scales_that_a_kernel_cannot(shared: bool) -> None:
+    """Scales with gaps, and scales that two parameters share."""
 
     def odd(backend: str) -> stepforge.Optimizer:
         with forced(backend):

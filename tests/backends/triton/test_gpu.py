@@ -1,7 +1,7 @@
-"""A GPU: the CPU's bits, captured graphs, gradient scalers, and a host that waits for nothing.
+"""Steps on a GPU: the CPU's bits, captured graphs, gradient scalers, and no synchronization.
 
-Oracles: the reference on the CPU where numbers are the host's; the same optimizer stepped in
-another way where they are the device's, whose powers need not be the host's.
+Oracles: the reference on the CPU if scalars are on the host; the same optimizer stepped in another
+way if they are on the device, where pow need not round as on the host.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ pytestmark = [
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 SHAPES = [(BLOCK + 257,), (7, 5), (), (0, 3)]
-STEPS = 8  # RAdam's form changes at its sixth
+STEPS = 8  # RAdam changes its form at the sixth
 GPU = "cuda"
 
 
@@ -64,30 +64,42 @@ def assert_equal(one: stepforge.Optimizer, other: stepforge.Optimizer, where: st
 def test_a_gpu_stores_the_bits_of_a_cpu(variant: str, dtype: torch.dtype, kind: str) -> None:
     name, options = VARIANTS[variant]
 
-    def train(place: str) -> list[dict[str, torch.Tensor]]:
+    def train(device: str) -> list[dict[str, torch.Tensor]]:
         groups = [
             {
                 "params": [
-                    torch.nn.Parameter(values(shape, dtype, 10 * number + k).to(place))
+                    torch.nn.Parameter(values(shape, dtype, 10 * index + k).to(device))
                     for k, shape in enumerate(SHAPES)
                 ],
                 **group,
             }
-            for number, group in enumerate(GROUPS[name])
+            for index, group in enumerate(GROUPS[name])
         ]
         optimizer = OPTIMIZERS[name].ours(groups, **options)
         found = []
         for step in range(STEPS):
             for k, p in enumerate(params_of(optimizer)):
-                g = gradient(kind, tuple(p.shape), dtype, 1000 * step + k).to(place)
+                g = gradient(kind, tuple(p.shape), dtype, 1000 * step + k).to(device)
                 p.grad = None if k % 3 == 1 and step % 3 == 1 else g
             optimizer.step()
             found += outcomes(optimizer)
-        if place == GPU:
-            served = stepforge.explain(optimizer).served
-            assert {x.backend for x in served} == {"triton"}, stepforge.explain(optimizer)
+        assert_served_by_triton(optimizer, device)
         return found
 
+    assert_gpu_agrees_with_reference(train)
+
+
+def assert_served_by_triton(optimizer: stepforge.Optimizer, device: str) -> None:
+    """Fail if another backend steps parameters on the GPU."""
+    if device == GPU:
+        explanation = stepforge.explain(optimizer)
+        assert {x.backend for x in explanation.served} == {"triton"}, explanation
+
+
+def assert_gpu_agrees_with_reference(
+    train: Callable[[str], list[dict[str, torch.Tensor]]],
+) -> None:
+    """Compare a training on the GPU with the same training by the reference on the CPU."""
     with forced("reference"):
         wanted = train("cpu")
     for got, oracle in zip(train(GPU), wanted, strict=True):
@@ -97,7 +109,7 @@ def test_a_gpu_stores_the_bits_of_a_cpu(variant: str, dtype: torch.dtype, kind: 
 def built(
     name: str, dtypes: Any = (torch.float32,), shapes: Any = SHAPES, **options: Any
 ) -> stepforge.Optimizer:
-    """An optimizer of two groups on the GPU; the dtypes take turns."""
+    """Return an optimizer of two groups on the GPU, with alternating dtypes."""
     params = [
         torch.nn.Parameter(values(shape, dtypes[k % len(dtypes)], k).to(GPU))
         for k, shape in enumerate(shapes)
@@ -107,7 +119,7 @@ def built(
 
 
 def fill_gradients(optimizer: stepforge.Optimizer, step: int, factor: float = 1.0) -> None:
-    """New values in the same memory, as a captured graph needs."""
+    """Write new gradients into the same memory, as a captured graph needs."""
     for k, p in enumerate(params_of(optimizer)):
         g = (values(tuple(p.shape), p.dtype, 1000 * step + k) * factor).to(GPU)
         if p.grad is None:
@@ -123,42 +135,38 @@ def capturable(
     return built(name, dtypes, shapes, lr=lr, capturable=True, **options)
 
 
-#: Chunks that are all whole, and that are not; one row; what is too small for codes; no elements.
-BLOCKY = [(64, 256), (17, 257), (1, 4 * BLOCK + 4), (7, 5), (0, 300)]
+#: Whole chunks only; partial chunks; a single row; too small for int8; no elements.
+FORMAT_SHAPES = [(64, 256), (17, 257), (1, 4 * BLOCK + 4), (7, 5), (0, 300)]
 every_format = pytest.mark.parametrize("format_", FORMATS)
 
 
 @every_format
 @every_optimizer
 def test_a_gpu_stores_formats_as_a_cpu_does(name: str, format_: str) -> None:
-    dtype, storage = FORMATS[format_]
+    dtype, options = FORMATS[format_]
 
-    def train(place: str) -> list[dict[str, torch.Tensor]]:
+    def train(device: str) -> list[dict[str, torch.Tensor]]:
         params = [
-            torch.nn.Parameter(values(shape, dtype, k).to(place)) for k, shape in enumerate(BLOCKY)
+            torch.nn.Parameter(values(shape, dtype, k).to(device))
+            for k, shape in enumerate(FORMAT_SHAPES)
         ]
-        optimizer = OPTIMIZERS[name].ours(params, **storage)
+        optimizer = OPTIMIZERS[name].ours(params, **options)
         found = []
         for step in range(STEPS):
             for k, p in enumerate(params):
-                p.grad = gradient("extreme", tuple(p.shape), dtype, 1000 * step + k).to(place)
+                p.grad = gradient("extreme", tuple(p.shape), dtype, 1000 * step + k).to(device)
             optimizer.step()
             found += outcomes(optimizer)
-        if place == GPU:
-            served = stepforge.explain(optimizer).served
-            assert {x.backend for x in served} == {"triton"}, stepforge.explain(optimizer)
+        assert_served_by_triton(optimizer, device)
         return found
 
-    with forced("reference"):
-        wanted = train("cpu")
-    for got, oracle in zip(train(GPU), wanted, strict=True):
-        assert_same_bits(got, oracle)
+    assert_gpu_agrees_with_reference(train)
 
 
 @every_format
-def test_keys_of_the_device_give_the_reference_s_bits(format_: str) -> None:
+def test_seeds_on_the_device_give_the_reference_s_bits(format_: str) -> None:
     dtype, storage = FORMATS[format_]
-    optimizer, oracle = (capturable("Adam", (dtype,), BLOCKY, **storage) for _ in range(2))
+    optimizer, oracle = (capturable("Adam", (dtype,), FORMAT_SHAPES, **storage) for _ in range(2))
     for step in range(3):
         fill_gradients(optimizer, step)
         with by_kernels_only():
@@ -175,8 +183,8 @@ def set_lr(optimizer: stepforge.Optimizer, lr: float) -> None:
 
 
 @every_optimizer
-def test_numbers_of_the_device_give_the_reference_s_bits(name: str) -> None:
-    """Both take them from the same operations of the same device."""
+def test_device_scalars_give_the_reference_s_bits(name: str) -> None:
+    """Both compute coefficients by the same operations on the same device."""
     dtypes = (torch.float32, torch.bfloat16)
     optimizer, oracle = (capturable(name, dtypes=dtypes) for _ in range(2))
     for step in range(STEPS):
@@ -190,7 +198,7 @@ def test_numbers_of_the_device_give_the_reference_s_bits(name: str) -> None:
 
 
 @every_optimizer
-def test_a_learning_rate_on_the_host_is_taken_to_the_device(name: str) -> None:
+def test_a_learning_rate_on_the_host_is_copied_to_the_device(name: str) -> None:
     optimizer = built(name, lr=torch.tensor([0.01]), capturable=True)
     oracle = capturable(name)
     for step in range(3):
@@ -204,7 +212,7 @@ def test_a_learning_rate_on_the_host_is_taken_to_the_device(name: str) -> None:
 
 
 def warmed_up(optimizer: stepforge.Optimizer, steps: int) -> None:
-    """Steps on a stream of their own, as the documentation of CUDA graphs has it."""
+    """Step on a side stream, as the documentation of CUDA graphs asks for."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -214,20 +222,20 @@ def warmed_up(optimizer: stepforge.Optimizer, steps: int) -> None:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def as_it_is(optimizer: stepforge.Optimizer) -> None:
+def unchanged(optimizer: stepforge.Optimizer) -> None:
     pass
 
 
 def loaded(optimizer: stepforge.Optimizer) -> None:
-    """Its states are new, and in no plan."""
+    """Replace all states, so that no plan has them."""
     optimizer.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.float32, torch.bfloat16)], ids=len)
-@pytest.mark.parametrize("before", [as_it_is, loaded], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("before", [unchanged, loaded], ids=lambda f: f.__name__)
 @every_optimizer
 def test_replays_are_steps(name: str, before: Callable[..., None], dtypes: Any) -> None:
-    """Also with another learning rate, and with steps outside of the graph between them.
+    """Also after a change of the learning rate, and with steps outside the graph in between.
 
     Oracle: the same steps without a graph.
     """
@@ -238,18 +246,18 @@ def test_replays_are_steps(name: str, before: Callable[..., None], dtypes: Any) 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         optimizer.step()
-    assert_equal(optimizer, oracle, "after the capture")  # which has run nothing
+    assert_equal(optimizer, oracle, "after the capture")  # a capture runs nothing
     for step in range(3, 3 + STEPS):
         if step == 6:
             for each in (optimizer, oracle):
                 set_lr(each, 0.5)
-        if step == 9:  # only some have gradients, and what has is elsewhere
+        if step == 9:  # only some parameters have gradients, at other addresses
             for each in (optimizer, oracle):
-                kept = [p.grad for p in params_of(each)]
+                gradients = [p.grad for p in params_of(each)]
                 for k, p in enumerate(params_of(each)):
                     p.grad = torch.full_like(p, 0.5) if k % 2 else None
                 each.step()
-                for p, g in zip(params_of(each), kept, strict=True):
+                for p, g in zip(params_of(each), gradients, strict=True):
                     p.grad = g
         fill_gradients(optimizer, step)
         if step % 3:
@@ -265,7 +273,7 @@ def test_replays_are_steps(name: str, before: Callable[..., None], dtypes: Any) 
 def test_replays_draw_new_random_bits(format_: str) -> None:
     """Oracle: the same steps without a graph."""
     dtype, storage = FORMATS[format_]
-    optimizer, oracle = (capturable("NAdam", (dtype,), BLOCKY, **storage) for _ in range(2))
+    optimizer, oracle = (capturable("NAdam", (dtype,), FORMAT_SHAPES, **storage) for _ in range(2))
     for each in (optimizer, oracle):
         warmed_up(each, 3)
     graph = torch.cuda.CUDAGraph()
@@ -279,8 +287,8 @@ def test_replays_draw_new_random_bits(format_: str) -> None:
         assert_equal(optimizer, oracle, f"step {step}")
 
 
-def test_a_graph_stays_right_while_memory_of_the_host_is_used_anew() -> None:
-    """A copy from the host that a graph replays would bring what is there by then."""
+def test_a_graph_stays_right_when_host_memory_is_reused() -> None:
+    """A replayed copy from host memory would read its new content."""
     optimizer, oracle = (capturable("NAdam") for _ in range(2))
     for each in (optimizer, oracle):
         warmed_up(each, 2)
@@ -314,7 +322,7 @@ def test_a_capture_without_capturable_is_refused() -> None:
 
 @every_optimizer
 def test_unscaling_in_the_step_is_as_exact_as_before_it(name: str) -> None:
-    """Equal bits, as the scaler multiplies by powers of two; one step overflows and is skipped."""
+    """Equal bits, because the scaler multiplies by powers of two. One step overflows."""
     results = []
     for first in (False, True):
         optimizer = built(name, fused=True)
@@ -322,13 +330,14 @@ def test_unscaling_in_the_step_is_as_exact_as_before_it(name: str) -> None:
         for step in range(STEPS):
             for p in params_of(optimizer):
                 p.grad = None
-            given = [
+            params = params_of(optimizer)
+            gradients = [
                 values(tuple(p.shape), p.dtype, 1000 * step + k).to(GPU)
-                for k, p in enumerate(params_of(optimizer))
+                for k, p in enumerate(params)
             ]
             if step == 4:
-                given[0][0] = torch.inf
-            losses = [(p * g).sum() for p, g in zip(params_of(optimizer), given, strict=True)]
+                gradients[0][0] = torch.inf
+            losses = [(p * g).sum() for p, g in zip(params, gradients, strict=True)]
             scaler.scale(sum(losses, torch.zeros((), device=GPU))).backward()
             if first:
                 scaler.unscale_(optimizer)
@@ -341,7 +350,7 @@ def test_unscaling_in_the_step_is_as_exact_as_before_it(name: str) -> None:
 
 @every_optimizer
 def test_a_fused_step_is_near_the_default_one(name: str) -> None:
-    """Within the rounding of parameters: powers of the device are not those of the host."""
+    """Within the rounding of parameters, because pow rounds differently on device and host."""
     optimizers = [built(name, fused=fused, lr=0.01) for fused in (True, None)]
     for step in range(STEPS):
         for optimizer in optimizers:
@@ -350,12 +359,12 @@ def test_a_fused_step_is_near_the_default_one(name: str) -> None:
     assert_params_close(*map(params_of, optimizers), **tolerance(torch.float32, STEPS))
 
 
-# A step waits for nothing.
+# No step synchronizes.
 
 
 @pytest.fixture
-def unwaiting() -> Iterator[Callable[[str], None]]:
-    """Sets what torch does when the host waits for the device."""
+def set_sync_debug_mode() -> Iterator[Callable[[str], None]]:
+    """A function that sets torch's reaction to synchronization."""
     yield torch.cuda.set_sync_debug_mode
     torch.cuda.set_sync_debug_mode("default")
 
@@ -366,27 +375,27 @@ def unwaiting() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("storage", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
 @every_optimizer
-def test_no_step_waits_for_the_device(
+def test_no_step_synchronizes_the_device(
     name: str,
     storage: dict[str, str],
     scaled: bool,
     options: dict[str, bool],
-    unwaiting: Callable[[str], None],
+    set_sync_debug_mode: Callable[[str], None],
 ) -> None:
-    """Of several tables, by a kept plan and by a new one."""
+    """With several tables, by a kept plan and by a new one."""
     if scaled and not (options.get("fused") or options.get("capturable")):
-        pytest.skip("step counts are the host's, which has to know whether to count")
-    shapes = BLOCKY if storage else SHAPES
+        pytest.skip("step counts on the host need to know if a step was skipped")
+    shapes = FORMAT_SHAPES if storage else SHAPES
     optimizer = built(name, (torch.float32, torch.bfloat16), shapes, **options, **storage)
     fill_gradients(optimizer, 0)
-    scale, nothing = torch.tensor(4.0, device=GPU), torch.tensor(0.0, device=GPU)
+    scale, zero = torch.tensor(4.0, device=GPU), torch.tensor(0.0, device=GPU)
     for step in range(4):
         if scaled:
-            optimizer.grad_scale, optimizer.found_inf = scale, nothing
+            optimizer.grad_scale, optimizer.found_inf = scale, zero
         if step == 3:
             optimizer._stepper.plan = None
         optimizer.step()
-        unwaiting("error")  # from the second step on
+        set_sync_debug_mode("error")  # from the second step on
 
 
 # Several devices.
@@ -398,10 +407,10 @@ def test_no_step_waits_for_the_device(
 def test_parameters_on_two_devices(name: str, options: dict[str, bool]) -> None:
     """Oracle: the same parameters on one."""
     results = []
-    for places in (["cuda:0", "cuda:1"], ["cuda:0", "cuda:0"]):
+    for devices in (["cuda:0", "cuda:1"], ["cuda:0", "cuda:0"]):
         params = [
-            torch.nn.Parameter(values((5,), torch.float32, k).to(place))
-            for k, place in enumerate(places)
+            torch.nn.Parameter(values((5,), torch.float32, k).to(device))
+            for k, device in enumerate(devices)
         ]
         optimizer = OPTIMIZERS[name].ours([{"params": [p]} for p in params], **options)
         for step in range(3):

@@ -1,5 +1,7 @@
-"""What a step by Triton does to memory, and what it refuses. Oracles: the reference on the same
-memory; what was there before; autograd's complaint of what it can no longer use.
+"""Memory that a step by Triton reads and writes, and parameters that it refuses.
+
+Oracles: the reference on the same memory; the memory before the step; autograd's error about saved
+tensors that have changed.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from stepforge.backends import ParamSpec, triton
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.step.params import check_params
-from tests.backends.graphs import traced
-from tests.backends.native.test_memory import SHARING, named
-from tests.backends.triton.kernels import by_kernels_only, moved
+from tests.backends.graphs import spec_of, traced
+from tests.backends.sharing import SHARING, numbered
+from tests.backends.triton.kernels import by_kernels_only, moved, on_host
 from tests.conformance.table import (
     LAYOUTS,
     OPTIMIZERS,
@@ -39,7 +41,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def by_both(train: Callable[[], dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """What becomes of the same training by Triton and by the reference."""
+    """Return the results of a training by Triton and by the reference."""
     found = []
     for backend in ("triton", "reference"):
         with forced(backend):
@@ -48,29 +50,21 @@ def by_both(train: Callable[[], dict[str, torch.Tensor]]) -> list[dict[str, torc
 
 
 interpreted_only = pytest.mark.skipif(
-    not is_interpreted(), reason="the CPU's memory is out of reach of compiled kernels"
+    not is_interpreted(), reason="compiled kernels cannot read the CPU's memory"
 )
 
 
 @interpreted_only
 @pytest.mark.parametrize("sharing", SHARING)
 def test_shared_memory_is_stepped_as_the_reference_does(sharing: str) -> None:
-    """One parameter after the other, each element read before any of its parameter is written."""
-
-    def train() -> dict[str, torch.Tensor]:
-        memory = normal((1200,), torch.float32, 0)
-        parameters, gradients = SHARING[sharing].rows(memory)
-        optimizer = stepforge.Adam(parameters, lr=0.1, weight_decay=0.1)
-        run(optimizer, parameters, [gradients] * 3)
-        return {"memory": memory} | named([outcome(optimizer, p) for p in parameters])
-
-    assert_same_bits(*by_both(train))
+    """One parameter after the other; all of a parameter is read before any of it is written."""
+    assert_same_bits(*by_both(functools.partial(SHARING[sharing].train, 1200)))
 
 
 @interpreted_only
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_a_gradient_that_comes_to_share_memory(turn: int) -> None:
-    """The plan is kept, and finds in every step anew where gradients are."""
+    """The plan is kept, and takes the addresses of gradients again in every step."""
 
     def train() -> dict[str, torch.Tensor]:
         p, q = (parameter(normal((50,), torch.float32, k)) for k in range(2))
@@ -80,7 +74,7 @@ def test_a_gradient_that_comes_to_share_memory(turn: int) -> None:
             if step == turn:
                 gradients[1] = p.detach()
             run(optimizer, [p, q], [gradients])
-        return named([outcome(optimizer, x) for x in (p, q)])
+        return numbered([outcome(optimizer, x) for x in (p, q)])
 
     assert_same_bits(*by_both(train))
 
@@ -101,7 +95,7 @@ def test_complex_parameters(name: str, layout: str, dtype: torch.dtype) -> None:
 
 
 @interpreted_only
-def test_a_gradient_that_stands_for_its_negative_comes_and_goes() -> None:
+def test_a_lazily_negated_gradient_comes_and_goes() -> None:
     def train() -> dict[str, torch.Tensor]:
         p = parameter(normal((40,), torch.float32, 0))
         optimizer = stepforge.Adam([p])
@@ -120,7 +114,7 @@ def test_autograd_refuses_what_was_stepped_since(name: str, device: torch.device
         optimizer = OPTIMIZERS[name].ours([p])
         p.grad = torch.ones_like(p)
         optimizer.step()
-        for _ in range(2):  # by a plan that is kept
+        for _ in range(2):  # by a kept plan
             key = "sum" if name == "Adagrad" else "exp_avg_sq"
             x = torch.ones(5, device=device, requires_grad=True)
             losses = [(p * p).sum(), (x * optimizer.state[p][key]).sum()]
@@ -133,14 +127,14 @@ def test_autograd_refuses_what_was_stepped_since(name: str, device: torch.device
                     loss.backward()
 
 
-@pytest.mark.parametrize("what", ["p", "gradient", "exp_avg"])
+@pytest.mark.parametrize("freed", ["p", "gradient", "exp_avg"])
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_null_pointers_are_refused_and_nothing_is_written(
-    steps_before: int, what: str, device: torch.device
+    steps_before: int, freed: str, device: torch.device
 ) -> None:
-    """Also in the last of several launches: the ones before it do not run either."""
-    if what == "exp_avg" and not steps_before:
-        pytest.skip("there is none yet")
+    """Also in the last of several launches: none of the others runs either."""
+    if freed == "exp_avg" and not steps_before:
+        pytest.skip("it does not exist yet")
     whole, broken = (
         torch.nn.Parameter(normal((50,), torch.float32, seed).to(device)) for seed in range(2)
     )
@@ -152,24 +146,20 @@ def test_null_pointers_are_refused_and_nothing_is_written(
         whole.grad, broken.grad = gradients
         before = {key: x.clone() for key, x in outcome(optimizer, whole).items()}
         tensors = outcome(optimizer, broken) | {"gradient": gradients[1]}
-        tensors[what].untyped_storage().resize_(0)  # as sharding does between uses
+        tensors[freed].untyped_storage().resize_(0)  # as sharding does between uses
         with pytest.raises(RuntimeError, match="no memory"):
             optimizer.step()
     after = outcome(optimizer, whole)
-    assert_same_bits({key: after[key].cpu() for key in before}, on_cpu(before))
+    assert_same_bits({key: after[key].cpu() for key in before}, on_host(before))
     steps = {float(optimizer.state[p].get("step", 0)) for p in (whole, broken)}
     assert steps == {steps_before}
 
 
-def on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: x.cpu() for key, x in tensors.items()}
-
-
-# What is refused, in one sentence.
+# Refusals, each in one sentence.
 
 
 def assert_refused(device: str, message: str) -> None:
-    """Asserts that a step with ``fused=True`` on a device says that, and explain says it too."""
+    """Fail unless ``fused=True`` on a device raises this message, and explain has it too."""
     with FakeTensorMode():
         p = torch.nn.Parameter(torch.ones(3, device=device))
         p.grad = torch.ones(3, device=device)
@@ -190,8 +180,8 @@ def test_triton_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a compiler, say. Then the default steps on torch operations."""
-    triton._out_of_order.cache_clear()
+    """For example without a compiler. The default then steps by torch operations."""
+    triton._driver_problem.cache_clear()
     monkeypatch.setattr(triton, "is_interpreted", lambda: False)
     from triton.runtime import driver
 
@@ -203,11 +193,11 @@ def test_triton_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         assert_refused("cuda", "Triton does not work here: no compiler")
     finally:
-        triton._out_of_order.cache_clear()
+        triton._driver_problem.cache_clear()
 
 
 def test_interpreted_kernels_refuse_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python would follow an address of the GPU."""
+    """Python would dereference an address of the GPU."""
     monkeypatch.setattr(triton, "is_interpreted", lambda: True)
     assert_refused("cuda", "TRITON_INTERPRET")
 
@@ -230,7 +220,7 @@ def test_other_devices(forced_name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("backend", ["triton", "reference", "native", "foreach"])
 def test_a_state_on_another_device_is_refused(backend: str) -> None:
-    """As when a model is moved after its optimizer's first step. Nothing is half stepped."""
+    """As when a model is moved after its optimizer's first step. No parameter is stepped."""
     if backend == "triton" and not is_interpreted():
         pytest.skip("kernels are compiled here")
     p, q = (parameter(normal((4,), torch.float32, k)) for k in range(2))
@@ -250,7 +240,7 @@ def test_a_state_on_another_device_is_refused(backend: str) -> None:
 
 
 def test_a_gradient_on_another_device_is_refused() -> None:
-    """torch refuses most ways to bring one there, but not all: a parameter's data can move."""
+    """torch refuses most ways to get there, but a parameter's ``data`` can move."""
     p = parameter(torch.ones(3))
     optimizer = stepforge.Adam([p])
     param = (0, p, torch.ones(3, device="meta"), optimizer.param_groups[0], {})
@@ -258,10 +248,10 @@ def test_a_gradient_on_another_device_is_refused() -> None:
         check_params(optimizer.rule, [param], sparse_problem=None)
 
 
-# What is kept on disk.
+# Sources on disk.
 
 
-def test_sources_are_kept_by_their_content_and_privately(cache: Path, device: torch.device) -> None:
+def test_sources_are_named_by_their_content_and_private(cache: Path, device: torch.device) -> None:
     source = "def step():\n    return 1\n"
     module = kernel.load(source)
     (path,) = cache.iterdir()
@@ -269,7 +259,7 @@ def test_sources_are_kept_by_their_content_and_privately(cache: Path, device: to
     assert module.__file__ == str(path)
     assert cache.stat().st_mode & 0o777 == 0o700
     path.write_text("def step():\n    return 2\n")
-    assert kernel.load(source).step() == 1  # what runs is what was given
+    assert kernel.load(source).step() == 1  # the source that was passed, not that on disk
     assert path.read_text() == source
     kernel.load(source + "\n")
     assert len(list(cache.iterdir())) == 2
@@ -286,23 +276,21 @@ def test_sources_are_private_whatever_the_umask(cache: Path, umask: int) -> None
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o666)
     kernel.load("x = 1\n")
-    assert path.stat().st_mode & 0o777 == 0o600, "what others may write to is written anew"
+    assert path.stat().st_mode & 0o777 == 0o600, "a file that others may write to is rewritten"
 
 
-def test_what_a_killed_process_left_of_a_source_is_removed(cache: Path) -> None:
-    left = cache / "build-0a1b2c3d"
-    left.mkdir(parents=True)
+def test_leftovers_of_a_killed_process_are_removed(cache: Path) -> None:
+    leftover = cache / "build-0a1b2c3d"
+    leftover.mkdir(parents=True)
     cache.chmod(0o700)
-    (left / "kernel.py").write_text("half a fil")
-    os.utime(left, (1e9, 1e9))
+    (leftover / "kernel.py").write_text("half a fil")
+    os.utime(leftover, (1e9, 1e9))
     kernel.load("x = 1\n")
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-def test_a_cache_that_was_not_safe_keeps_sources_once_it_is(cache: Path) -> None:
-    ask = functools.partial(
-        kernel.kernel_for, traced(lambda p, g: p - g), (torch.float32,) * 2, torch.float32
-    )
+def test_a_cache_that_was_not_safe_takes_sources_once_it_is(cache: Path) -> None:
+    ask = functools.partial(kernel.kernel_for, spec_of(traced(lambda p, g: p - g), torch.float32))
     cache.mkdir()
     cache.chmod(0o777)
     assert "can be written to by others" in str(ask())
@@ -325,10 +313,10 @@ def test_moved_keeps_the_layout() -> None:
 
 @interpreted_only
 @pytest.mark.parametrize("nth", range(4))
-def test_memory_that_lacks_for_a_table_is_missed_before_any_step(
+def test_running_out_of_memory_for_a_table_precedes_any_change(
     nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two launches with two uploads each: whichever fails, not even the first row is stepped."""
+    """Two launches have two uploads each. Whichever fails, not one parameter is stepped."""
     parameters = [
         torch.nn.Parameter(torch.ones(5, dtype=d)) for d in (torch.float32, torch.float64)
     ]
@@ -349,5 +337,5 @@ def test_memory_that_lacks_for_a_table_is_missed_before_any_step(
             optimizer.step()
         assert all(torch.equal(p, torch.ones_like(p)) for p in parameters)
         assert not optimizer.state
-        optimizer.step()  # once there is memory again
-    assert {float(entry["step"]) for entry in optimizer.state.values()} == {1.0}
+        optimizer.step()  # once memory is available again
+    assert {float(param_state["step"]) for param_state in optimizer.state.values()} == {1.0}

@@ -1,7 +1,7 @@
-"""Numbers that only the device knows: step counts, learning rates, what a gradient scaler says.
+"""Scalars on the device: step counts, learning rates, gradient scales.
 
-Oracles: the reference with the same options; what was there before a step that is skipped. No
-tolerance, on the CPU; where kernels are compiled test_gpu.py compares within a device.
+Oracles: the reference with the same options; the state before a skipped step. No tolerance on the
+CPU; test_gpu.py compares compiled kernels within a device.
 """
 
 from __future__ import annotations
@@ -39,24 +39,33 @@ pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compil
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 SHAPES = [(7,), (3, 5), (), (0, 2)]
-STEPS = 8  # RAdam's form changes at its sixth
+STEPS = 8  # RAdam changes its form at the sixth
 
 
 def gradients(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [normal(shape, dtype, 100 * step + k) for k, shape in enumerate(SHAPES)]
 
 
-def each_outcome(optimizer: stepforge.Optimizer) -> list[dict[str, torch.Tensor]]:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+def params_of(optimizer: stepforge.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def outcomes(optimizer: stepforge.Optimizer) -> list[dict[str, torch.Tensor]]:
+    params = params_of(optimizer)
     return [{k: contiguous(x) for k, x in outcome(optimizer, p).items()} for p in params]
+
+
+def assert_equal(one: stepforge.Optimizer, other: stepforge.Optimizer) -> None:
+    for got, oracle in zip(outcomes(one), outcomes(other), strict=True):
+        assert_same_bits(got, oracle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_numbers_of_the_device_give_the_reference_s_bits(variant: str, dtype: torch.dtype) -> None:
+def test_device_scalars_give_the_reference_s_bits(variant: str, dtype: torch.dtype) -> None:
     name, options = VARIANTS[variant]
     if dtype != torch.float32 and not variant.endswith("plain"):
-        pytest.skip("the plain form stands for all in this dtype")
+        pytest.skip("the plain form represents all in this dtype")
 
     def train(backend: str) -> list[dict[str, torch.Tensor]]:
         params = [parameter(normal(shape, dtype, k)) for k, shape in enumerate(SHAPES)]
@@ -69,7 +78,7 @@ def test_numbers_of_the_device_give_the_reference_s_bits(variant: str, dtype: to
                 if step == 4:
                     lr.mul_(3)
                 run(optimizer, params, [gradients(step, dtype)])
-                found += each_outcome(optimizer)
+                found += outcomes(optimizer)
             assert optimizer._stepper.plan is not None
         return found
 
@@ -78,7 +87,7 @@ def test_numbers_of_the_device_give_the_reference_s_bits(variant: str, dtype: to
 
 
 class Trained:
-    """A capturable optimizer and its twin, which makes its plan anew in every step."""
+    """A capturable optimizer and its twin, which makes a new plan in every step."""
 
     def __init__(self, name: str, **options: Any) -> None:
         self.optimizers = [self._built(name, options) for _ in range(2)]
@@ -92,14 +101,13 @@ class Trained:
     def advance(self, steps: int = 1) -> None:
         for _ in range(steps):
             for optimizer in self.optimizers:
-                params = [p for group in optimizer.param_groups for p in group["params"]]
-                for k, p in enumerate(params):
+                for k, p in enumerate(params_of(optimizer)):
                     p.grad = normal(p.shape, p.dtype, 100 * self.step + k)
-            kept, anew = self.optimizers
-            kept.step()
-            anew._stepper.plan = None
-            anew.step()
-            assert_identical(frozen(kept), frozen(anew))
+            with_kept_plan, with_new_plans = self.optimizers
+            with_kept_plan.step()
+            with_new_plans._stepper.plan = None
+            with_new_plans.step()
+            assert_identical(frozen(with_kept_plan), frozen(with_new_plans))
             self.step += 1
 
 
@@ -167,27 +175,27 @@ def outcome_of_first(trained: Trained) -> dict[str, torch.Tensor]:
 
 
 def test_a_kept_plan_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tables and its vectors of numbers are those of the first step."""
+    """Its tables and its vectors of scalar states stay those of the first step."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     trained = Trained("NAdam")
     trained.advance(1)
     optimizer = trained.optimizers[0]
     plan, first = optimizer._stepper.plan, tables(optimizer)
-    numbers = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
+    scalars = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
     with by_kernels_only():
         trained.advance(3)
     assert optimizer._stepper.plan is plan
     assert tables(optimizer) == first
     now = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
-    assert all(x is y for x, y in zip(now, numbers, strict=True))
+    assert all(x is y for x, y in zip(now, scalars, strict=True))
 
 
-# A graph that is captured keeps the addresses of numbers, and sends nothing from the host.
+# A captured graph holds the addresses of scalar states, and uploads nothing from the host.
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
 @every_optimizer
-def test_a_captured_step_sends_nothing_and_keeps_nothing(
+def test_a_captured_step_uploads_nothing_and_keeps_nothing(
     name: str,
     steps_before: int,
     capturing: Callable[[bool], None],
@@ -204,10 +212,10 @@ def test_a_captured_step_sends_nothing_and_keeps_nothing(
 
 
 @every_optimizer
-def test_numbers_stay_where_a_captured_graph_knows_them(
+def test_scalar_states_stay_where_a_captured_graph_reads_them(
     name: str, capturing: Callable[[bool], None]
 ) -> None:
-    """Whatever is stepped without it: without a plan, with other gradients, and all again."""
+    """In steps outside the graph: without a plan, with fewer gradients, and with all again."""
     trained = Trained(name)
     keys = ("step", "mu_product") if name == "NAdam" else ("step",)
 
@@ -217,7 +225,7 @@ def test_numbers_stay_where_a_captured_graph_knows_them(
 
     trained.advance(1)
     for optimizer in trained.optimizers:
-        optimizer.load_state_dict(optimizer.state_dict())  # numbers are apart again
+        optimizer.load_state_dict(optimizer.state_dict())  # scalars are separate tensors again
     captured = addresses()
     capturing(True)
     trained.advance(1)
@@ -232,15 +240,14 @@ def test_numbers_stay_where_a_captured_graph_knows_them(
     assert addresses() == captured
 
 
-# What a gradient scaler says.
+# Gradient scales.
 
 
 def scaled_step(
-    optimizer: stepforge.Optimizer, given: list[torch.Tensor], scale: Any, found_inf: Any
+    optimizer: stepforge.Optimizer, scaled: list[torch.Tensor], scale: Any, found_inf: Any
 ) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.grad_scale, optimizer.found_inf = scale, found_inf
-    run(optimizer, params, [given])
+    run(optimizer, params_of(optimizer), [scaled])
     del optimizer.grad_scale, optimizer.found_inf
 
 
@@ -257,52 +264,50 @@ def built(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> step
 def test_a_step_that_the_device_skips_leaves_everything_untouched(
     name: str, options: dict[str, bool], found: torch.Tensor, scale: torch.Tensor | None
 ) -> None:
-    """After none and after some steps; the step after it is the one that it would have been."""
+    """At the first and at later steps. The next step is as if there had been no skipped one."""
     optimizer, twin = (built(name, lr=0.1, **options) for _ in range(2))
-    nothing = torch.zeros_like(found)
+    zero = torch.zeros_like(found)
     for step in range(4):
         bad = [torch.full_like(g, torch.inf) for g in gradients(step)]
-        before = each_outcome(optimizer) if step else None
+        before = outcomes(optimizer) if step else None
         scaled_step(optimizer, bad, scale, found)
-        after = each_outcome(optimizer)
+        after = outcomes(optimizer)
         if before is not None:
             for got, oracle in zip(after, before, strict=True):
                 assert_same_bits(got, oracle)
         assert {float(x["step"]) for x in after} == {step}
         factor = 1 if scale is None else 64
-        scaled_step(optimizer, [g * factor for g in gradients(step)], scale, nothing)
-        params = [p for group in twin.param_groups for p in group["params"]]
-        run(twin, params, [gradients(step)])
-        for got, oracle in zip(each_outcome(optimizer), each_outcome(twin), strict=True):
-            assert_same_bits(got, oracle)
+        scaled_step(optimizer, [g * factor for g in gradients(step)], scale, zero)
+        run(twin, params_of(twin), [gradients(step)])
+        assert_equal(optimizer, twin)
 
 
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("as_number", [False, True])
-def test_a_scale_is_divided_by_in_one_rounding(dtype: torch.dtype, as_number: bool) -> None:
-    """Oracle: the product with the reciprocal in the arithmetic, computed beforehand."""
+@pytest.mark.parametrize("as_float", [False, True])
+def test_unscaling_rounds_once(dtype: torch.dtype, as_float: bool) -> None:
+    """Oracle: gradients multiplied before the step by the reciprocal, in the arithmetic's dtype."""
     params = [parameter(normal((50,), dtype, k)) for k in range(2)]
     twins = [torch.nn.Parameter(contiguous(p)) for p in params]
     optimizer, twin = stepforge.NAdam(params), stepforge.NAdam(twins)
     inverse = torch.tensor(3.0).double().reciprocal().to(dtype)
     for step in range(3):
-        given = [normal((50,), p.dtype, 9 + step) for p in params]
-        scaled_step(optimizer, given, 3.0 if as_number else torch.tensor(3.0), torch.tensor(0.0))
-        run(twin, twins, [[g * inverse for g in given]])
+        scaled = [normal((50,), p.dtype, 9 + step) for p in params]
+        scaled_step(optimizer, scaled, 3.0 if as_float else torch.tensor(3.0), torch.tensor(0.0))
+        run(twin, twins, [[g * inverse for g in scaled]])
     for p, q in zip(params, twins):
         assert_same_bits(outcome(optimizer, p), outcome(twin, q))
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_what_has_to_go_in_order_is_skipped_too(
+def test_a_step_by_the_reference_is_skipped_too(
     found: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference steps it, which must be told what the device knows. Oracle: no scaler."""
+    """The reference needs the device's scale and flag as Python floats. Oracle: no scaler."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     monkeypatch.setattr(GradScale, "on_host", property(lambda self: False))
     optimizer, twin = built("Adam"), built("Adam")
-    before = [x["p"] for x in each_outcome_of_params(optimizer)]
+    before = [contiguous(p) for p in params_of(optimizer)]
     scaled_step(
         optimizer,
         [lazily_negated(g * 64) for g in gradients(0)],
@@ -310,22 +315,17 @@ def test_what_has_to_go_in_order_is_skipped_too(
         torch.tensor(found),
     )
     if found:
-        assert all(map(torch.equal, before, (x["p"] for x in each_outcome(optimizer))))
-        assert {float(x["step"]) for x in each_outcome(optimizer)} == {0.0}
+        assert all(map(torch.equal, before, (x["p"] for x in outcomes(optimizer))))
+        assert {float(x["step"]) for x in outcomes(optimizer)} == {0.0}
     else:
-        run(twin, twin.param_groups[0]["params"], [gradients(0)])
-        for got, oracle in zip(each_outcome(optimizer), each_outcome(twin), strict=True):
-            assert_same_bits(got, oracle)
+        run(twin, params_of(twin), [gradients(0)])
+        assert_equal(optimizer, twin)
 
 
-def each_outcome_of_params(optimizer: stepforge.Optimizer) -> list[dict[str, torch.Tensor]]:
-    return [{"p": contiguous(p)} for p in optimizer.param_groups[0]["params"]]
-
-
-def test_step_counts_of_the_host_are_not_told_by_the_device(
+def test_a_gradient_scale_is_read_for_step_counts_on_another_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A count on another device than its parameter cannot take what that one finds: it is read."""
+    """They cannot use a flag on the device of the parameter, so the host reads it."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     p = parameter(torch.ones(3))
     p.grad = torch.ones(3)
@@ -336,12 +336,12 @@ def test_step_counts_of_the_host_are_not_told_by_the_device(
     with mock.patch.object(triton, "run") as run_backend:
         bound.run(scale)
         replace(bound, scalars=elsewhere).run(scale)
-    given = [call.args[2] for call in run_backend.call_args_list]
-    assert given[0] is scale
-    assert given[1] == GradScale(2.0, 0.0)
+    scales = [call.args[2] for call in run_backend.call_args_list]
+    assert scales[0] is scale
+    assert scales[1] == GradScale(2.0, 0.0)
 
 
-# Beside a step: compilation.
+# Compilation of a step.
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -349,18 +349,16 @@ def test_step_counts_of_the_host_are_not_told_by_the_device(
 def test_a_compiled_step_runs_the_kernels(
     capturable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the same optimizer stepped plainly."""
+    """Oracle: the same optimizer without compilation."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     torch._dynamo.reset()
     optimizer, plain = (built("NAdam", capturable=capturable) for _ in range(2))
     step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
-    for number in range(3):
-        params = optimizer.param_groups[0]["params"]
-        for p, g in zip(params, gradients(number), strict=True):
+    for seed in range(3):
+        for p, g in zip(params_of(optimizer), gradients(seed), strict=True):
             p.grad = g
         with by_kernels_only():
             step()
-        run(plain, plain.param_groups[0]["params"], [gradients(number)])
-        for got, oracle in zip(each_outcome(optimizer), each_outcome(plain), strict=True):
-            assert_same_bits(got, oracle)
+        run(plain, params_of(plain), [gradients(seed)])
+        assert_equal(optimizer, plain)
     torch._dynamo.reset()
