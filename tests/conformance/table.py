@@ -51,7 +51,8 @@ OPTIMIZERS = {
 BACKENDS = {
     name: {"STEPFORGE_BACKEND": name}
     for name in backends.BACKENDS
-    # Its compiled kernels serve no CPU, where this table is; tests/backends/triton takes it to their device.
+    # Its compiled kernels serve no CPU, where this table is; tests/backends/triton takes it to
+    # their device.
     if name != "triton" or is_interpreted()
 }
 #: Those that take microseconds for a small step. Triton's interpreter takes milliseconds, so Triton
