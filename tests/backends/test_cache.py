@@ -1,4 +1,4 @@
-"""What is made once, and made again after a failure. Oracle: a count of the attempts."""
+"""Kernels are made once, and again after a failure. Oracle: a count of the attempts."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from stepforge.backends import cache
 
 
 class World:
-    """What a function that can fail depends on, and how often it was called.
+    """A function that can fail, with everything that it depends on.
 
     Attributes:
-        broken: why it fails; "" if it does not.
-        settings: what it is known to depend on.
+        broken: the reason why it fails; "" if it succeeds.
+        settings: the circumstances that it depends on.
         now: the time.
-        takes: how long it takes.
-        calls: its arguments, call by call.
+        takes: the duration of a call.
+        calls: the argument of each call.
     """
 
     def __init__(self) -> None:
         self.broken, self.settings, self.now, self.takes = "", 0, 1000.0, 0.0
         self.calls: list[object] = []
 
-    def make(self, what: str) -> object | str:
-        self.calls.append(what)
+    def make(self, name: str) -> object | str:
+        self.calls.append(name)
         self.now += self.takes
-        return self.broken or SimpleNamespace(what=what)
+        return self.broken or SimpleNamespace(name=name)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_other_circumstances_are_tried_at_once(world: World) -> None:
 
 @pytest.mark.parametrize(("takes", "stands"), [(0.0, 60.0), (0.5, 60.0), (120.0, 12000.0)])
 def test_a_failure_is_tried_again_after_a_while(world: World, takes: float, stands: float) -> None:
-    """A minute, or such that a hundredth of the time is spent on it."""
+    """After a minute, or later, so that at most a hundredth of the time is spent on it."""
     get = cache.made_once(lambda: world.settings)(world.make)
     world.broken, world.takes = "disk full", takes
     get("a")
@@ -84,12 +84,12 @@ def test_a_failure_is_tried_again_after_a_while(world: World, takes: float, stan
     assert len(world.calls) == 2
 
 
-def test_what_was_interrupted_is_no_failure(world: World) -> None:
+def test_an_interrupted_attempt_is_not_a_failure(world: World) -> None:
     attempts = []
 
     @cache.made_once(lambda: 0)
-    def get(what: str) -> object | str:
-        attempts.append(what)
+    def get(name: str) -> object | str:
+        attempts.append(name)
         if len(attempts) == 1:
             raise KeyboardInterrupt
         return len(attempts)
@@ -99,36 +99,36 @@ def test_what_was_interrupted_is_no_failure(world: World) -> None:
     assert get("a") == 2
 
 
-def test_who_asks_again_while_it_is_made_gets_one_too(world: World) -> None:
-    """As a signal handler does that steps in the midst of it."""
+def test_a_nested_call_gets_a_result_too(world: World) -> None:
+    """As in a signal handler that steps during a compilation."""
     depth = []
 
     @cache.made_once(lambda: 0)
-    def get(what: str) -> object | str:
-        depth.append(what)
-        return get(what) if len(depth) == 1 else SimpleNamespace()
+    def get(name: str) -> object | str:
+        depth.append(name)
+        return get(name) if len(depth) == 1 else SimpleNamespace()
 
     assert get("a") is get("a")
     assert len(depth) == 2
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_child_makes_its_own_while_a_thread_of_its_parent_does(world: World) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    started, go_on = threading.Event(), threading.Event()
 
     @cache.made_once(lambda: 0)
-    def get(what: str) -> object | str:
-        if what == "slow":
-            begun.set()
+    def get(name: str) -> object | str:
+        if name == "slow":
+            started.set()
             assert go_on.wait(30)
         return SimpleNamespace()
 
     thread = threading.Thread(target=get, args=("slow",))
     thread.start()
-    assert begun.wait(30)
+    assert started.wait(30)
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # ends a child that waits for the thread, which it has not
+        signal.alarm(20)  # ends a child that waits for the thread, which it does not have
         get("quick")
         os._exit(0)
     status = os.waitpid(child, 0)[1]

@@ -1,5 +1,5 @@
-"""Who else can change code that is loaded. Oracles: permissions as they were set, real users where
-the tests run as root, and an attacker who exchanges files.
+"""Checks that nobody else can change code that is loaded. Oracles: permissions that the test has
+set, other users if the tests run as root, and an attacker who exchanges files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from stepforge.backends import trust
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
 as_root = pytest.mark.skipif(
-    os.name != "posix" or os.geteuid() != 0, reason="only the superuser gives files away"
+    os.name != "posix" or os.geteuid() != 0, reason="only root can give files away"
 )
-#: A user beside root whom every Linux has, with a group of the same name.
+#: A user other than root that every Linux has, with a group of the same name.
 THEIRS = 2, 2
 
 
@@ -36,7 +36,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> list[Path]:
-    """A folder, and what lies on the way to it, the outermost first."""
+    """A folder and its parents, the outermost first."""
     deepest = tmp_path / "a" / "b" / "c"
     trust.make_folder(deepest, 0o755)
     return [tmp_path / "a", tmp_path / "a" / "b", deepest]
@@ -47,7 +47,7 @@ def folders(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("position", range(3))
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o775])
-def test_a_folder_on_the_way_that_others_may_write_to_is_refused(
+def test_a_parent_folder_that_others_may_write_to_is_refused(
     folders: list[Path], position: int, mode: int
 ) -> None:
     assert trust.untrusted_folder(folders[-1]) is None
@@ -58,7 +58,7 @@ def test_a_folder_on_the_way_that_others_may_write_to_is_refused(
     )
 
 
-def test_the_sticky_bit_makes_a_folder_on_the_way_safe_but_not_the_last(
+def test_the_sticky_bit_makes_a_parent_folder_safe_but_not_the_last(
     folders: list[Path],
 ) -> None:
     folders[0].chmod(0o1777)
@@ -68,7 +68,7 @@ def test_the_sticky_bit_makes_a_folder_on_the_way_safe_but_not_the_last(
     assert trust.untrusted_way(folders[-1]) is None
 
 
-def test_what_does_not_exist_yet_is_passed_over_but_not_what_it_would_lie_in(
+def test_missing_folders_are_passed_over_but_not_their_parents(
     folders: list[Path],
 ) -> None:
     missing = folders[1] / "x" / "y"
@@ -79,7 +79,7 @@ def test_what_does_not_exist_yet_is_passed_over_but_not_what_it_would_lie_in(
 
 @as_root
 @pytest.mark.parametrize("position", range(3))
-def test_a_folder_on_the_way_that_belongs_to_another_is_refused(
+def test_a_parent_folder_that_belongs_to_another_is_refused(
     folders: list[Path], position: int
 ) -> None:
     os.chown(folders[position], *THEIRS)
@@ -87,10 +87,10 @@ def test_a_folder_on_the_way_that_belongs_to_another_is_refused(
 
 
 @as_root
-def test_a_private_group_may_write_to_a_folder_on_the_way(
+def test_a_private_group_may_write_to_a_parent_folder(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with a umask of 002, where every user has a group of the same name."""
+    """As with a umask of 002, on systems where every user has a group of the same name."""
     monkeypatch.setattr(os, "geteuid", lambda: THEIRS[0])
     for folder in folders:
         os.chown(folder, *THEIRS)
@@ -102,7 +102,7 @@ def test_a_private_group_may_write_to_a_folder_on_the_way(
         assert "can be written to by others" in str(trust.untrusted_folder(folders[-1]))
 
 
-def test_folders_are_made_of_the_mode_that_was_asked_for(tmp_path: Path, umask: int) -> None:
+def test_folders_are_made_with_the_requested_mode(tmp_path: Path, umask: int) -> None:
     for mode in (0o700, 0o755):
         outer = tmp_path / f"{mode:o}"
         trust.make_folder(outer / "b" / "c", mode)
@@ -110,7 +110,7 @@ def test_folders_are_made_of_the_mode_that_was_asked_for(tmp_path: Path, umask: 
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [mode] * 3
     outer.chmod(0o750)
     trust.make_folder(outer, 0o755)
-    assert stat.S_IMODE(outer.stat().st_mode) == 0o750, "it is not ours to change"
+    assert stat.S_IMODE(outer.stat().st_mode) == 0o750, "existing folders keep their mode"
 
 
 def test_a_folder_where_a_file_is_cannot_be_made(tmp_path: Path) -> None:
@@ -151,16 +151,16 @@ def test_a_file_that_belongs_to_another_is_not_opened(file: Path) -> None:
     assert not can_be_read(file)
     link = file.with_name("link")
     link.symlink_to(file)
-    assert not can_be_read(link), "what a link leads to is what counts"
+    assert not can_be_read(link), "the target of a link counts"
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     assert not can_be_read(tmp_path)
     assert not can_be_read(tmp_path / "missing")
     assert not can_be_read(Path("/dev/null"))
 
 
-def test_what_takes_the_place_of_an_open_file_is_not_read(file: Path) -> None:
+def test_the_replacement_of_an_open_file_is_not_read(file: Path) -> None:
     other = file.with_name("other")
     other.write_bytes(b"evil")
     with trust.open_trusted(file) as opened:
@@ -168,11 +168,11 @@ def test_what_takes_the_place_of_an_open_file_is_not_read(file: Path) -> None:
         assert opened.read() == b"code"
 
 
-# Packages of others, and containers.
+# Packages that another user installed, and containers.
 
 
 def installed(folder: Path) -> tuple[ModuleType, Path]:
-    """The module in a package of its own, with a kernel in a folder beside."""
+    """Return a copy of the module in another package, and a kernel in that package."""
     package = folder / "package"
     kernel = package / "backends" / "native" / "kernels" / "plain" / "kernel.so"
     kernel.parent.mkdir(parents=True)
@@ -195,35 +195,35 @@ def is_loaded(module: ModuleType, kernel: Path) -> bool:
 
 
 def test_a_kernel_in_the_package_need_not_be_safer_than_the_package(tmp_path: Path) -> None:
-    """A package that was installed under the umask 002, or below a folder that many write to."""
+    """A package that was installed with the umask 002, or below a folder that many can write to."""
     module, kernel = installed(tmp_path)
     package = tmp_path / "package"
     assert is_loaded(module, kernel)
     tmp_path.chmod(0o777)
     assert is_loaded(module, kernel)
-    places = [kernel, *kernel.parents]
-    inside = places[: places.index(package)]
-    for place in inside:
-        before = place.stat().st_mode
-        place.chmod(before | stat.S_IWGRP)
-        assert not is_loaded(module, kernel), place
+    paths = [kernel, *kernel.parents]
+    inside = paths[: paths.index(package)]
+    for path in inside:
+        before = path.stat().st_mode
+        path.chmod(before | stat.S_IWGRP)
+        assert not is_loaded(module, kernel), path
         package.chmod(0o775)
-        assert is_loaded(module, kernel), place
-        place.chmod(before | stat.S_IWOTH)
-        assert not is_loaded(module, kernel), place
-        place.chmod(before)
+        assert is_loaded(module, kernel), path
+        path.chmod(before | stat.S_IWOTH)
+        assert not is_loaded(module, kernel), path
+        path.chmod(before)
         package.chmod(0o755)
 
 
 @as_root
-def test_who_owns_the_package_is_trusted(tmp_path: Path) -> None:
-    """As the administrator of a shared environment, who need not be root."""
+def test_the_owner_of_the_package_is_trusted(tmp_path: Path) -> None:
+    """For example the administrator of a shared environment, who need not be root."""
     module, kernel = installed(tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     copy = Path(shutil.copy(kernel, elsewhere))
-    for place in (kernel, kernel.parent, copy, elsewhere):
-        os.chown(place, *THEIRS)
+    for path in (kernel, kernel.parent, copy, elsewhere):
+        os.chown(path, *THEIRS)
     assert not is_loaded(module, kernel)
     assert not is_loaded(module, copy)
     os.chown(tmp_path / "package", *THEIRS)
@@ -235,7 +235,7 @@ def test_who_owns_the_package_is_trusted(tmp_path: Path) -> None:
 WITHOUT_ROOT = """\
 import os, pathlib, runpy, sys
 trust = runpy.run_path(sys.argv[1])
-assert os.stat("/").st_uid not in (0, os.geteuid()), "root is someone here"
+assert os.stat("/").st_uid not in (0, os.geteuid()), "root is mapped here"
 folder = pathlib.Path(sys.argv[2])
 print(trust["untrusted_folder"](folder))
 folder.parent.chmod(0o777)
@@ -244,28 +244,28 @@ print(trust["untrusted_folder"](folder))
 
 
 def python_for(inside: list[str]) -> str:
-    """A Python that a command can run; skips the test if there is none."""
+    """Return a Python that the command can run; skip the test if there is none."""
     for python in (sys.executable, "/usr/bin/python3"):
         try:
             subprocess.run([*inside, python, "-c", ""], check=True, capture_output=True, timeout=30)
         except (OSError, subprocess.SubprocessError):
             continue
         return python
-    return pytest.skip("this machine makes no user namespaces")
+    return pytest.skip("this machine has no user namespaces")
 
 
 @as_root
 def test_a_container_that_maps_no_root_is_served() -> None:
-    """There all of root's folders seem to belong to nobody."""
+    """There, all of root's folders seem to belong to nobody."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name, "cache")
         folder.mkdir(mode=0o700)
-        for place in (folder, folder.parent):
-            os.chown(place, *THEIRS)
+        for path in (folder, folder.parent):
+            os.chown(path, *THEIRS)
         script = shutil.copy(trust.__file__, name)
         uid, gid = map(str, THEIRS)
-        other = ["setpriv", "--reuid", uid, "--regid", gid, "--clear-groups"]
-        inside = [*other, "unshare", "--user", "--map-root-user"]
+        as_other = ["setpriv", "--reuid", uid, "--regid", gid, "--clear-groups"]
+        inside = [*as_other, "unshare", "--user", "--map-root-user"]
         python = python_for(inside)
         done = subprocess.run(
             [*inside, python, "-c", WITHOUT_ROOT, script, folder],

@@ -1,4 +1,4 @@
-"""Declarations of an optimizer. Oracle: what the class body says."""
+"""Declarations of an optimizer. Oracle: the class body."""
 
 import inspect
 from typing import Any
@@ -33,7 +33,7 @@ def parameter(*values: float) -> torch.Tensor:
     return p
 
 
-def test_the_constructor_is_what_the_body_declares() -> None:
+def test_the_constructor_has_the_declared_parameters() -> None:
     signature = inspect.signature(Momentum)
     assert list(signature.parameters) == [
         "params",
@@ -53,7 +53,7 @@ def test_the_constructor_is_what_the_body_declares() -> None:
     assert signature.parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def test_a_rule_of_ones_own_has_the_whole_contract() -> None:
+def test_a_custom_rule_has_the_whole_contract() -> None:
     p = parameter(1.0, 2.0)
     optimizer = Momentum([p], 0.25, momentum=0.5)
     optimizer.step()

@@ -1,4 +1,4 @@
-"""The tracer. Oracles: the normal form by hand, and the same expression on float64 tensors."""
+"""The tracer. Oracles: normal forms written by hand, and the same expression on float64 tensors."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def symbols(trace: Trace) -> dict[str, Expr]:
 
 
 NORMAL_FORM = {
-    # what is written: what it becomes
+    # an expression: its normal form
     "a * x": "mul(x, a)",
     "x * a * b": "mul(x, mul(a, b))",
     "b * (a * x)": "mul(x, mul(a, b))",
@@ -128,7 +128,7 @@ def test_misuse_is_explained(
         misuse(symbols)
 
 
-def test_what_depends_on_uniform_values_alone_is_hoisted(symbols: dict[str, Expr]) -> None:
+def test_expressions_of_uniform_values_alone_are_hoisted(symbols: dict[str, Expr]) -> None:
     a, b, x, y = (symbols[name] for name in "abxy")
     graph = Graph.of({"p": x - a * y / (1 - b**2), "s": a + b})
     assert list(map(repr, graph.coefficients)) == ["div(a, sub(1.0, pow(b, 2.0)))"]
@@ -137,11 +137,11 @@ def test_what_depends_on_uniform_values_alone_is_hoisted(symbols: dict[str, Expr
     assert all(i.op not in ("pow", "div") for i in graph.varying.instructions)
 
 
-def test_what_no_result_needs_is_left_out(symbols: dict[str, Expr]) -> None:
+def test_unused_expressions_are_left_out(symbols: dict[str, Expr]) -> None:
     a, x, y = symbols["a"], symbols["x"], symbols["y"]
     sqrt(y + a)
     graph = Graph.of({"p": x * a, "y": y})
-    assert graph.results == ("p",)  # y is what it was
+    assert graph.results == ("p",)  # y does not change
     assert graph.varying.inputs == ("x",)
     assert [i.op for i in graph.varying.instructions] == ["mul"]
 
@@ -156,10 +156,10 @@ def test_a_register_is_released_after_its_last_reader_only(symbols: dict[str, Ex
             later = program.instructions[position + 1 :]
             assert all(register not in other.args for other in later)
     released = [register for i in program.instructions for register in i.last]
-    assert sorted(released) == [0, 1, 2]  # x, y and the square, each once; results are kept
+    assert sorted(released) == [0, 1, 2]  # x, y and the square, each once; results never
 
 
-# Random expressions, built at once from symbols and from numbers.
+# Random expressions, of symbols and of tensors alike.
 UNARY = [lambda x: -x, abs, lambda x: sqrt(abs(x)), lambda x: x**2, sign, finite]
 BINARY = [
     lambda x, y: x + y,
@@ -174,7 +174,7 @@ BINARY = [
 
 @st.composite
 def expressions(draw: st.DrawFn) -> Callable[[dict[str, Any]], Any]:
-    """A function of a, b (uniform) and x, y (varying), as a random program of a few operations."""
+    """Draw a function of a, b (uniform) and x, y (varying): a random sequence of operations."""
     program = draw(
         st.lists(
             st.one_of(
@@ -208,9 +208,9 @@ def test_the_graph_computes_what_the_expression_does(
     graph = Graph.of({"r": compute(symbols)})
     coefficients = evaluate(graph.uniform, values, (), VOCABULARY)
     (result,) = evaluate(graph.varying, values, coefficients, VOCABULARY)
-    # Folding factors moves a rounding or two for each operation, and a difference of nearly equal
-    # terms magnifies them: compared on the scale of the largest number on the way, which squares
-    # can take far. Results beyond 1e100 say nothing about the graph and are passed over.
+    # Folding factors changes a rounding or two per operation, and a difference of nearly equal
+    # terms amplifies them. So results are compared relative to the largest one, which squares can
+    # make huge. Results beyond 1e100 say nothing about the graph and are passed over.
     expected = compute(values)
     scale = expected.abs().clamp(min=1.0)
     if torch.isfinite(expected).all() and scale.max() < 1e100:
@@ -241,12 +241,12 @@ def test_the_interpreted_graph_agrees_with_the_rule_on_tensors(
     values |= {s: 0.5 for s in letters if rule.states[s].scalar}
     graph = rule.graph(group)
     uniform = evaluate(graph.uniform, values, (), VOCABULARY)
-    numbers = len(graph.coefficients)
-    results = evaluate(graph.varying, values, uniform[:numbers], VOCABULARY)
-    found = dict(zip((*graph.results, *graph.scalars), (*results, *uniform[numbers:])))
+    count = len(graph.coefficients)
+    results = evaluate(graph.varying, values, uniform[:count], VOCABULARY)
+    found = dict(zip((*graph.results, *graph.scalars), (*results, *uniform[count:])))
 
     class Options:
-        """The hyperparameters as the rule reads them."""
+        """The hyperparameters, as attributes for the rule."""
 
     for name, value in group.items():
         setattr(Options, name, value)
@@ -254,7 +254,7 @@ def test_the_interpreted_graph_agrees_with_the_rule_on_tensors(
     expected = rule.function(Options, t, values["p"], values["g"], *states)
     for letter, value in zip(("p", *rule.states), expected, strict=True):
         if letter in found:
-            # A dozen float64 operations on numbers of order one, some in another order.
+            # A dozen float64 operations on values of order one, some in another order.
             torch.testing.assert_close(
                 torch.as_tensor(found[letter]), torch.as_tensor(value), rtol=1e-13, atol=1e-14
             )
@@ -271,7 +271,7 @@ def test_a_rule_is_traced_once_for_each_choice_of_flags() -> None:
     assert rule.graph({**group, "weight_decay": 0}) is not graph
 
 
-def test_a_decay_that_is_off_costs_nothing() -> None:
+def test_weight_decay_costs_nothing_when_it_is_off() -> None:
     rule = stepforge.AdamW.rule
     on = stepforge.AdamW([torch.zeros(1)]).param_groups[0]
     with_decay, without = rule.graph(on), rule.graph({**on, "weight_decay": 0.0})

@@ -1,4 +1,4 @@
-"""The vocabulary. Oracles: Python's math, numpy and torch; the decimal module for roundings."""
+"""The operations. Oracles: Python's math, numpy and torch; the decimal module for rounding."""
 
 import math
 from decimal import Decimal
@@ -21,31 +21,31 @@ def same(x: Any, y: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", UNARY)
-def test_numbers_arrays_and_tensors_agree(name: str) -> None:
+def test_floats_arrays_and_tensors_agree(name: str) -> None:
     function = getattr(ops, name)
     with np.errstate(all="ignore"):
         on_array = function(np.array(SPECIAL))
-    on_numbers = [function(x) for x in SPECIAL]
+    on_floats = [function(x) for x in SPECIAL]
     on_tensor = function(torch.tensor(SPECIAL, dtype=torch.float64))
-    assert same(on_numbers, on_array)
+    assert same(on_floats, on_array)
     # torch's exp and log may round differently; all others are exact or correctly rounded here.
     tolerance = 1e-15 if name in ("exp", "log") else 0.0
     np.testing.assert_allclose(on_tensor.numpy(), on_array, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_the_larger_and_the_smaller(name: str) -> None:
+def test_maximum_and_minimum(name: str) -> None:
     function = getattr(ops, name)
     pairs = [(x, y) for x in SPECIAL for y in SPECIAL]
     left, right = zip(*pairs)
-    on_numbers = [function(x, y) for x, y in pairs]
-    assert same(on_numbers, function(np.array(left), np.array(right)))
+    on_floats = [function(x, y) for x, y in pairs]
+    assert same(on_floats, function(np.array(left), np.array(right)))
     tensors = (torch.tensor(side, dtype=torch.float64) for side in (left, right))
-    assert same(on_numbers, function(*tensors).numpy())
+    assert same(on_floats, function(*tensors).numpy())
     assert all(math.isnan(function(x, y)) for x, y in pairs if math.isnan(x) or math.isnan(y))
 
 
-def test_where_does_not_look_at_what_it_does_not_choose() -> None:
+def test_where_ignores_nan_in_the_other_branch() -> None:
     assert ops.where(True, 1.0, math.nan) == 1.0
     chosen = ops.where(torch.tensor([True, False]), torch.tensor([1.0, 2.0]), math.nan)
     assert chosen[0] == 1.0
@@ -59,14 +59,14 @@ def test_ema_is_the_weighted_mean(beta: float, kind: Any) -> None:
     for average, value in [(1.0, 3.0), (-2.0, 1e-8), (1e-30, 1e30), (5.0, 5.0)]:
         found = float(ops.ema(kind(average), kind(value), beta))
         exact = Decimal(beta) * Decimal(average) + (1 - Decimal(beta)) * Decimal(value)
-        # Three roundings (float32 for tensors), of terms no larger than the larger operand.
+        # Three roundings (to float32 for tensors) of terms no larger than the larger operand.
         unit = 2.0**-24 if kind is torch.tensor else 2.0**-53
         assert abs(Decimal(found) - exact) <= 3 * Decimal(unit) * max(
             abs(Decimal(average)), abs(Decimal(value))
         )
 
 
-def test_ema_forgets_nothing_small() -> None:
+def test_ema_is_exact_at_the_ends() -> None:
     assert ops.ema(1.0, 1e-12, 0.0) == 1e-12  # 1 + (1e-12 - 1) would be 1.00009e-12
     assert ops.ema(7.0, 7.0, 0.999) == 7.0
 
@@ -100,7 +100,7 @@ def test_roots_of_any_layout(x: torch.Tensor) -> None:
 
 
 def test_powers_do_not_depend_on_the_length_of_an_array() -> None:
-    # numpy's vector forms round differently from one instruction set to the next.
+    # numpy's vectorized pow rounds differently on different instruction sets.
     bases = np.array([0.9, 0.999, 0.96, 0.5])
     exponents = np.array([3.0, 1e4, 0.004, 0.0])
     expected = [math.pow(b, e) for b, e in zip(bases, exponents)]
@@ -117,11 +117,12 @@ def test_powers_at_the_edge(base: float, exponent: float, expected: float) -> No
     assert ops.VOCABULARY["pow"](np.array([base]), np.array([exponent])).tolist() == [expected]
 
 
-def test_stored_follows_the_default_dtype() -> None:
-    assert ops.stored(0.1) == float(np.float32(0.1))
+def test_round_to_state_dtype_follows_the_default_dtype() -> None:
+    assert ops.round_to_state_dtype is ops.stored, "the former name still works"
+    assert ops.round_to_state_dtype(0.1) == float(np.float32(0.1))
     torch.set_default_dtype(torch.float64)
     try:
-        assert ops.stored(0.1) == 0.1
+        assert ops.round_to_state_dtype(0.1) == 0.1
         assert ops.scalar_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)

@@ -1,7 +1,7 @@
-"""Nothing stale is ever used. Oracle: an optimizer that makes its plan anew in every step.
+"""A kept plan is never stale. Oracle: an optimizer that makes a new plan in every step.
 
-Each mutation is done, between steps, to an optimizer whose plan is kept and to its twin whose plan
-is made anew; both must store the same bits ever after.
+Each mutation happens between steps, to an optimizer with a kept plan and to its twin, which makes
+new plans. Both must have the same bits from then on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,10 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.rules import ALL
 
-OPTIMIZERS = [
-    stepforge.Adagrad,
-    stepforge.AdamW,
-    stepforge.NAdam,
-    stepforge.RAdam,
-]
+#: AdamW represents Adam, from which it inherits.
+OPTIMIZERS = [cls for name, cls in ALL.items() if name != "Adam"]
 SHAPES = [(7,), (3, 5), (), (4, 2, 3), (7,)]
 
 
@@ -38,14 +35,14 @@ def params_of(optimizer: stepforge.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def give_gradients(optimizer: stepforge.Optimizer, seed: int) -> None:
+def set_gradients(optimizer: stepforge.Optimizer, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in params_of(optimizer):
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
 def first_state(optimizer: stepforge.Optimizer) -> tuple[dict[str, Any], str]:
-    """The states of the first parameter, and the name of its first moment."""
+    """Return the state of the first parameter, and the key of its second moment."""
     state = optimizer.state[params_of(optimizer)[0]]
     return state, "sum" if "sum" in state else "exp_avg_sq"
 
@@ -55,7 +52,7 @@ def replace_state_tensor(optimizer: stepforge.Optimizer) -> None:
     state[name] = torch.full_like(state[name], 0.5)
 
 
-def replace_state_entry(optimizer: stepforge.Optimizer) -> None:
+def replace_state_of_parameter(optimizer: stepforge.Optimizer) -> None:
     p = params_of(optimizer)[0]
     optimizer.state[p] = {k: v.clone() + 1 for k, v in optimizer.state[p].items()}
 
@@ -83,31 +80,31 @@ def swap_step_memory(optimizer: stepforge.Optimizer) -> None:
 
 
 def rekey(optimizer: stepforge.Optimizer, new_key: Callable[[Any], Any]) -> None:
-    """Puts every entry under another key, where it stood."""
-    entries = [(new_key(key), entry) for key, entry in optimizer.state.items()]
+    """Change the keys of ``optimizer.state``, and keep the order of its values."""
+    items = [(new_key(key), value) for key, value in optimizer.state.items()]
     optimizer.state.clear()
-    optimizer.state.update(entries)
+    optimizer.state.update(items)
 
 
-def entries_put_back_crosswise(optimizer: stepforge.Optimizer) -> None:
+def states_of_two_parameters_swapped(optimizer: stepforge.Optimizer) -> None:
     first, last = params_of(optimizer)[0], params_of(optimizer)[-1]
-    crosswise = {first: last, last: first}
-    rekey(optimizer, lambda key: crosswise.get(key, key))
+    swapped = {first: last, last: first}
+    rekey(optimizer, lambda key: swapped.get(key, key))
 
 
-def entry_put_aside(optimizer: stepforge.Optimizer) -> None:
+def state_moved_to_another_key(optimizer: stepforge.Optimizer) -> None:
     first = params_of(optimizer)[0]
     rekey(optimizer, lambda key: "aside" if key is first else key)
 
 
-def entry_of_a_new_parameter_in_its_place(optimizer: stepforge.Optimizer) -> None:
+def parameter_and_key_of_its_state_replaced(optimizer: stepforge.Optimizer) -> None:
     old, new = params_of(optimizer)[0], torch.nn.Parameter(torch.ones(7))
     optimizer.param_groups[0]["params"][0] = new
     rekey(optimizer, lambda key: new if key is old else key)
 
 
-def entry_copied_to_another_dict(optimizer: stepforge.Optimizer) -> None:
-    """The same tensors in another dict."""
+def state_copied_to_another_dict(optimizer: stepforge.Optimizer) -> None:
+    """Put the same tensors into another dict."""
     p = params_of(optimizer)[0]
     optimizer.state[p] = dict(optimizer.state[p])
 
@@ -184,7 +181,7 @@ def lr_becomes_a_tensor(optimizer: stepforge.Optimizer) -> None:
 def lr_tensor_filled(optimizer: stepforge.Optimizer) -> None:
     if not isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
         lr_becomes_a_tensor(optimizer)
-        give_gradients(optimizer, 77)
+        set_gradients(optimizer, 77)
         optimizer.step()
     optimizer.param_groups[0]["lr"].fill_(0.5)
 
@@ -196,8 +193,8 @@ def gradient_missing(optimizer: stepforge.Optimizer) -> None:
 
 def state_loaded(optimizer: stepforge.Optimizer) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
-    for entry in saved["state"].values():
-        entry["step"] += 5
+    for param_state in saved["state"].values():
+        param_state["step"] += 5
     optimizer.load_state_dict(saved)
 
 
@@ -211,16 +208,16 @@ def hook_that_changes_everything(optimizer: stepforge.Optimizer) -> None:
 
 MUTATIONS: list[Callable[[stepforge.Optimizer], None]] = [
     replace_state_tensor,
-    replace_state_entry,
+    replace_state_of_parameter,
     delete_state,
     clear_state,
     write_state,
     replace_step,
     swap_step_memory,
-    entries_put_back_crosswise,
-    entry_put_aside,
-    entry_of_a_new_parameter_in_its_place,
-    entry_copied_to_another_dict,
+    states_of_two_parameters_swapped,
+    state_moved_to_another_key,
+    parameter_and_key_of_its_state_replaced,
+    state_copied_to_another_dict,
     parameters_tied,
     states_tied,
     state_of_another_dtype,
@@ -246,12 +243,12 @@ MUTATIONS: list[Callable[[stepforge.Optimizer], None]] = [
 def history(
     optimizer: stepforge.Optimizer, mutate: Callable[[stepforge.Optimizer], None], keep: bool
 ) -> list[torch.Tensor]:
-    """All parameters and states after each of a few steps around a mutation."""
+    """Return all parameters and states after each of a few steps around a mutation."""
     seen = []
     for step in range(7):
         if step == 3:
             mutate(optimizer)
-        give_gradients(optimizer, step)
+        set_gradients(optimizer, step)
         if step >= 3 and mutate is gradient_missing:
             params_of(optimizer)[2].grad = None
         if not keep:
@@ -271,16 +268,16 @@ def test_a_kept_plan_is_as_good_as_a_new_one(
     mutate: Callable[[stepforge.Optimizer], None],
     backend: str,
 ) -> None:
-    kept = history(built(cls, backend), mutate, keep=True)
-    anew = history(built(cls, "reference"), mutate, keep=False)
-    assert len(kept) == len(anew)
-    for number, (one, other) in enumerate(zip(kept, anew)):
+    with_kept_plan = history(built(cls, backend), mutate, keep=True)
+    with_new_plans = history(built(cls, "reference"), mutate, keep=False)
+    assert len(with_kept_plan) == len(with_new_plans)
+    for index, (one, other) in enumerate(zip(with_kept_plan, with_new_plans)):
         assert one.dtype == other.dtype
-        assert torch.equal(one, other), f"tensor {number} differs"
+        assert torch.equal(one, other), f"tensor {index} differs"
 
 
-def relaid(g: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The same gradient in other layouts and places."""
+def in_other_layouts(g: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the same gradient in other layouts and at other offsets."""
     double = torch.empty(*g.shape[:-1], 2 * g.shape[-1])[..., ::2]
     return {
         "transposed": g.t().contiguous().t(),
@@ -291,28 +288,28 @@ def relaid(g: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "with gaps", "negated", "shifted"])
-def test_a_gradient_that_is_laid_out_anew(layout: str) -> None:
+def test_a_gradient_that_changes_its_layout(layout: str) -> None:
     torch.manual_seed(0)
     p, q = (torch.nn.Parameter(x) for x in torch.ones(2, 6, 5))
-    mine, twin = stepforge.Adam([p]), stepforge.Adam([q], foreach=False)
+    optimizer, twin = stepforge.Adam([p]), stepforge.Adam([q], foreach=False)
     for step in range(6):
         g = torch.randn(6, 5)
-        p.grad, q.grad = (relaid(g)[layout] if step % 3 == 2 else g), g.clone()
-        mine.step()
+        p.grad, q.grad = (in_other_layouts(g)[layout] if step % 3 == 2 else g), g.clone()
+        optimizer.step()
         twin.step()
         assert torch.equal(p, q), f"step {step}"
 
 
 def test_a_plan_is_kept_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = built(stepforge.AdamW, "native")
-    give_gradients(optimizer, 0)
+    set_gradients(optimizer, 0)
     optimizer.step()
-    made = optimizer._stepper.plan
+    plan = optimizer._stepper.plan
     for step in range(3):
-        give_gradients(optimizer, step)
+        set_gradients(optimizer, step)
         optimizer.param_groups[0]["lr"] = 0.1 * step
         optimizer.step()
-    assert optimizer._stepper.plan is made
+    assert optimizer._stepper.plan is plan
 
 
 def test_the_layout_check_without_torchs_guards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +329,7 @@ def test_the_layout_check_without_torchs_guards(monkeypatch: pytest.MonkeyPatch)
 def test_a_kept_plan_keeps_no_gradient(backend: str) -> None:
     optimizer = built(stepforge.AdamW, backend)
     for step in range(3):
-        give_gradients(optimizer, step)
+        set_gradients(optimizer, step)
         gradients = [weakref.ref(p.grad) for p in params_of(optimizer)]
         optimizer.step()
         optimizer.zero_grad()
@@ -341,17 +338,17 @@ def test_a_kept_plan_keeps_no_gradient(backend: str) -> None:
 
 
 def states_of(optimizer: stepforge.Optimizer) -> list[weakref.ref[torch.Tensor]]:
-    """The states with an element for each of a parameter."""
-    entries = [optimizer.state[p] for p in params_of(optimizer)]
+    """Return weak references to the states with a value for every element."""
+    states = [optimizer.state[p] for p in params_of(optimizer)]
     return [
-        weakref.ref(x) for entry in entries for key, x in entry.items() if key.startswith("exp_avg")
+        weakref.ref(x) for state in states for key, x in state.items() if key.startswith("exp_avg")
     ]
 
 
 def stepped_with_a_plan(backend: str) -> stepforge.Optimizer:
     optimizer = built(stepforge.AdamW, backend)
     for seed in range(3):
-        give_gradients(optimizer, seed)
+        set_gradients(optimizer, seed)
         optimizer.step()
     assert optimizer._stepper.plan is not None
     return optimizer

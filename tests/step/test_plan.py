@@ -1,4 +1,4 @@
-"""The plan of a step. Oracle: the same rows stepped by themselves."""
+"""Plans: parameters that run in one launch. Oracle: the same parameters stepped alone."""
 
 from typing import Any
 
@@ -8,57 +8,54 @@ import torch
 import stepforge
 from stepforge.declare import NonNegative
 from stepforge.ops import minimum, where
+from stepforge.rules import ALL
 from stepforge.step.params import check_params, params_with_gradient
 
-OPTIMIZERS = [
-    stepforge.Adagrad,
-    stepforge.Adam,
-    stepforge.AdamW,
-    stepforge.NAdam,
-    stepforge.RAdam,
-]
+every_optimizer = pytest.mark.parametrize("cls", ALL.values())
 
 
 def train(
     cls: Any, groups: list[dict[str, Any]], steps: int = 7, **options: Any
 ) -> list[torch.Tensor]:
-    """Steps fresh parameters of the groups' shapes; each group's gradients have their own seed."""
-    made = []
-    for number, group in enumerate(groups):
-        generator = torch.Generator().manual_seed(number)
-        p = torch.nn.Parameter(torch.randn(5, generator=generator))
-        made.append(({**group, "params": [p]}, p, generator))
-    optimizer = cls([group for group, _, _ in made], **options)
+    """Step one new parameter per group; the index of a group is the seed of its values."""
+    params, generators = [], []
+    for index in range(len(groups)):
+        generator = torch.Generator().manual_seed(index)
+        params.append(torch.nn.Parameter(torch.randn(5, generator=generator)))
+        generators.append(generator)
+    optimizer = cls([{**group, "params": [p]} for group, p in zip(groups, params)], **options)
     for _ in range(steps):
-        for _, p, generator in made:
+        for p, generator in zip(params, generators):
             p.grad = torch.randn(5, generator=generator)
         optimizer.step()
-    return [p.detach() for _, p, _ in made]
+    return [p.detach() for p in params]
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@every_optimizer
 def test_groups_that_run_together_do_not_mix(cls: Any) -> None:
     groups = [{"lr": 0.1}, {"lr": 0.01, "weight_decay": 0.3}, {"lr": torch.tensor(0.02)}, {}]
     together = train(cls, groups)
-    for number in range(len(groups)):
-        padding = [{} for _ in range(number)]
-        alone = train(cls, [*padding, groups[number]])[-1]
-        assert torch.equal(together[number], alone)
+    for index in range(len(groups)):
+        padding = [{} for _ in range(index)]
+        alone = train(cls, [*padding, groups[index]])[-1]
+        assert torch.equal(together[index], alone)
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@every_optimizer
 @pytest.mark.parametrize("foreach", [None, False, True])
-def test_values_on_the_device_agree_with_those_of_the_host(cls: Any, foreach: bool | None) -> None:
+def test_scalars_on_the_device_agree_with_scalars_on_the_host(
+    cls: Any, foreach: bool | None
+) -> None:
     on_host = train(cls, [{}, {"lr": 0.05}], foreach=foreach)
     on_device = train(cls, [{}, {"lr": torch.tensor(0.05)}], foreach=foreach, capturable=True)
     for host, device in zip(on_host, on_device):
-        # torch's pow and numpy's round float64 differently in the last place, which moves a
-        # float32 coefficient by one unit at most, in the few that lie at a tie; lr as a float32
-        # tensor is another number than 0.05 by 1.5e-8 of it.
+        # The pow of torch and numpy differ in the last place of a float64. That changes a float32
+        # coefficient by one unit at most, in the rare case of a tie. lr as a float32 tensor differs
+        # from 0.05 by a relative 1.5e-8.
         torch.testing.assert_close(device, host, rtol=1e-6, atol=1e-7)
 
 
-def test_a_part_of_a_batch_is_no_other_computation() -> None:
+def test_a_part_of_a_batch_computes_the_same() -> None:
     torch.manual_seed(0)
     big = torch.randn(700, 401)
     layouts = [big.clone(), big.t(), big[:, ::2], big.flatten(), big[None, :, None, :]]
@@ -68,7 +65,7 @@ def test_a_part_of_a_batch_is_no_other_computation() -> None:
             cut = torch.nn.Parameter(layout.detach())
             assert whole.numel() > 2**17
             piecewise = [
-                torch.nn.Parameter(row.clone()) for row in whole.detach().flatten().split(1000)
+                torch.nn.Parameter(piece.clone()) for piece in whole.detach().flatten().split(1000)
             ]
             gradient = torch.randn(layout.shape)
             whole.grad, cut.grad = gradient.contiguous(), gradient
@@ -109,10 +106,10 @@ def test_nothing_is_traced_on_the_second_step(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Logged(torch.Tensor):
-    """A gradient that may have no memory of its own, as far as anyone can tell."""
+    """A subclass of Tensor, which may have no memory of its own."""
 
 
-def test_a_gradient_of_another_class_is_asked_about_by_itself() -> None:
+def test_a_gradient_of_another_class_is_checked_by_itself() -> None:
     plain, special = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
     plain.grad, special.grad = torch.ones(3), torch.ones(3).as_subclass(Logged)
     optimizer = stepforge.Adam([plain, special])
@@ -121,7 +118,7 @@ def test_a_gradient_of_another_class_is_asked_about_by_itself() -> None:
     assert [param.choice.backend.name for param in params] == ["native", "foreach"]
 
 
-def test_a_rule_may_hold_an_infinite_number() -> None:
+def test_a_rule_may_contain_infinite_constants() -> None:
     def rule(h: Any, t: Any, p: Any, g: Any) -> Any:
         return p - minimum(h.lr, float("inf")) * g * where(t > float("-inf"), 1.0, float("nan"))
 
