@@ -48,13 +48,13 @@ $(COMPAT_DIR)/%/.ready: pyproject.toml constraints.txt
 python_of = $(word 1,$(subst -torch, ,$1))
 torch_of = $(word 2,$(subst -torch, ,$1))
 
-# Measures the rounding errors and writes docs/numerics.md.
+# Measures rounding errors and writes docs/numerics.md.
 numerics: $(READY)
-	$(BIN)/python experiments/make_numerics.py
+	$(BIN)/python -m experiments.numerics
 
-# Measures formats, trains what experiments/low_precision/results.json lacks, and writes docs/low-precision.md.
+# Measures formats, trains runs that results.json lacks, and writes docs/low-precision.md.
 low-precision: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python experiments/make_low_precision.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.low_precision
 
 # Times the step of every optimizer; a few minutes on a machine with nothing else to do.
 bench: $(READY)

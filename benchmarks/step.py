@@ -1,4 +1,4 @@
-"""Times step() against torch.optim and the streaming limit: ``stepforge bench`` as a script."""
+"""Time step() against torch.optim and the streaming limit: ``stepforge bench`` as a script."""
 
 import sys
 

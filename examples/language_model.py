@@ -1,14 +1,14 @@
-"""Trains a small byte-level language model on the sources of Python's own standard library.
+"""Train a small byte-level language model on the sources of Python's standard library.
 
-The text is on every machine, so that there is nothing to download; whole files are held out for
-validation. A run of a few minutes on two cores ends with text that looks like Python.
+The text is on every machine, so nothing has to be downloaded. Whole files are held out for
+validation. After a few minutes on two cores, the model writes text that looks like Python.
 
     python examples/language_model.py
     python examples/language_model.py --optimizer RAdam --steps 300
     python examples/language_model.py --checkpoint run.pt             # stop it at any time, and
     python examples/language_model.py --checkpoint run.pt --resume    # continue bit for bit
 
-:func:`train` is a function of its :class:`Config` and of nothing else, for scripts that compare
+The result of :func:`train` depends on its :class:`Config` alone, for scripts that compare
 optimizers, seeds or formats.
 """
 
@@ -43,26 +43,26 @@ BYTES = 256
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on.
+    """The configuration of a run, which decides its result.
 
     Attributes:
-        optimizer: the name of a class.
-        library: where that class is: "stepforge", or "torch" for torch.optim.
+        optimizer: the name of the optimizer's class.
+        library: the library of that class: "stepforge", or "torch" for torch.optim.
         options: further keyword arguments of the optimizer.
         lr: the highest learning rate; None for one that suits the optimizer.
-        weight_decay: of matrices; nothing else decays.
-        steps: how many steps the whole run has.
-        warmup: in how many of them the learning rate rises.
-        clip: the largest norm of the gradient of all parameters together.
-        seed: of the initial parameters and of the order of the text.
-        batch: sequences in a step.
-        context: bytes in a sequence, and how far back the model can see.
+        weight_decay: the weight decay of matrices; nothing else decays.
+        steps: the steps of the whole run.
+        warmup: the first steps, in which the learning rate rises.
+        clip: the largest norm of the gradients of all parameters together.
+        seed: the seed of the initial parameters and of the order of the text.
+        batch: sequences per step.
+        context: bytes per sequence, which is how far back the model can see.
         width: the size of a position's vector; a multiple of ``heads``.
-        depth: how many blocks.
-        heads: how many attention heads a block has.
-        validate_every: steps between two validations; the last step is always validated.
-        validation_batches: batches of held-out text in a validation.
-        device: where to train.
+        depth: the number of blocks.
+        heads: attention heads per block.
+        validate_every: steps between validations; the last step is always validated.
+        validation_batches: batches of held-out text per validation.
+        device: the device to train on.
     """
 
     optimizer: str = "AdamW"
@@ -86,11 +86,11 @@ class Config:
 
 @dataclasses.dataclass
 class Curve:
-    """How a run went; every loss is in bits per byte.
+    """The losses of a run, in bits per byte.
 
     Attributes:
         train: the loss of each step's batch, before the step.
-        validation: pairs of a number of steps and the loss on held-out text after them.
+        validation: pairs of a step count and the loss on held-out text after that step.
     """
 
     train: list[float] = dataclasses.field(default_factory=list)
@@ -104,9 +104,9 @@ _SKIPPED = {"__pycache__", "idle_test", "site-packages", "test", "tests"}
 
 @functools.cache
 def corpus() -> tuple[Tensor, Tensor]:
-    """The bytes of the standard library's modules, for training and for validation.
+    """Return the bytes of the standard library's modules, for training and for validation.
 
-    Which files are held out depends on their names alone: about one in twenty.
+    About one in twenty files is held out for validation, depending on its name alone.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     names = []
@@ -125,7 +125,7 @@ def corpus() -> tuple[Tensor, Tensor]:
 
 
 def windows(text: Tensor, starts: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """Sequences of bytes and, for each byte, the one that follows; both (starts, context)."""
+    """Return sequences of bytes and, for each byte, the next one; both (starts, context)."""
     positions = starts.unsqueeze(1) + torch.arange(config.context + 1)
     found = text[positions].to(config.device, torch.int64)
     return found[:, :-1], found[:, 1:]
@@ -135,7 +135,7 @@ def windows(text: Tensor, starts: Tensor, config: Config) -> tuple[Tensor, Tenso
 
 
 class Block(nn.Module):
-    """Causal attention and a perceptron, each added to what it reads."""
+    """A transformer block: causal attention and an MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From vectors, (batch, context, width), to vectors."""
+        """Transform vectors of shape (batch, context, width)."""
         batch, context, width = x.shape
         projected = self.attention_in(self.before_attention(x))
         # (batch, context, 3 * width) -> three of (batch, heads, context, width / heads)
@@ -160,7 +160,7 @@ class Block(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A transformer over bytes; the embedding of a byte is also the weight that predicts it."""
+    """A transformer over bytes, with tied input and output embeddings."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -170,24 +170,24 @@ class LanguageModel(nn.Module):
         self.last = nn.LayerNorm(config.width)
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                # What is added to the residual stream starts smaller the more of it there is.
+                # Additions to the residual stream start smaller the more of them there are.
                 residual = name.endswith(("attention_out.weight", "mlp_out.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.depth) if residual else 0.02)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Logits of the next byte, (batch, context, 256), from bytes, (batch, context)."""
+        """Return logits of the next byte, (batch, context, 256), for bytes, (batch, context)."""
         x = self.embedding(text) + self.position[: text.shape[1]]
         for block in self.blocks:
             x = block(x)
         return F.linear(self.last(x), self.embedding.weight)
 
     def loss(self, text: Tensor, following: Tensor) -> Tensor:
-        """The mean cross entropy in bits per byte."""
+        """Return the mean cross entropy in bits per byte."""
         return F.cross_entropy(self(text).flatten(0, 1), following.flatten()) / math.log(2)
 
     @torch.no_grad()
     def continued(self, prompt: bytes, length: int, *, temperature: float, seed: int) -> bytes:
-        """The prompt with so many more bytes, drawn one by one."""
+        """Return the prompt and ``length`` more bytes, sampled one by one."""
         generator = torch.Generator().manual_seed(seed)
         text = list(prompt)
         for _ in range(length):
@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
 
 
 class Run:
-    """A model in training, and all that decides how it goes on."""
+    """A model in training, and everything that decides how the run continues."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -210,11 +210,11 @@ class Run:
             self.model = LanguageModel(config).to(config.device)
         self.optimizer = make_optimizer(self.model, config)
         self.scheduler = make_scheduler(self.optimizer, config)
-        self.order = torch.Generator().manual_seed(config.seed)  # which text comes next
+        self.order = torch.Generator().manual_seed(config.seed)  # chooses the text of each step
         self.curve = Curve()
 
     def step(self) -> None:
-        """Takes one step, and validates if it is time to."""
+        """Take one step, and validate if one is due."""
         config, text = self.config, corpus()[0]
         starts = torch.randint(len(text) - config.context, (config.batch,), generator=self.order)
         self.optimizer.zero_grad()
@@ -230,7 +230,7 @@ class Run:
 
     @torch.no_grad()
     def validation_loss(self) -> float:
-        """The loss in bits per byte on sequences spread evenly over the held-out text."""
+        """Return the loss in bits per byte on sequences spread evenly over the held-out text."""
         config, text = self.config, corpus()[1]
         count = config.batch * config.validation_batches
         starts = torch.linspace(0, len(text) - config.context - 1, count).long()
@@ -241,7 +241,7 @@ class Run:
         return sum(losses) / len(losses)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint; whenever it is interrupted, the file is the old or the new one."""
+        """Write a checkpoint atomically: after an interruption, the file is the old or the new."""
         checkpoint = {
             "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
@@ -263,11 +263,11 @@ class Run:
                 raise
 
     def load(self, path: Path) -> None:
-        """Goes on where a checkpoint was written.
+        """Continue from a checkpoint.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is of a run with another configuration.
+            FileNotFoundError: the file does not exist.
+            ValueError: the checkpoint is from a run with another configuration.
         """
         checkpoint = torch.load(path, weights_only=True, map_location=self.config.device)
         own = dataclasses.asdict(self.config)
@@ -286,7 +286,7 @@ class Run:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The optimizer of a run, in two groups: matrices, which decay, and the rest."""
+    """Make the optimizer of a run, with two groups: matrices, which decay, and the rest."""
     named = list(model.named_parameters())
     groups = [
         {
@@ -302,7 +302,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> SequentialLR:
-    """A linear rise to the optimizer's learning rate, then half a cosine down to a tenth of it."""
+    """Make a scheduler: a linear rise to the learning rate, then half a cosine to a tenth of it."""
     warmup = min(config.warmup, config.steps // 2)
     rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     lr = optimizer.param_groups[0]["initial_lr"]
@@ -319,17 +319,17 @@ def train(
     until: int | None = None,
     after_step: Callable[[Run], None] | None = None,
 ) -> Run:
-    """Trains a model.
+    """Train a model.
 
-    The result depends on ``config`` alone: neither a resumption nor any other argument changes a
-    bit of it, as long as machine, thread count and library versions stay the same.
+    The result depends on ``config`` alone: neither resuming nor any other argument changes a bit of
+    it, as long as machine, thread count and library versions stay the same.
 
     Args:
-        config: what to train, and how.
+        config: the configuration of the run.
         checkpoint: a file to write now and then, and at the end.
-        resume: whether to begin with what that file holds.
+        resume: True to continue from that file.
         checkpoint_every: steps between two writes.
-        until: the number of steps after which to leave off; None for all.
+        until: the step after which to stop; None for the last.
         after_step: called with the run after each step.
 
     Returns:
@@ -337,7 +337,7 @@ def train(
 
     Raises:
         FileNotFoundError: there is no checkpoint to resume.
-        ValueError: the checkpoint is of a run with another configuration.
+        ValueError: the checkpoint is from a run with another configuration.
     """
     run = Run(config)
     if resume:
@@ -372,10 +372,10 @@ def main(
     seed: int = Config.seed,
     device: str = Config.device,
     checkpoint: Annotated[Path | None, typer.Option(help="A file to write now and then")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with what that file holds")] = False,
-    sample: Annotated[int, typer.Option(help="Bytes of text to draw in the end")] = 400,
+    resume: Annotated[bool, typer.Option(help="Continue from that file")] = False,
+    sample: Annotated[int, typer.Option(help="Bytes of text to sample at the end")] = 400,
 ) -> None:
-    """Trains a byte-level language model on the sources of Python's standard library."""
+    """Train a byte-level language model on the sources of Python's standard library."""
     console = Console()
     if optimizer not in LEARNING_RATES:
         raise typer.BadParameter(f"{optimizer} is not one of {', '.join(LEARNING_RATES)}")

@@ -1,9 +1,9 @@
 """Lion. Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", Algorithm 2.
 
-An optimizer that stepforge does not have: the paper's update and a declaration, fifteen lines.
-Backends, checks, hooks and checkpoints come with them.
+An optimizer that stepforge does not have, in fifteen lines: the paper's update and a declaration.
+Backends, checks, hooks and checkpoints come for free.
 
-Run it to see Lion beside AdamW: ``python examples/lion.py``.
+Run ``python examples/lion.py`` to compare Lion with AdamW.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def lion(h: Any, t: Value, p: Value, g: Value, m: Value) -> tuple[Value, Value]:
 
 
 class Lion(stepforge.Optimizer, rule=lion):
-    """Moves every element by the same amount, along the sign of an average gradient."""
+    """Lion: moves every element by the same amount, along the sign of an average gradient."""
 
     lr: LearningRate = 1e-4
     betas: Betas = (0.9, 0.99)
@@ -35,7 +35,7 @@ class Lion(stepforge.Optimizer, rule=lion):
 
 
 def fit(optimizer_class: type[stepforge.Optimizer], lr: float, steps: int = 500) -> list[float]:
-    """Fits a small network to a sine, the learning rate falling to zero.
+    """Fit a small network to a sine, with a learning rate that falls to zero.
 
     Args:
         optimizer_class: Lion, or any other optimizer.
@@ -63,7 +63,7 @@ def fit(optimizer_class: type[stepforge.Optimizer], lr: float, steps: int = 500)
 
 
 def main() -> None:
-    """Prints how far Lion and AdamW come."""
+    """Print the first and last losses of Lion and AdamW."""
     for optimizer_class, lr in ((Lion, 3e-3), (stepforge.AdamW, 1e-2)):
         losses = fit(optimizer_class, lr)
         print(f"{optimizer_class.__name__:6} {losses[0]:.4f} -> {losses[-1]:.2e}")

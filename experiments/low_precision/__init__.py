@@ -1,1 +1,1 @@
-"""What docs/low-precision.md reports, a module for each thing that is measured."""
+"""The measurements of docs/low-precision.md, one module each."""

@@ -1,11 +1,11 @@
-"""Ways to store a moment in few bits: those that were not chosen, and the library's own.
+"""Ways to store a moment in few bits: the library's formats, and the alternatives.
 
-A curve that was not chosen is given by what its codes stand for: numbers from 0 to 1, which are
-multiplied by the largest of the block. Everything else about it is the best that it can be: a
-number becomes the nearest that a code stands for, or one of its two neighbours at random, such that
-the mean is right; and a second moment that is not zero never becomes zero.
+An alternative is a curve: the values that its codes decode to, from 0 to 1, which the largest
+magnitude of the block multiplies. All else is as good as it can be. A value is rounded to the
+nearest code, or to one of its two neighbors at random with the right mean. A second moment that is
+not zero never becomes zero.
 
-The library's formats are measured through the library.
+The library's own formats run through the library.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROUNDINGS = (NEAREST, RANDOM)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to store numbers.
+    """A way to store moments.
 
     Attributes:
-        curve: the name of what codes stand for.
+        curve: the name of the values that codes decode to.
         rounding: "nearest" or "random".
-        chosen: whether it is the library's.
-        store: from numbers, float64 of shape (blocks, 128), and a random word for each, to the
-            numbers that are read back.
+        chosen: True for the library's own.
+        store: maps values, float64 of shape (blocks, 128), and a random uint32 for each, to the
+            values that are read back.
     """
 
     curve: str
@@ -41,11 +41,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """What tells it from others."""
+        """Its unique name."""
         return f"{self.curve}, {self.rounding}"
 
 
-# What the codes stand for. ------------------------------------------------------------------------
+# The values of codes. -----------------------------------------------------------------------------
 
 
 def _evenly(count: int) -> Tensor:
@@ -53,42 +53,42 @@ def _evenly(count: int) -> Tensor:
 
 
 def power(exponent: int, count: int) -> Tensor:
-    """Even steps of a root: 1 linear, 2 the square root, and so on."""
+    """Return even steps of a root: 1 is linear, 2 the square root, and so on."""
     return _evenly(count).pow(exponent)
 
 
 def softsign(count: int) -> Tensor:
-    """Even steps of 2x / (1 + x)."""
+    """Return even steps of 2x / (1 + x)."""
     y = _evenly(count)
     return y / (2 - y)
 
 
 def dynamic(first: int) -> Tensor:
-    """Seven powers of ten, each with twice as many even intervals as the one below it.
+    """Return seven powers of ten, each with twice as many even intervals as the one below it.
 
     The dynamic map of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization": codes
-    stand for the middles of the intervals. The original's 1 has no negative; here it has.
+    decode to the middles of the intervals. The original has no -1; this one does.
 
     Args:
-        first: the number of intervals of the lowest power: 1 beside a sign, 2 without.
+        first: the intervals of the lowest power: 1 if the code has a sign bit, 2 if not.
     """
-    numbers = [0.0, 1.0]
+    values = [0.0, 1.0]
     for decade in range(7):
         count = first * 2**decade
         for i in range(count):
-            numbers.append((0.1 + 0.9 * (i + 0.5) / count) * 10.0 ** (decade - 6))
-    return torch.tensor(sorted(numbers), dtype=torch.float64)
+            values.append((0.1 + 0.9 * (i + 0.5) / count) * 10.0 ** (decade - 6))
+    return torch.tensor(sorted(values), dtype=torch.float64)
 
 
 def floating(fraction: int, count: int) -> Tensor:
-    """Floats with so many bits of fraction; even steps from 0 to the lowest power of two."""
+    """Return floats with ``fraction`` bits of fraction; even steps up to the lowest octave."""
     code = torch.arange(count, dtype=torch.float64)
     octave = torch.div(code, 2**fraction, rounding_mode="floor").clamp(min=1)
-    numbers = (code - (octave - 1) * 2**fraction) * 2.0 ** (octave - 1)
-    return numbers / numbers[-1]
+    values = (code - (octave - 1) * 2**fraction) * 2.0 ** (octave - 1)
+    return values / values[-1]
 
 
-#: The tables of curves, for signed and for unsigned numbers.
+#: The magnitudes of each curve's codes, in order: for first moments (codes with a sign bit) ...
 SIGNED: Mapping[str, Tensor] = {
     "linear": power(1, 128),
     "square root": power(2, 128),
@@ -99,6 +99,7 @@ SIGNED: Mapping[str, Tensor] = {
     "float, 2 bits of fraction": floating(2, 128),
     "float, 4 bits of fraction": floating(4, 128),
 }
+#: ... and for second moments.
 UNSIGNED: Mapping[str, Tensor] = {
     "linear": power(1, 256),
     "square root": power(2, 256),
@@ -112,38 +113,48 @@ UNSIGNED: Mapping[str, Tensor] = {
 CHOSEN = "float, 3 bits of fraction"
 BFLOAT16 = "bfloat16"
 
-# How numbers are stored by them. ------------------------------------------------------------------
+# Storing. -----------------------------------------------------------------------------------------
 
 
-def _by_table(table: Tensor, at_random: bool, keeps: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    def store(x: Tensor, words: Tensor) -> Tensor:
+def _by_curve(
+    curve: Tensor, at_random: bool, never_zero: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the ``store`` of a curve.
+
+    Args:
+        curve: the values of its codes.
+        at_random: True to round at random, False to nearest.
+        never_zero: True to round no value to zero but zero itself.
+    """
+
+    def store(x: Tensor, random_bits: Tensor) -> Tensor:
         scale = x.abs().amax(1, keepdim=True).clamp(min=1e-300)
         size = x.abs() / scale
-        above = torch.searchsorted(table, size).clamp(1, len(table) - 1)
-        low, high = table[above - 1], table[above]
+        above = torch.searchsorted(curve, size).clamp(1, len(curve) - 1)
+        low, high = curve[above - 1], curve[above]
         part = (size - low) / (high - low)
-        stored = torch.where(part > (words / 2.0**32 if at_random else 0.5), high, low)
-        if keeps:
-            stored = torch.where((size > 0) & (stored == 0), table[1], stored)
-        return stored * scale * x.sign()
+        rounded = torch.where(part > (random_bits / 2.0**32 if at_random else 0.5), high, low)
+        if never_zero:
+            rounded = torch.where((size > 0) & (rounded == 0), curve[1], rounded)
+        return rounded * scale * x.sign()
 
     return store
 
 
-def _by_codes(unsigned: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def _by_int8(unsigned: bool) -> Callable[[Tensor, Tensor], Tensor]:
     format_ = int8_blocks(unsigned)
 
-    def store(x: Tensor, words: Tensor) -> Tensor:
-        return _written_and_read(format_, x, words)
+    def store(x: Tensor, random_bits: Tensor) -> Tensor:
+        return _written_and_read(format_, x, random_bits)
 
     return store
 
 
-def _written_and_read(format_: Format, x: Tensor, words: Tensor) -> Tensor:
+def _written_and_read(format_: Format, x: Tensor, random_bits: Tensor) -> Tensor:
     parts = {
         part.name: torch.zeros(part.shape(x.shape), dtype=part.dtype) for part in format_.parts
     }
-    format_.write(parts, x, words)
+    format_.write(parts, x, random_bits)
     return format_.read(parts).double()
 
 
@@ -151,30 +162,30 @@ def _as_bfloat16(x: Tensor, _: Tensor) -> Tensor:
     return x.bfloat16().double()
 
 
-def _as_bfloat16_at_random(x: Tensor, words: Tensor) -> Tensor:
-    return _written_and_read(stochastic(torch.bfloat16), x, words)
+def _as_bfloat16_at_random(x: Tensor, random_bits: Tensor) -> Tensor:
+    return _written_and_read(stochastic(torch.bfloat16), x, random_bits)
 
 
-def candidates(unsigned: bool, *, keeps: bool = True) -> list[Candidate]:
-    """All ways to store a moment; those of the library are marked as chosen.
+def candidates(unsigned: bool, *, never_zero: bool = True) -> list[Candidate]:
+    """Return all ways to store a moment; those of the library are marked as chosen.
 
     Args:
         unsigned: True for second moments.
-        keeps: whether a second moment that is not zero never becomes zero, as in the library; False
-            to see what rounding alone makes of it.
+        never_zero: True, as in the library, to never make a second moment zero that is not zero;
+            False to see what rounding alone makes of it.
     """
-    return list(_candidates(unsigned, keeps and unsigned))
+    return list(_candidates(unsigned, never_zero and unsigned))
 
 
-def _candidates(unsigned: bool, keeps: bool) -> Iterator[Candidate]:
-    for curve, table in (UNSIGNED if unsigned else SIGNED).items():
+def _candidates(unsigned: bool, never_zero: bool) -> Iterator[Candidate]:
+    for name, curve in (UNSIGNED if unsigned else SIGNED).items():
         for rounding in ROUNDINGS:
-            yield Candidate(curve, rounding, False, _by_table(table, rounding == RANDOM, keeps))
-    # The other rounding of the curve that was chosen, beside its own, which is the library's.
+            yield Candidate(name, rounding, False, _by_curve(curve, rounding == RANDOM, never_zero))
+    # The chosen curve with the other rounding, next to its own rounding, which is the library's.
     other, own = (NEAREST, RANDOM) if unsigned else (RANDOM, NEAREST)
-    table = floating(3, 256 if unsigned else 128)
-    yield Candidate(CHOSEN, other, False, _by_table(table, other == RANDOM, keeps))
-    yield Candidate(CHOSEN, own, True, _by_codes(unsigned))
+    curve = floating(3, 256 if unsigned else 128)
+    yield Candidate(CHOSEN, other, False, _by_curve(curve, other == RANDOM, never_zero))
+    yield Candidate(CHOSEN, own, True, _by_int8(unsigned))
     yield Candidate(BFLOAT16, NEAREST, not unsigned, _as_bfloat16)
     if unsigned:
         yield Candidate(BFLOAT16, RANDOM, True, _as_bfloat16_at_random)

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from low_precision.candidates import Candidate, candidates
+from experiments.low_precision.candidates import Candidate, candidates
 from stepforge.formats import BLOCK, param_seed, random_uint32, step_seed
 
 SEED = 20240229
-#: The moments that are stored are averages of so many gradients.
+#: The moments are averages of this many gradients.
 STEPS = 10
 BETA1, BETA2 = 0.9, 0.999
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How the gradients of a block are distributed.
+    """A distribution of the gradients of a block.
 
     Attributes:
-        name: for tables.
-        meaning: for people.
-        scale: from a generator and a shape to the scale of each element's gradients.
-        draw: from a generator and a shape to gradients of scale 1.
+        name: its name in tables.
+        meaning: its description on the page.
+        scale: maps a generator and a shape to the scale of each element's gradients.
+        draw: maps a generator and a shape to gradients of scale 1.
     """
 
     name: str
@@ -43,7 +43,7 @@ def _equal(_: torch.Generator, shape: tuple[int, int]) -> Tensor:
 
 
 def _student(generator: torch.Generator, shape: tuple[int, int]) -> Tensor:
-    # With 2 degrees of freedom: a normal over the root of an exponential.
+    # With 2 degrees of freedom: a normal divided by the root of an exponential.
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return _normal(generator, shape) / (-(1 - uniform).log()).sqrt()
 
@@ -61,14 +61,14 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Errors:
-    """What storing once does to the numbers of one kind.
+    """Errors of storing the moments of one kind once.
 
     Attributes:
-        median: of the errors.
-        high: what 99 of 100 errors are not above.
-        largest: of the errors.
-        lost: the share of numbers other than zero that rounding makes zero, unless the format has a
-            rule against it.
+        median: the median error.
+        high: the 99th percentile.
+        largest: the largest error.
+        lost: the share of values other than zero that rounding makes zero, without the rule that
+            forbids it.
     """
 
     median: float
@@ -78,14 +78,14 @@ class Errors:
 
     @classmethod
     def of(cls, errors: Tensor, lost: Tensor) -> Errors:
-        """Of the error of each number, and whether it was lost."""
+        """Summarize the error of each value, and the mask of lost ones."""
         ordered = errors.flatten().sort().values
         median, high = (ordered[int(q * (len(ordered) - 1))].item() for q in (0.5, 0.99))
         return cls(median, high, ordered[-1].item(), lost.double().mean().item())
 
 
 def measure(unsigned: bool, blocks: int) -> Iterator[tuple[Candidate, list[Errors]]]:
-    """Stores moments in every way that there is.
+    """Store moments by every candidate.
 
     The moments are those after :data:`STEPS` steps, without bias. The error of a first moment is
     that of the update, |m' - m| over the root of v. The error of a second moment is
@@ -100,26 +100,26 @@ def measure(unsigned: bool, blocks: int) -> Iterator[tuple[Candidate, list[Error
     """
     shape = blocks, BLOCK
     drawn = []
-    for number, kind in enumerate(KINDS):
-        m, v = moments(kind, shape, SEED + number)
-        words = random_uint32(
-            torch.Size(shape), 0, step_seed(param_seed(SEED, number), 1), torch.device("cpu")
+    for index, kind in enumerate(KINDS):
+        m, v = moments(kind, shape, SEED + index)
+        random_bits = random_uint32(
+            torch.Size(shape), 0, step_seed(param_seed(SEED, index), 1), torch.device("cpu")
         )
-        drawn.append((m, v, words))
-    for candidate, careless in zip(
-        candidates(unsigned), candidates(unsigned, keeps=False), strict=True
+        drawn.append((m, v, random_bits))
+    for candidate, may_be_zero in zip(
+        candidates(unsigned), candidates(unsigned, never_zero=False), strict=True
     ):
         found = []
-        for m, v, words in drawn:
+        for m, v, random_bits in drawn:
             x = v if unsigned else m
-            read = candidate.store(x, words)
+            read = candidate.store(x, random_bits)
             errors = (read / v).log().abs() / 2 if unsigned else (read - m).abs() / v.sqrt()
-            found.append(Errors.of(errors, careless.store(x, words) == 0))
+            found.append(Errors.of(errors, may_be_zero.store(x, random_bits) == 0))
         yield candidate, found
 
 
 def moments(kind: Kind, shape: tuple[int, int], seed: int) -> tuple[Tensor, Tensor]:
-    """The averages of gradients and of their squares, without bias."""
+    """Return the averages of gradients and of their squares, without bias."""
     generator = torch.Generator().manual_seed(seed)
     scale = kind.scale(generator, shape)
     m, v = torch.zeros(2, *shape, dtype=torch.float64)

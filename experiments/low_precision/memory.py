@@ -1,4 +1,4 @@
-"""What training keeps for each parameter, measured from the tensors."""
+"""Memory per parameter in training, counted from the tensors."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ from collections.abc import Iterable
 import torch
 
 import stepforge
-from low_precision.training import ARMS, AT_RANDOM, BFLOAT16, INT8, OPTIMIZERS, SMALLEST, Arm
+from experiments.low_precision.training import (
+    AT_RANDOM,
+    BFLOAT16,
+    INT8,
+    OPTIMIZERS,
+    PRECISIONS,
+    SMALLEST,
+    Precision,
+)
 
-#: As torch.optim has it: moments in the dtype of the weights.
-PURE = Arm("bfloat16 weights and moments, as in torch.optim", {}, torch.bfloat16)
+#: As in torch.optim: moments in the dtype of the weights.
+PURE = Precision("bfloat16 weights and moments, as in torch.optim", {}, torch.bfloat16)
 COMBINATIONS = (
-    *ARMS[:3],
-    *(arm for arm in ARMS[3:] if arm is not SMALLEST),
-    Arm(
+    *PRECISIONS[:3],
+    *(precision for precision in PRECISIONS[3:] if precision is not SMALLEST),
+    Precision(
         "bfloat16 weights + 24 bits, bfloat16 moments",
         {**SMALLEST.options, **BFLOAT16.options},
         torch.bfloat16,
     ),
     SMALLEST,
-    Arm(
+    Precision(
         "bfloat16 weights, rounded at random, int8 moments",
         {**AT_RANDOM.options, **INT8.options},
         torch.bfloat16,
@@ -29,23 +37,25 @@ COMBINATIONS = (
 )
 
 
-def measure(optimizer: str, arm: Arm, shape: tuple[int, int] = (1024, 1024)) -> dict[str, float]:
-    """Bytes an element of a matrix after a step.
+def measure(
+    optimizer: str, precision: Precision, shape: tuple[int, int] = (1024, 1024)
+) -> dict[str, float]:
+    """Return the bytes per element of a matrix after a step.
 
     Args:
-        optimizer: its name.
-        arm: how weights and moments are stored.
-        shape: of the matrix.
+        optimizer: the name of the optimizer.
+        precision: the dtypes and formats of weights and moments.
+        shape: the shape of the matrix.
 
     Returns:
-        Those of the weight, of the gradient and of the state; and of all of them as "total".
+        The bytes of "weight", "gradient" and "state", and their sum as "total".
     """
-    p = torch.nn.Parameter(torch.ones(shape, dtype=arm.weights))
+    p = torch.nn.Parameter(torch.ones(shape, dtype=precision.weights))
     p.grad = torch.zeros_like(p)
-    stepper = getattr(stepforge, optimizer)([p], **arm.options)
+    stepper = getattr(stepforge, optimizer)([p], **precision.options)
     stepper.step()
     tensors = {"weight": [p], "gradient": [p.grad], "state": stepper.state[p].values()}
-    found = {name: _bytes(kept) / p.numel() for name, kept in tensors.items()}
+    found = {name: _bytes(group) / p.numel() for name, group in tensors.items()}
     return found | {"total": sum(found.values())}
 
 
@@ -54,8 +64,8 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def table() -> dict[str, dict[str, dict[str, float]]]:
-    """What :func:`measure` finds, by arm and optimizer."""
+    """Return the results of :func:`measure`, by precision and optimizer."""
     return {
-        arm.name: {optimizer: measure(optimizer, arm) for optimizer in OPTIMIZERS}
-        for arm in COMBINATIONS
+        precision.name: {optimizer: measure(optimizer, precision) for optimizer in OPTIMIZERS}
+        for precision in COMBINATIONS
     }

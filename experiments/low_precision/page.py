@@ -1,6 +1,6 @@
-"""The tables of docs/low-precision.md, and how they are put into its text.
+"""The generated parts of docs/low-precision.md.
 
-The text has a place for each table, between ``<!-- name -->`` and ``<!-- end of name -->``.
+The text marks each part's place by ``<!-- name -->`` and ``<!-- end of name -->``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from low_precision.candidates import Candidate
-from low_precision.errors import KINDS, Errors
-from low_precision.tracking import STREAMS, Track
-from low_precision.training import (
+from experiments.low_precision.candidates import Candidate
+from experiments.low_precision.errors import KINDS, Errors
+from experiments.low_precision.tracking import STREAMS, Track
+from experiments.low_precision.training import (
     FLOAT32,
-    Arm,
     Digits,
     LanguageModel,
     Outcome,
+    Precision,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "low-precision.md"
@@ -30,14 +30,14 @@ Experiment = LanguageModel | Digits
 
 
 def filled(text: str, tables: Mapping[str, str]) -> str:
-    """A text with its tables made new.
+    """Return a text with its generated parts replaced.
 
     Args:
-        text: a text with a place for each table.
-        tables: what belongs there.
+        text: the text, with a place for each part.
+        tables: the parts, by name.
 
     Raises:
-        ValueError: a table has no place, or a place no table.
+        ValueError: a part has no place, or a place no part.
     """
     places = re.findall(r"<!-- end of (.*?) -->", text)
     if sorted(places) != sorted(tables):
@@ -50,7 +50,7 @@ def filled(text: str, tables: Mapping[str, str]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown; the first column is text and the others are numbers."""
+    """Return a Markdown table; the first column is text, the others are figures."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
 
@@ -60,7 +60,7 @@ def _marked(candidate: Candidate) -> str:
 
 
 def round_trip(found: Iterable[tuple[Candidate, Sequence[Errors]]]) -> str:
-    """Errors of storing once."""
+    """Return the table of errors of storing once."""
 
     def cell(e: Errors) -> str:
         return f"{e.median:.3f} / {e.high:.3f} / {_short(e.largest)} / {e.lost:.1%}"
@@ -74,70 +74,77 @@ def _short(x: float) -> str:
 
 
 def tracking(tracks: Mapping[str, Sequence[Track]]) -> str:
-    """Errors of storing after every step."""
+    """Return the table of errors of storing after every step."""
     rows = [
-        [_marked(of_one[0].candidate), *(f"{track.error:.3f}" for track in of_one)]
-        for of_one in zip(*tracks.values(), strict=True)
+        [_marked(by_stream[0].candidate), *(f"{track.error:.3f}" for track in by_stream)]
+        for by_stream in zip(*tracks.values(), strict=True)
     ]
     return table(["", *tracks], rows)
 
 
 def kinds() -> str:
-    """What the blocks of the first table hold."""
+    """Return the list of distributions in :func:`round_trip`."""
     return "\n".join(f"- **{kind.name}**: {kind.meaning}" for kind in KINDS)
 
 
 def streams() -> str:
-    """What the runs of the second table average."""
+    """Return the list of gradient streams in :func:`tracking`."""
     return "\n".join(
         textwrap.fill(f"- **{s.name}**: {s.meaning}", 100, subsequent_indent="  ") for s in STREAMS
     )
 
 
 def machine(of: Mapping[str, str]) -> str:
-    """On what all of it was measured."""
+    """Return the line that describes the machine."""
     return ", ".join(f"{name} {value}" for name, value in of.items()) + "."
 
 
 def memory(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
-    """Bytes an element, by arm and optimizer."""
+    """Return the table of bytes per element, by precision and optimizer."""
     optimizers = list(next(iter(found.values())))
     rows = []
-    for arm, by_optimizer in found.items():
+    for precision, by_optimizer in found.items():
         adamw = by_optimizer["AdamW"]
         parts = [f"{adamw[name]:g}" for name in ("weight", "gradient")]
         states = [f"{by_optimizer[o]['state']:.2f}" for o in optimizers]
-        rows.append([arm, *parts, *states, f"**{adamw['total']:.2f}**"])
+        rows.append([precision, *parts, *states, f"**{adamw['total']:.2f}**"])
     return table(["", "weight", "gradient", *optimizers, "all, AdamW"], rows)
 
 
 def stalled(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Where weights are that began at 1."""
+    """Return the table of weights that began at 1."""
     optimizers = list(next(iter(found.values())))
-    rows = [[arm, *(f"{means[o]:.4f}" for o in optimizers)] for arm, means in found.items()]
+    rows = [
+        [precision, *(f"{means[o]:.4f}" for o in optimizers)] for precision, means in found.items()
+    ]
     return table(["", *optimizers], rows)
 
 
 # Training. ----------------------------------------------------------------------------------------
 
 
-def finals(outcomes: Outcomes, experiment: Experiment, optimizer: str, arm: Arm) -> list[float]:
-    """What was measured at the end of the run of each seed."""
-    return [outcomes[experiment.name, optimizer, arm.name, seed].final for seed in experiment.seeds]
+def finals(
+    outcomes: Outcomes, experiment: Experiment, optimizer: str, precision: Precision
+) -> list[float]:
+    """Return the final value of each seed's run."""
+    return [
+        outcomes[experiment.name, optimizer, precision.name, seed].final
+        for seed in experiment.seeds
+    ]
 
 
 def spread(outcomes: Outcomes, experiment: Experiment, optimizer: str) -> float:
-    """By how much float32 differs between seeds: the largest final value less the smallest."""
+    """Return the spread of float32 over seeds: the largest final value minus the smallest."""
     values = finals(outcomes, experiment, optimizer, FLOAT32)
     return max(values) - min(values)
 
 
 def differences(
-    outcomes: Outcomes, experiment: Experiment, optimizer: str, arm: Arm
+    outcomes: Outcomes, experiment: Experiment, optimizer: str, precision: Precision
 ) -> list[float]:
-    """An arm's final values less those of float32 with the same seed."""
+    """Return a precision's final values minus those of float32 with the same seed."""
     pairs = zip(
-        finals(outcomes, experiment, optimizer, arm),
+        finals(outcomes, experiment, optimizer, precision),
         finals(outcomes, experiment, optimizer, FLOAT32),
         strict=True,
     )
@@ -145,7 +152,7 @@ def differences(
 
 
 def training(outcomes: Outcomes, experiment: Experiment, digits: int) -> str:
-    """Final values: float32 and its spread, then every other arm's difference from it."""
+    """Return the table of final values: float32, its spread, and differences of the others."""
     optimizers = experiment.optimizers
     means = [statistics.mean(finals(outcomes, experiment, o, FLOAT32)) for o in optimizers]
     spreads = [spread(outcomes, experiment, o) for o in optimizers]
@@ -153,38 +160,38 @@ def training(outcomes: Outcomes, experiment: Experiment, digits: int) -> str:
         ["float32, mean", *(f"{x:.{digits}f}" for x in means)],
         ["float32, spread over seeds", *(f"{x:.{digits}f}" for x in spreads)],
     ]
-    for arm in experiment.arms[1:]:
-        found = [differences(outcomes, experiment, o, arm) for o in optimizers]
+    for precision in experiment.precisions[1:]:
+        found = [differences(outcomes, experiment, o, precision) for o in optimizers]
         rows.append(
-            [arm.name]
+            [precision.name]
             + [f"{statistics.mean(d):+.{digits}f} ({max(map(abs, d)):.{digits}f})" for d in found]
         )
     return table(["", *optimizers], rows)
 
 
 def verdict(outcomes: Outcomes, experiment: Experiment) -> str:
-    """Which arms are within the spread of float32, and by how much."""
+    """Return the list of differences in spreads of float32, one line per precision."""
     lines = []
-    for arm in experiment.arms[1:]:
+    for precision in experiment.precisions[1:]:
         ratios = {
-            o: abs(statistics.mean(differences(outcomes, experiment, o, arm)))
+            o: abs(statistics.mean(differences(outcomes, experiment, o, precision)))
             / spread(outcomes, experiment, o)
             for o in experiment.optimizers
         }
         worst = max(ratios, key=ratios.__getitem__)
         within = sum(ratio <= 1 for ratio in ratios.values())
         lines.append(
-            f"- {arm.name}: within the spread for {within} of {len(ratios)}; at most "
+            f"- {precision.name}: within the spread for {within} of {len(ratios)}; at most "
             f"{ratios[worst]:.2f} of it ({worst})"
         )
     return "\n".join(lines)
 
 
 def small_rate(outcomes: Outcomes, experiment: LanguageModel) -> str:
-    """Final losses with a small learning rate, by seed."""
+    """Return the table of final losses with a small learning rate, by seed."""
     (optimizer,) = experiment.optimizers
     rows = [
-        [arm.name, *(f"{x:.4f}" for x in finals(outcomes, experiment, optimizer, arm))]
-        for arm in experiment.arms
+        [precision.name, *(f"{x:.4f}" for x in finals(outcomes, experiment, optimizer, precision))]
+        for precision in experiment.precisions
     ]
     return table(["", *(f"seed {seed}" for seed in experiment.seeds)], rows)

@@ -1,4 +1,4 @@
-"""The pictures of docs/low-precision.md: on paper of their own, so that any background will do."""
+"""The pictures of docs/low-precision.md, with a background of their own to suit any page."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from low_precision.candidates import BFLOAT16, CHOSEN, NEAREST, RANDOM, Candidate, candidates
-from low_precision.tracking import Track
-from low_precision.training import (
+from experiments.low_precision.candidates import (
+    BFLOAT16,
+    CHOSEN,
+    NEAREST,
+    RANDOM,
+    Candidate,
+    candidates,
+)
+from experiments.low_precision.tracking import Track
+from experiments.low_precision.training import (
     AT_RANDOM,
     BITS_24,
     FLOAT32,
@@ -73,13 +80,13 @@ _CURVES = {"linear": _GREY, "fourth root": _GREEN, "dynamic map": _ORANGE, CHOSE
 
 
 def round_trip() -> Path:
-    """The error of numbers by how far they are below the largest of their block."""
+    """Draw the error of values by their distance below the largest of their block."""
     octaves = torch.linspace(0, 40, 4000, dtype=torch.float64)
 
     def panel(axes: Axes, unsigned: bool) -> None:
-        for curve, colour in _CURVES.items():
-            candidate = _of_curve(unsigned, curve)
-            axes.plot(octaves, _envelope(_errors(candidate, octaves)), color=colour, label=curve)
+        for curve, color in _CURVES.items():
+            candidate = _candidate(unsigned, curve)
+            axes.plot(octaves, _envelope(_errors(candidate, octaves)), color=color, label=curve)
         axes.set_title("second moments" if unsigned else "first moments")
         axes.set_yscale("log")
         axes.set_ylim(1e-3, 1.5)
@@ -97,22 +104,22 @@ def round_trip() -> Path:
     return _draw("low-precision-round-trip", (8.4, 3.1), draw)
 
 
-def _of_curve(unsigned: bool, curve: str) -> Candidate:
-    """The candidate that rounds to nearest, or the library's own."""
+def _candidate(unsigned: bool, curve: str) -> Candidate:
+    """Return the library's candidate for a curve, or else the one that rounds to nearest."""
     found = [c for c in candidates(unsigned) if c.curve == curve]
     return next((c for c in found if c.chosen), found[0])
 
 
 def _errors(candidate: Candidate, octaves: Tensor) -> Tensor:
-    """The relative error of single numbers, each in a block with a 1."""
+    """Return the relative error of single values, each in a block with a 1."""
     blocks = torch.zeros(len(octaves), BLOCK, dtype=torch.float64)
     blocks[:, 0], blocks[:, 1] = 1.0, 2.0**-octaves
-    words = random_uint32(blocks.shape, 0, 1, torch.device("cpu"))
-    return (candidate.store(blocks, words)[:, 1] / blocks[:, 1] - 1).abs()
+    random_bits = random_uint32(blocks.shape, 0, 1, torch.device("cpu"))
+    return (candidate.store(blocks, random_bits)[:, 1] / blocks[:, 1] - 1).abs()
 
 
 def _envelope(errors: Tensor, width: int = 120) -> Tensor:
-    """The largest error nearby."""
+    """Return the largest error nearby."""
     padded = torch.nn.functional.pad(errors, (width, width))
     return padded.unfold(0, 2 * width + 1, 1).amax(1)
 
@@ -130,19 +137,19 @@ _TRACKED = {
 
 
 def tracking(tracks: Mapping[str, Sequence[Track]]) -> Path:
-    """By which factor the root of a second moment is wrong over a run.
+    """Draw the error of the root of a second moment over a run.
 
     Args:
-        tracks: what became of each candidate, by the name of the stream.
+        tracks: the tracks of all candidates, by the name of the stream.
     """
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(tracks), sharey=True)
         for axes, (stream, found) in zip(panels, tracks.items(), strict=True):
             by_name = {track.candidate.name: track for track in found}
-            for name, (colour, style) in _TRACKED.items():
+            for name, (color, style) in _TRACKED.items():
                 steps, errors = zip(*by_name[name].errors)
-                axes.plot(steps, errors, color=colour, linestyle=style, label=name)
+                axes.plot(steps, errors, color=color, linestyle=style, label=name)
             axes.set_title(stream)
             axes.set_yscale("log")
             axes.set_ylim(5e-3, 3)
@@ -165,7 +172,7 @@ _SHOWN = {
 
 
 def training(outcomes: Mapping[Any, Outcome], experiment: LanguageModel) -> Path:
-    """The loss of each optimizer, and below it the difference from the run in float32."""
+    """Draw the loss of each optimizer, and below it the difference from the run in float32."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(
@@ -179,11 +186,11 @@ def training(outcomes: Mapping[Any, Outcome], experiment: LanguageModel) -> Path
             difference.fill_between(
                 steps, spread.amin(0), spread.amax(0), color=_GRID, label="seeds of float32"
             )
-            for arm, (colour, style) in _SHOWN.items():
-                losses = _losses(outcomes, experiment, optimizer, arm)
-                line = {"color": colour, "linestyle": style, "linewidth": 1.2}
-                loss.plot(steps, losses.mean(0), label=arm, **line)
-                if arm != FLOAT32.name:
+            for precision, (color, style) in _SHOWN.items():
+                losses = _losses(outcomes, experiment, optimizer, precision)
+                line = {"color": color, "linestyle": style, "linewidth": 1.2}
+                loss.plot(steps, losses.mean(0), label=precision, **line)
+                if precision != FLOAT32.name:
                     difference.plot(steps, (losses - reference).mean(0), **line)
             loss.set_title(optimizer)
             difference.set_xlabel("steps")
@@ -206,16 +213,16 @@ _AT_SMALL_RATE = {
 
 
 def small_rate(outcomes: Mapping[Any, Outcome], experiment: LanguageModel) -> Path:
-    """The loss with a learning rate that is small beside a bfloat16's last bit."""
+    """Draw the loss with a learning rate that is small next to a bfloat16's last bit."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for arm, (colour, style) in _AT_SMALL_RATE.items():
-            for number, seed in enumerate(experiment.seeds):
-                curve = outcomes[experiment.name, experiment.optimizers[0], arm, seed].curve
+        for precision, (color, style) in _AT_SMALL_RATE.items():
+            for index, seed in enumerate(experiment.seeds):
+                curve = outcomes[experiment.name, experiment.optimizers[0], precision, seed].curve
                 axes.plot(
-                    *zip(*curve), color=colour, linestyle=style, linewidth=1.3,
-                    label=None if number else arm,
+                    *zip(*curve), color=color, linestyle=style, linewidth=1.3,
+                    label=None if index else precision,
                 )  # fmt: skip
         axes.set_xlabel("steps")
         axes.set_ylabel("validation loss (bits per byte)")
@@ -225,11 +232,11 @@ def small_rate(outcomes: Mapping[Any, Outcome], experiment: LanguageModel) -> Pa
 
 
 def _losses(
-    outcomes: Mapping[Any, Outcome], experiment: LanguageModel, optimizer: str, arm: str
+    outcomes: Mapping[Any, Outcome], experiment: LanguageModel, optimizer: str, precision: str
 ) -> Tensor:
-    """Of shape (seeds, validations)."""
+    """Return the validation losses, of shape (seeds, validations)."""
     curves = [
-        [value for _, value in outcomes[experiment.name, optimizer, arm, seed].curve]
+        [value for _, value in outcomes[experiment.name, optimizer, precision, seed].curve]
         for seed in experiment.seeds
     ]
     return torch.tensor(curves, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The error of a moment that is stored after every step, over thousands of steps.
 
-An average of squares moves by a thousandth of its distance from the new square, which is far less
-than the step between two codes. What the format makes of that is seen only over many steps.
+An average of squares moves by a thousandth of its distance from the new square, far less than the
+step between two codes. The effect of a format on that shows only over many steps.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from low_precision.candidates import Candidate, candidates
-from low_precision.errors import BETA1, BETA2, SEED
+from experiments.low_precision.candidates import Candidate, candidates
+from experiments.low_precision.errors import BETA1, BETA2, SEED
 from stepforge.formats import BLOCK, param_seed, random_uint32, step_seed
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Gradients over a run, of an element each of a size of its own that changes.
+    """Gradients over a run. Each element has a size of its own, which changes.
 
     Attributes:
-        name: for tables.
-        meaning: for people.
+        name: its name in tables.
+        meaning: its description on the page.
         spread: the standard deviation of the logarithms of the sizes.
-        decades: over how many powers of ten they are spread evenly beside that.
-        drift: the standard deviation of what is added to the logarithms over the run.
-        fall: how many powers of ten all sizes lose over the run.
-        is_heavy: whether each gradient has another size still, log-normal.
+        decades: the powers of ten over which sizes are also spread evenly.
+        drift: the standard deviation of the change of the logarithms over the run.
+        fall: the powers of ten by which all sizes shrink over the run.
+        is_heavy: True to multiply each single gradient by a log-normal factor too.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stream:
     is_heavy: bool = False
 
 
-#: The part of a run after which sizes change no more.
+#: The fraction of a run after which sizes stay constant.
 SETTLED = 0.6
 
 STREAMS = (
@@ -71,7 +71,7 @@ STREAMS = (
 
 
 def gradients(stream: Stream, steps: int, elements: int, seed: int) -> Iterator[Tensor]:
-    """The gradients of every step, float64 of shape (elements,)."""
+    """Yield the gradients of every step, float64 of shape (elements,)."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal() -> Tensor:
@@ -91,9 +91,9 @@ class Track:
     """A moment that is stored after every step.
 
     Attributes:
-        candidate: how.
-        read: what was read back last.
-        errors: pairs of a step and the root of the mean squared error after it.
+        candidate: the way to store it.
+        read: the values as last read back.
+        errors: pairs of a step and the root mean square error after it.
         biases: pairs of a step and the mean error after it, with its sign.
     """
 
@@ -108,7 +108,7 @@ class Track:
         return sum(error for _, error in self.errors) / len(self.errors)
 
 
-#: Errors are taken every so many steps, from the one on which the average is made of gradients.
+#: Errors are taken every 50 steps from step 300 on, when gradients dominate the average.
 EVERY, FROM = 50, 300
 
 
@@ -118,36 +118,36 @@ def measure(
     elements: int,
     *,
     unsigned: bool,
-    chosen: Sequence[Candidate] | None = None,
+    only: Sequence[Candidate] | None = None,
     seed: int = SEED,
 ) -> list[Track]:
-    """Averages a stream of gradients, stored in every way that there is.
+    """Average a stream of gradients, stored by every candidate.
 
     Args:
         stream: the gradients.
-        steps: how many.
-        elements: of the moment; a multiple of 128.
-        unsigned: True for the average of squares, whose error is log(v' / v) / 2; False for that of
-            gradients, whose error is (m' - m) over the root of v.
-        chosen: the ways to store it; None for all.
-        seed: of the gradients and of random rounding.
+        steps: how many steps.
+        elements: the size of the moment, a multiple of 128.
+        unsigned: True for the average of squares, with the error log(v' / v) / 2; False for the
+            average of gradients, with the error (m' - m) over the root of v.
+        only: the candidates to measure; None for all.
+        seed: the seed of the gradients and of random rounding.
 
     Returns:
-        What became of each.
+        The track of each candidate.
     """
     m, v = torch.zeros(2, elements, dtype=torch.float64)
     rate = 1 - (BETA2 if unsigned else BETA1)
-    ways = candidates(unsigned) if chosen is None else chosen
-    tracks = [Track(candidate, torch.zeros(elements, dtype=torch.float64)) for candidate in ways]
+    measured = candidates(unsigned) if only is None else only
+    tracks = [Track(each, torch.zeros(elements, dtype=torch.float64)) for each in measured]
     for step, g in enumerate(gradients(stream, steps, elements, seed), 1):
         m, v = m + (g - m) * (1 - BETA1), v + (g * g - v) * (1 - BETA2)
         new = g * g if unsigned else g
-        words = random_uint32(
+        random_bits = random_uint32(
             g.view(-1, BLOCK).shape, 0, step_seed(param_seed(seed, 0), step), torch.device("cpu")
         )
         for track in tracks:
             moved = track.read + (new - track.read) * rate
-            track.read = track.candidate.store(moved.view(-1, BLOCK), words).view(-1)
+            track.read = track.candidate.store(moved.view(-1, BLOCK), random_bits).view(-1)
         if step >= FROM and step % EVERY == 0:
             for track in tracks:
                 wrong = (track.read / v).log() / 2 if unsigned else (track.read - m) / v.sqrt()

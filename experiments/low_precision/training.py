@@ -1,8 +1,8 @@
-"""Real training: the language model of examples/ and the demo's digits, in several precisions.
+"""Training in several precisions: the language model of examples/ and the demo's digits.
 
-Runs with the same seed begin with the same weights and see the same text, so that they can be
-compared in pairs. Where weights have 16 bits, the model computes in float32 with the weights as
-they are stored: nothing but storage differs between two runs.
+Runs with the same seed start from the same weights and see the same text, so they can be compared
+in pairs. With 16-bit weights the model still computes in float32, on the rounded weights: two runs
+differ in storage alone.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ import language_model
 
 RESULTS = Path(__file__).with_name("results.json")
 
-#: Adagrad begins with its largest steps; at the example's rate seeds differ by a tenth of the loss.
+#: Adagrad starts with its largest steps: at the example's rate, seeds differ by 10% of the loss.
 LEARNING_RATES = language_model.LEARNING_RATES | {"Adagrad": 1e-2}
 OPTIMIZERS = tuple(LEARNING_RATES)
 SEEDS = (0, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
-    """One way to store what training keeps.
+class Precision:
+    """The dtypes and formats of weights and moments.
 
     Attributes:
-        name: for tables and legends.
-        options: what the optimizer is given.
+        name: its name in tables and legends.
+        options: the options of the optimizer.
         weights: the dtype of the parameters.
     """
 
@@ -53,57 +53,57 @@ class Arm:
     weights: torch.dtype = torch.float32
 
 
-#: With weights of 16 bits, moments are in float32 unless the name says otherwise.
+#: With 16-bit weights, moments are in float32 unless the name says otherwise.
 _FULL_MOMENTS: dict[str, Any] = {"state_format": "float32"}
-FLOAT32 = Arm("float32")
-INT8 = Arm("int8 moments", {"state_format": "int8"})
-BFLOAT16 = Arm("bfloat16 moments", {"state_format": "bfloat16"})
-PLAIN = Arm("bfloat16 weights", _FULL_MOMENTS, torch.bfloat16)
-AT_RANDOM = Arm(
+FLOAT32 = Precision("float32")
+INT8 = Precision("int8 moments", {"state_format": "int8"})
+BFLOAT16 = Precision("bfloat16 moments", {"state_format": "bfloat16"})
+PLAIN = Precision("bfloat16 weights", _FULL_MOMENTS, torch.bfloat16)
+AT_RANDOM = Precision(
     "bfloat16 weights, rounded at random",
     _FULL_MOMENTS | {"stochastic_rounding": True},
     torch.bfloat16,
 )
-BITS_24 = Arm(
+BITS_24 = Precision(
     "bfloat16 weights + 24 bits", _FULL_MOMENTS | {"master_weight_bits": 24}, torch.bfloat16
 )
-BITS_32 = Arm(
+BITS_32 = Precision(
     "bfloat16 weights + 32 bits", _FULL_MOMENTS | {"master_weight_bits": 32}, torch.bfloat16
 )
-SMALLEST = Arm(
+SMALLEST = Precision(
     "bfloat16 weights + 24 bits, int8 moments",
     {"state_format": "int8", "master_weight_bits": 24},
     torch.bfloat16,
 )
-ARMS = (FLOAT32, INT8, BFLOAT16, BITS_32, BITS_24, SMALLEST, AT_RANDOM, PLAIN)
+PRECISIONS = (FLOAT32, INT8, BFLOAT16, BITS_32, BITS_24, SMALLEST, AT_RANDOM, PLAIN)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one run went.
+    """The result of one run.
 
     Attributes:
         experiment: the name of the experiment.
         optimizer: the name of the optimizer.
-        arm: the name of the arm.
-        seed: of the initial weights and of the order of what is learned.
-        curve: pairs of a number of steps or epochs and what was measured after them.
+        precision: the name of the precision.
+        seed: the seed of the initial weights and of the order of the data.
+        curve: pairs of a step or epoch and the loss or accuracy after it.
     """
 
     experiment: str
     optimizer: str
-    arm: str
+    precision: str
     seed: int
     curve: tuple[tuple[int, float], ...]
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What tells it from other runs."""
-        return self.experiment, self.optimizer, self.arm, self.seed
+        """The four values that identify the run."""
+        return self.experiment, self.optimizer, self.precision, self.seed
 
     @property
     def final(self) -> float:
-        """What was measured in the end."""
+        """The last loss or accuracy."""
         _, value = self.curve[-1]
         return value
 
@@ -111,80 +111,80 @@ class Outcome:
 # The language model. ------------------------------------------------------------------------------
 
 
-class StoredRun(language_model.Run):
-    """A run of the example, of which the optimizer keeps the weights in a dtype of its own."""
+class LowPrecisionRun(language_model.Run):
+    """A run of the example whose optimizer steps a copy of the weights in another dtype."""
 
     def __init__(self, config: language_model.Config, dtype: torch.dtype) -> None:
-        # Options for weights of 16 bits are refused for the float32 ones that the model has.
+        # Options for 16-bit weights are refused for the model's own weights, which are float32.
         super().__init__(dataclasses.replace(config, options={}))
         self.config = config
-        self.stored = copy.deepcopy(self.model).to(dtype)
-        self.optimizer = language_model.make_optimizer(self.stored, config)
+        self.low_precision = copy.deepcopy(self.model).to(dtype)
+        self.optimizer = language_model.make_optimizer(self.low_precision, config)
         self.scheduler = language_model.make_scheduler(self.optimizer, config)
-        self.optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
-        self.optimizer.register_step_post_hook(lambda *_: self._give_weights())
-        self._give_weights()
+        self.optimizer.register_step_pre_hook(lambda *_: self._round_gradients())
+        self.optimizer.register_step_post_hook(lambda *_: self._copy_weights_back())
+        self._copy_weights_back()
 
     def _pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
-        return zip(self.stored.parameters(), self.model.parameters(), strict=True)
+        return zip(self.low_precision.parameters(), self.model.parameters(), strict=True)
 
-    def _take_gradients(self) -> None:
-        for stored, p in self._pairs():
-            stored.grad = p.grad.to(stored.dtype) if p.grad is not None else None
+    def _round_gradients(self) -> None:
+        for low, p in self._pairs():
+            low.grad = p.grad.to(low.dtype) if p.grad is not None else None
             p.grad = None
 
     @torch.no_grad()
-    def _give_weights(self) -> None:
-        for stored, p in self._pairs():
-            p.copy_(stored)
+    def _copy_weights_back(self) -> None:
+        for low, p in self._pairs():
+            p.copy_(low)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Trains the example's model.
+    """An experiment that trains the example's model.
 
     Attributes:
-        name: of the experiment.
-        config: what all runs share.
+        name: the name of the experiment.
+        config: the configuration that all runs share.
         optimizers: the names of the optimizers.
-        arms: the arms.
+        precisions: the precisions.
         seeds: the seeds.
     """
 
     name: str
     config: language_model.Config
     optimizers: Sequence[str] = OPTIMIZERS
-    arms: Sequence[Arm] = ARMS
+    precisions: Sequence[Precision] = PRECISIONS
     seeds: Sequence[int] = SEEDS
 
     def expected(self) -> Iterator[tuple[str, str, str, int]]:
-        """The runs there should be."""
+        """Yield the key of every run."""
         for seed in self.seeds:
             for optimizer in self.optimizers:
-                for arm in self.arms:
-                    yield self.name, optimizer, arm.name, seed
+                for precision in self.precisions:
+                    yield self.name, optimizer, precision.name, seed
 
-    def run(self, optimizer: str, arm: str, seed: int) -> list[Outcome]:
-        """Trains once."""
-        chosen = next(a for a in self.arms if a.name == arm)
+    def run(self, optimizer: str, precision: str, seed: int) -> list[Outcome]:
+        """Train once."""
+        chosen = next(a for a in self.precisions if a.name == precision)
         config = dataclasses.replace(
             self.config,
             optimizer=optimizer,
             options=dict(chosen.options),
             seed=seed,
             lr=self.config.lr or LEARNING_RATES[optimizer],
-            # The others would add it to gradients, of which it then is the larger part.
+            # The others would add it to the gradients, where it would dominate.
             weight_decay=self.config.weight_decay if optimizer == "AdamW" else 0.0,
         )
-        run = StoredRun(config, chosen.weights)
+        run = LowPrecisionRun(config, chosen.weights)
         for _ in range(config.steps):
             run.step()
         curve = tuple((step, round(loss, 5)) for step, loss in run.curve.validation)
-        return [Outcome(self.name, optimizer, arm, seed, curve)]
+        return [Outcome(self.name, optimizer, precision, seed, curve)]
 
 
 def coded_share(config: language_model.Config) -> float:
-    """The share of the model's elements whose moments have 8 bits if the group asks for int8."""
+    """Return the share of the model's elements with 8-bit moments under ``state_format="int8"``."""
     run = language_model.Run(dataclasses.replace(config, options=dict(INT8.options)))
     for p in run.model.parameters():
         p.grad = torch.zeros_like(p)
@@ -198,31 +198,33 @@ def coded_share(config: language_model.Config) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """Trains the demo's network, all arms of an optimizer in lockstep.
+    """An experiment that trains the demo's network, all precisions of an optimizer in lockstep.
 
     Attributes:
-        name: of the experiment.
-        epochs: how often to go through the training images.
+        name: the name of the experiment.
+        epochs: passes over the training images.
         optimizers: the names of the optimizers.
-        arms: the arms, with weights in float32.
+        precisions: the precisions, with weights in float32.
         seeds: the seeds.
     """
 
     name: str = "digits"
     epochs: int = 15
     optimizers: Sequence[str] = OPTIMIZERS
-    arms: Sequence[Arm] = (FLOAT32, INT8)
+    precisions: Sequence[Precision] = (FLOAT32, INT8)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
 
     def expected(self) -> Iterator[tuple[str, str, str, int]]:
-        """The runs there should be, one for all arms of an optimizer and a seed."""
+        """Yield the key of every run; one run trains all precisions of an optimizer and seed."""
         for seed in self.seeds:
             for optimizer in self.optimizers:
-                yield self.name, optimizer, self.arms[0].name, seed
+                yield self.name, optimizer, self.precisions[0].name, seed
 
     def run(self, optimizer: str, _: str, seed: int) -> list[Outcome]:
-        """Trains all arms."""
-        arms = [lockstep.Arm(arm.name, arm.name, partial(_make, arm)) for arm in self.arms]
+        """Train with all precisions."""
+        arms = [
+            lockstep.Arm(each.name, each.name, partial(_make, each)) for each in self.precisions
+        ]
         result = lockstep.train(
             digits.load_digits(), optimizer, digits.LEARNING_RATES[optimizer], arms, arms[0],
             epochs=self.epochs, seed=seed,
@@ -233,12 +235,14 @@ class Digits:
         ]
 
 
-def _make(arm: Arm, name: str, params: Iterable[Tensor], lr: float) -> torch.optim.Optimizer:
-    optimizer: torch.optim.Optimizer = getattr(stepforge, name)(params, lr=lr, **arm.options)
+def _make(
+    precision: Precision, name: str, params: Iterable[Tensor], lr: float
+) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = getattr(stepforge, name)(params, lr=lr, **precision.options)
     return optimizer
 
 
-# All of it. ---------------------------------------------------------------------------------------
+# All experiments. ---------------------------------------------------------------------------------
 
 LANGUAGE = LanguageModel(
     "language model",
@@ -247,12 +251,12 @@ LANGUAGE = LanguageModel(
         validate_every=50, validation_batches=32,
     ),
 )  # fmt: skip
-#: The weights of the layer norms are 1, and most others about 0.02.
+#: The weights of layer norms are 1, most others about 0.02.
 SMALL_RATE = LanguageModel(
     "small learning rate",
     dataclasses.replace(LANGUAGE.config, lr=3e-5),
     optimizers=("AdamW",),
-    arms=(FLOAT32, BITS_24, AT_RANDOM, PLAIN),
+    precisions=(FLOAT32, BITS_24, AT_RANDOM, PLAIN),
 )
 DIGITS = Digits()
 EXPERIMENTS: Mapping[str, LanguageModel | Digits] = {
@@ -261,7 +265,7 @@ EXPERIMENTS: Mapping[str, LanguageModel | Digits] = {
 
 
 def machine() -> dict[str, str]:
-    """What the numbers depend on beside the code."""
+    """Return what results depend on besides the code."""
     return {
         "stepforge": stepforge.__version__,
         "torch": torch.__version__,
@@ -271,7 +275,7 @@ def machine() -> dict[str, str]:
 
 
 def load(path: Path = RESULTS) -> dict[tuple[str, str, str, int], Outcome]:
-    """The runs that a file holds; none if there is no file."""
+    """Return the runs in a file; none if it does not exist."""
     if not path.exists():
         return {}
     runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
@@ -280,7 +284,7 @@ def load(path: Path = RESULTS) -> dict[tuple[str, str, str, int], Outcome]:
 
 
 def save(outcomes: Mapping[Any, Outcome], path: Path = RESULTS) -> None:
-    """Writes runs, one a line."""
+    """Write runs to a file, one per line."""
     ordered = sorted(outcomes.values(), key=lambda outcome: outcome.key)
     lines = ",\n".join(json.dumps(dataclasses.asdict(outcome)) for outcome in ordered)
     text = f'{{"machine": {json.dumps(machine())},\n"runs": [\n{lines}\n]}}\n'
@@ -290,8 +294,8 @@ def save(outcomes: Mapping[Any, Outcome], path: Path = RESULTS) -> None:
 def _outcomes_of(
     experiment: LanguageModel | Digits, key: tuple[str, str, str, int]
 ) -> list[Outcome]:
-    _, optimizer, arm, seed = key
-    return experiment.run(optimizer, arm, seed)
+    _, optimizer, precision, seed = key
+    return experiment.run(optimizer, precision, seed)
 
 
 def train_missing(
@@ -300,13 +304,13 @@ def train_missing(
     path: Path = RESULTS,
     report: Callable[[str], None] = lambda _: None,
 ) -> dict[tuple[str, str, str, int], Outcome]:
-    """Trains what a file does not hold yet, and adds it.
+    """Train the runs that a file lacks, and add them to it.
 
     Args:
         processes: how many runs at a time, each on one thread.
-        experiments: what there should be.
+        experiments: the experiments whose runs the file should have.
         path: the file.
-        report: is told of each run that is done.
+        report: called with a line of text after each run.
 
     Returns:
         All runs.
@@ -325,6 +329,6 @@ def train_missing(
             outcomes |= {outcome.key: outcome for outcome in future.result()}
             save(outcomes, path)
             seconds = time.perf_counter() - start
-            what = ", ".join(map(str, pending[future]))
-            report(f"{done} of {len(missing)} after {seconds:.0f} s: {what}")
+            name = ", ".join(map(str, pending[future]))
+            report(f"{done} of {len(missing)} after {seconds:.0f} s: {name}")
     return outcomes

@@ -16,9 +16,9 @@ from stepforge.backends.spec import KernelSpec, arithmetic_of
 from stepforge.cli import make_app, variants
 from stepforge.cli.variants import sources
 from stepforge.state.layout import state_layout
+from tests.backends.graphs import c_of, graph_of
+from tests.backends.native.faults import bears_its_digest, executable
 from tests.conformance.table import OPTIMIZERS, VARIANTS
-from tests.native.faults import bears_its_digest, executable
-from tests.native.graphs import c_of, graph_of
 
 ISA = build.instruction_set()
 NAME = ISA or "plain"

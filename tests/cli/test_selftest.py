@@ -30,8 +30,8 @@ from stepforge.cli import make_app, selftest
 from stepforge.cli.measure import OPTIMIZERS
 from stepforge.cli.selftest.cases import FACTORS, GROUPS, LARGE, STEPS, Case, cases, values
 from stepforge.cli.selftest.compare import bits, outcomes
-from tests.native.faults import executable
-from tests.triton.kernels import by_kernels_only
+from tests.backends.native.faults import executable
+from tests.backends.triton.kernels import by_kernels_only
 
 CPU = torch.device("cpu")
 #: The optimizers of which a test steps the cases if it need not step all.

@@ -54,12 +54,12 @@ OPTIMIZERS = {name: Twins.of(cls) for name, cls in ALL.items()}
 BACKENDS = {
     name: {"STEPFORGE_BACKEND": name}
     for name in backends.BACKENDS
-    # Compiled kernels of Triton serve no CPU, and these tests run on the CPU. tests/triton runs
-    # such cases on a GPU.
+    # Compiled kernels of Triton serve no CPU, and these tests run on the CPU.
+    # tests/backends/triton runs such cases on a GPU.
     if name != "triton" or is_interpreted()
 }
 #: The backends that take microseconds for a small step. Triton's interpreter takes milliseconds, so
-#: only samples of the tests run it: here, in tests/triton and among the examples.
+#: only samples of the tests run it: here, in tests/backends/triton and among the examples.
 FAST = [name for name in BACKENDS if name != "triton"]
 #: The arguments by which a user chooses a backend, or none.
 FLAGS: dict[str, dict[str, bool]] = {

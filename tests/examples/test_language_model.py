@@ -24,19 +24,19 @@ TINY = Config(
 )  # fmt: skip
 
 
-def bits_of(run: Run) -> dict[str, torch.Tensor]:
-    """Every number that the run would go on with."""
-    numbers = {name: p.detach() for name, p in run.model.named_parameters()}
+def tensors_of(run: Run) -> dict[str, torch.Tensor]:
+    """Return all parameters and their states, by name."""
+    tensors = {name: p.detach() for name, p in run.model.named_parameters()}
     for name, p in run.model.named_parameters():
-        numbers |= {f"{name}.{key}": value for key, value in run.optimizer.state[p].items()}
-    return numbers
+        tensors |= {f"{name}.{key}": value for key, value in run.optimizer.state[p].items()}
+    return tensors
 
 
 def assert_same_run(a: Run, b: Run) -> None:
     assert a.curve == b.curve
-    mine, others = bits_of(a), bits_of(b)
-    assert mine.keys() == others.keys()
-    assert all(torch.equal(mine[name], others[name]) for name in mine)
+    tensors, others = tensors_of(a), tensors_of(b)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     assert torch.equal(a.order.get_state(), b.order.get_state())
     assert a.scheduler.get_last_lr() == b.scheduler.get_last_lr()
 
@@ -45,11 +45,11 @@ def assert_same_run(a: Run, b: Run) -> None:
 def test_it_learns(optimizer: str) -> None:
     run = train(dataclasses.replace(TINY, optimizer=optimizer, steps=60, validate_every=60))
 
-    # Untrained, each of 256 bytes is about as likely: 8 bits.
+    # To an untrained model, all 256 bytes are about equally likely: 8 bits.
     assert run.curve.train[0] == pytest.approx(8, abs=0.2)
     [(step, loss)] = run.curve.validation
     assert step == 60
-    assert loss < 7.5  # RAdam has hardly left its own warm-up; the others are below 6
+    assert loss < 7.5  # RAdam has barely finished its own warm-up; the others are below 6
 
 
 @pytest.mark.parametrize("optimizer", LEARNING_RATES)
@@ -57,10 +57,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(optimizer: str, tmp_path: Pat
     config = dataclasses.replace(TINY, optimizer=optimizer)
     uninterrupted = train(config)
 
-    # Once in the warm-up and once after it, each time off the rhythm of validations.
+    # Stop once during the warm-up and once after it, each time between validations.
     path = tmp_path / "run.pt"
     train(config, checkpoint=path, until=2)
-    torch.rand(7)  # whatever else draws random numbers must not matter
+    torch.rand(7)  # other users of the global generator must not matter
     train(config, checkpoint=path, resume=True, until=7)
     resumed = train(config, checkpoint=path, resume=True)
 
@@ -90,7 +90,7 @@ def test_torch_optim_learns_the_same(optimizer: str) -> None:
         for library in ("stepforge", "torch")
     )
 
-    # Float32 rounding, of which the first steps of training make little.
+    # Both round to float32, and the first steps of training amplify that little.
     assert ours.train == pytest.approx(theirs.train, rel=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_the_command_line_runs_as_a_script() -> None:
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # other tests run beside it
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # other tests run at the same time
     )
 
     assert done.returncode == 0, done.stderr

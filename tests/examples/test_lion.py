@@ -1,6 +1,6 @@
-"""examples/lion.py: a rule that the library has never seen gets all that its own rules have.
+"""examples/lion.py: a new rule gets every feature of the built-in rules.
 
-Oracles: the paper's formula in plain float64 torch and in Python numbers; the reference backend.
+Oracles: the paper's formula in plain float64 torch and in Python floats; the reference backend.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = [(33,), (5, 3), ()]
 def trained(
     steps: int, dtype: torch.dtype = torch.float64, values: Any = normal, **options: Any
 ) -> tuple[Lion, list[torch.nn.Parameter]]:
-    """Lion after some steps on gradients that do not depend on the parameters."""
+    """Return Lion after some steps, with gradients that do not depend on the parameters."""
     parameters = [torch.nn.Parameter(normal(s, dtype, i)) for i, s in enumerate(SHAPES)]
     optimizer = Lion(parameters, **options)
     proceed(optimizer, parameters, range(steps), values)
@@ -71,7 +71,7 @@ def test_it_computes_the_papers_formula(backend: str, weight_decay: float, maxim
             c = beta1 * m + (1 - beta1) * g
             theta = theta - lr * (torch.sign(c) + weight_decay * theta)
             m = beta2 * m + (1 - beta2) * g
-        # float64 on both sides, in another order: a few units of 2**-53 in each of 20 steps.
+        # Both are float64 in another order of operations: a few units of 2**-53 per step, 20 steps.
         torch.testing.assert_close(p.detach(), theta, rtol=1e-14, atol=1e-15)
         torch.testing.assert_close(optimizer.state[p]["exp_avg"], m, rtol=1e-13, atol=1e-15)
 
@@ -178,11 +178,11 @@ def test_a_sparse_gradient_is_refused() -> None:
     assert p.tolist() == [1, 1, 1]
 
 
-# What a user gets wrong when writing a rule.
+# Mistakes of users in writing a rule.
 
 
 def step_with(rule: Callable[..., Any]) -> None:
-    """One step of an optimizer that is made of the rule and nothing else but ``lr``."""
+    """Step once with an optimizer of this rule, whose only option is ``lr``."""
 
     class Mistaken(stepforge.Optimizer, rule=rule):
         lr: NonNegative = 0.1
@@ -254,9 +254,9 @@ def test_a_rule_that_does_not_match_its_states_is_refused(rule: Callable[..., An
 @pytest.mark.parametrize("format_", ["float32, int8 states", "bfloat16, 24 bits, int8 states"])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_it_has_formats(backend: str, format_: str) -> None:
-    """Oracle: the reference; and what is kept is in that format."""
+    """Oracle: the reference. The states must also be in that format."""
     dtype, options = FORMATS[format_]
-    ends = []
+    outcomes = []
     for name in ("reference", backend):
         p = torch.nn.Parameter(normal((17, 257), dtype, 1))
         optimizer = Lion([p], **options)
@@ -264,7 +264,7 @@ def test_it_has_formats(backend: str, format_: str) -> None:
             for step in range(3):
                 p.grad = normal((17, 257), dtype, 2 + step)
                 optimizer.step()
-        ends.append(outcome(optimizer, p))
-    assert_same_bits(*ends)
-    assert ends[0]["exp_avg_codes"].dtype == torch.uint8
-    assert ("low_bits_8" in ends[0]) == (dtype == torch.bfloat16)
+        outcomes.append(outcome(optimizer, p))
+    assert_same_bits(*outcomes)
+    assert outcomes[0]["exp_avg_codes"].dtype == torch.uint8
+    assert ("low_bits_8" in outcomes[0]) == (dtype == torch.bfloat16)
