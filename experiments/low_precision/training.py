@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import stepforge
-from stepforge.cli import digits, lockstep
+from stepforge.cli.demo import digits, side_by_side
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -222,10 +222,12 @@ class Digits:
 
     def run(self, optimizer: str, _: str, seed: int) -> list[Outcome]:
         """Trains all arms."""
-        arms = [lockstep.Arm(arm.name, arm.name, partial(_make, arm)) for arm in self.arms]
-        result = lockstep.train(
-            digits.load_digits(), optimizer, digits.LEARNING_RATES[optimizer], arms, arms[0],
-            epochs=self.epochs, seed=seed,
+        variants = [
+            side_by_side.Variant(arm.name, arm.name, partial(_make, arm)) for arm in self.arms
+        ]
+        result = side_by_side.train(
+            digits.load_digits(), optimizer, digits.LEARNING_RATES[optimizer],
+            variants, variants[0], epochs=self.epochs, seed=seed,
         )  # fmt: skip
         return [
             Outcome(self.name, optimizer, name, seed, tuple(enumerate(trace.accuracies, 1)))

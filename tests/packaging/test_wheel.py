@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from stepforge.backends.native import build
-from stepforge.cli.variants import sources
+from stepforge.cli.kernels import c_sources
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("stepforge", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -118,7 +118,7 @@ def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
 
     assert re.fullmatch(r"stepforge-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     inside = f"stepforge/backends/native/kernels/{ISA or 'plain'}/"
-    assert len(libraries(wheel)) == len(sources())
+    assert len(libraries(wheel)) == len(c_sources())
     assert all(name.startswith(inside) for name in libraries(wheel))
 
     cache = tmp_path / "cache"
@@ -170,7 +170,7 @@ def test_a_wheel_that_is_to_carry_kernels_and_has_none_is_not_made(tmp_path: Pat
 def test_a_kernel_needs_nothing_of_the_system(tmp_path: Path, isa: str) -> None:
     """So that it runs on older systems than the one that made it. Oracle: objdump."""
     needs_compiler()
-    for source in sources()[::19]:
+    for source in c_sources()[::19]:
         kernel = build.compile_into(tmp_path, "kernel", source, isa, build.compiler())
         table = run(["objdump", "--dynamic-syms", kernel]).splitlines()
         undefined = [line for line in table if "*UND*" in line]

@@ -1,4 +1,4 @@
-"""The devices that torch sees here, in words and numbers."""
+"""The devices that torch can use on this machine, and their descriptions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 
-__all__ = ["CPU", "accelerators", "describe", "find", "free_memory", "triton_version", "use"]
+__all__ = [
+    "CPU",
+    "accelerators",
+    "describe",
+    "find",
+    "free_memory",
+    "make_current",
+    "triton_version",
+]
 
 CPU = torch.device("cpu")
 
 
 def accelerators() -> tuple[torch.device, ...]:
-    """The accelerators that torch can use here, of the one type that it is built for."""
+    """Return the available accelerators, all of the one type that torch is built for."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
         return ()
@@ -26,13 +34,14 @@ def accelerators() -> tuple[torch.device, ...]:
 
 
 def find(text: str) -> torch.device:
-    """The device that somebody asks for.
+    """Return an available device by its name.
 
     Args:
-        text: ``cpu``, or the type of an accelerator with or without a number.
+        text: ``cpu``, or the type of an accelerator with or without an index.
 
     Raises:
-        ValueError: it is not here, or its steps cannot be timed. The message is one sentence.
+        ValueError: if it is not available, or its steps cannot be timed. The message is one
+            sentence.
 
     Example:
         >>> find("cpu")
@@ -42,44 +51,44 @@ def find(text: str) -> torch.device:
         ValueError: 'gpu' is no device of torch; it must be cpu, or such as cuda, cuda:1 or xpu.
     """
     try:
-        asked = torch.device(text)
+        named = torch.device(text)
     except RuntimeError:
         raise ValueError(
             f"{text!r} is no device of torch; it must be cpu, or such as cuda, cuda:1 or xpu."
         ) from None
-    if asked.type == "cpu":
+    if named.type == "cpu":
         return CPU
-    here, device = accelerators(), torch.device(asked.type, asked.index or 0)
-    if device not in here:
+    available, device = accelerators(), torch.device(named.type, named.index or 0)
+    if device not in available:
         raise ValueError(
             f"torch {torch.__version__} finds no {text} here, only "
-            f"{', '.join(map(str, (CPU, *here)))}."
+            f"{', '.join(map(str, (CPU, *available)))}."
         )
     if not hasattr(torch.get_device_module(device), "Event"):
         raise ValueError(f"torch has no events on {text}, so a step there cannot be timed.")
     return device
 
 
-def use(device: torch.device) -> None:
-    """Makes a device the current one of its type: the one that events and waits are about."""
+def make_current(device: torch.device) -> None:
+    """Make a device the current one of its type, to which events and synchronization apply."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """How many bytes are free on a device; None if nobody tells."""
+    """Return the free memory of a device in bytes, or None if it is unknown."""
     if device.type != "cpu":
-        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-        return None if ask is None else int(ask(device)[0])
+        mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return None if mem_get_info is None else int(mem_get_info(device)[0])
     try:
-        told = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:  # not Linux
         return None
-    return 1024 * int(told[1]) if told else None
+    return 1024 * int(found[1]) if found else None
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """An accelerator, what drives it and what compiles for it; nothing for a CPU.
+    """Return an accelerator's model, driver and Triton version; an empty dict for a CPU.
 
     Example:
         >>> describe(torch.device("cpu"))
@@ -95,7 +104,7 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def triton_version() -> str:
-    """The version of Triton, or why there is none."""
+    """Return the version of Triton, or why it cannot be imported."""
     try:
         return str(importlib.import_module("triton").__version__)
     except ModuleNotFoundError as error:
@@ -128,20 +137,20 @@ def _driver(device: torch.device) -> str | None:
         properties: Any = torch.get_device_module(device).get_device_properties(device)
         return str(properties.driver_version)
     if device.type != "cuda":
-        return platform.release()  # it is a part of the system
+        return platform.release()  # the driver is a part of the system
     if torch.version.hip:
-        kept = Path("/sys/module/amdgpu/version")  # where it is not a part of Linux itself
-        return kept.read_text().strip() if kept.exists() else f"of Linux {platform.release()}"
+        version = Path("/sys/module/amdgpu/version")  # exists if the driver is not Linux's own
+        return version.read_text().strip() if version.exists() else f"of Linux {platform.release()}"
     return _nvidia_driver()
 
 
 def _nvidia_driver() -> str | None:
-    command = shutil.which("nvidia-smi")
-    if command is None:
+    nvidia_smi = shutil.which("nvidia-smi")
+    if nvidia_smi is None:
         return None
-    question = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = [nvidia_smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        asked = subprocess.run(question, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (asked.stdout.splitlines() or [""])[0].strip() or None
+    return (done.stdout.splitlines() or [""])[0].strip() or None

@@ -2,55 +2,49 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table as RichTable
+from rich.table import Table
 
-from stepforge.cli.arms import ARMS, OURS, TWIN, Table, tabulate
-from stepforge.cli.digits import LEARNING_RATES, load_digits
+from stepforge.cli.demo.digits import LEARNING_RATES, load_digits
+from stepforge.cli.demo.page import render
+from stepforge.cli.demo.result_tables import ResultTable, tabulate
+from stepforge.cli.demo.side_by_side import Comparison, Task, train
+from stepforge.cli.demo.variants import OURS, TWIN, VARIANTS
 from stepforge.cli.extras import require
-from stepforge.cli.lockstep import Comparison, Task, train
-from stepforge.cli.output import file_option, write
-from stepforge.cli.page import render
-from stepforge.cli.tables import print_whole
+from stepforge.cli.options import OptimizerNames, optimizer_names
+from stepforge.cli.output_files import file_option, write_text
+from stepforge.cli.tables import new_table, print_whole
 
 __all__ = ["demo"]
 
-#: The names that ``--optimizer`` takes.
-OptimizerName = StrEnum("OptimizerName", [(name, name) for name in LEARNING_RATES])  # type: ignore[misc]
-
 
 def demo(
-    output: Annotated[Path, file_option("Where to write the page")] = Path("demo.html"),
+    output: Annotated[Path, file_option("File for the page")] = Path("demo.html"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="How often to go through the training images.")
+        int, typer.Option(min=1, help="Number of passes over the training images.")
     ] = 25,
     seed: Annotated[
         int,
         typer.Option(min=0, max=2**63 - 1, help="Determines the initial weights and the batches."),
     ] = 0,
-    optimizer: Annotated[
-        list[OptimizerName] | None,
-        typer.Option(case_sensitive=False, help="Repeat it for several; all if not given."),
-    ] = None,
+    optimizer: OptimizerNames = None,
 ) -> None:
-    """Trains beside torch.optim, prints tables and writes a page.
+    """Train beside torch.optim, print tables and write a page.
 
     A small network learns handwritten digits, each optimizer beside its torch.optim twin. The page
-    has the pictures; a minute or so in all.
+    has the charts. This takes a minute or so.
     """
-    require("matplotlib", "sklearn", extra="demo")
-    names = [str(name) for name in dict.fromkeys(optimizer or OptimizerName)]
-    # So small a network gains nothing from threads, and step() is timed more steadily without.
+    require("jinja2", "matplotlib", "sklearn", extra="demo")
+    names = optimizer_names(optimizer)
+    # So small a network gains nothing from threads, and step times are steadier without them.
     torch.set_num_threads(1)
 
     console = Console()
@@ -59,10 +53,10 @@ def demo(
     for table in tables:
         print_whole(console, _printable(table))
         console.print()
-    for arm in ARMS:
-        console.print(f"  [bold]{arm.name:<7}[/] {arm.what}", highlight=False)
-    page = render(tables, comparisons, ARMS, ours=OURS, twin=TWIN, epochs=epochs, seed=seed)
-    write(output, page)
+    for variant in VARIANTS:
+        console.print(f"  [bold]{variant.name:<7}[/] {variant.description}", highlight=False)
+    page = render(tables, comparisons, VARIANTS, ours=OURS, twin=TWIN, epochs=epochs, seed=seed)
+    write_text(output, page)
     console.print(
         f"\n  How to read it, with pictures: [bold]{escape(str(output))}[/]",
         highlight=False,
@@ -100,7 +94,7 @@ def _train(
                     task,
                     name,
                     LEARNING_RATES[name],
-                    ARMS,
+                    VARIANTS,
                     TWIN,
                     epochs=epochs,
                     seed=seed,
@@ -110,24 +104,25 @@ def _train(
     return comparisons
 
 
-def _printable(table: Table) -> RichTable:
-    printed = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    # rich cannot let a heading span columns: those of a group share one, aligned by spaces.
-    spans = []
+def _printable(table: ResultTable) -> Table:
+    printable = new_table(is_dense=True)
+    # rich has no heading that spans columns, so the columns of a group become one column whose
+    # cells are aligned by spaces.
+    columns_of_cells = []
     numbered = enumerate(table.columns)
     for group, columns in groupby(numbered, key=lambda column: column[1].group):
-        heading, *span = map("  ".join, zip(*(_aligned(table, i) for i, _ in columns)))
-        printed.add_column(
+        heading, *cells = map("  ".join, zip(*(_aligned(table, i) for i, _ in columns)))
+        printable.add_column(
             f"{group}\n{heading}", justify="right" if group else "left", no_wrap=True
         )
-        spans.append(span)
-    for row in zip(*spans):
-        printed.add_row(*row)
-    return printed
+        columns_of_cells.append(cells)
+    for row in zip(*columns_of_cells):
+        printable.add_row(*row)
+    return printable
 
 
-def _aligned(table: Table, index: int) -> list[str]:
-    """The cells of a column, its name first, all of one width."""
+def _aligned(table: ResultTable, index: int) -> list[str]:
+    """Return the name and the cells of a column, padded to the same width."""
     cells = [table.columns[index].name, *(row[index] for row in table.rows)]
     width = max(map(len, cells))
     return [cell.rjust(width) if index else cell.ljust(width) for cell in cells]

@@ -1,4 +1,4 @@
-"""What no step can be faster than: parts of every step, which are timed as steps are."""
+"""Lower bounds on step time: parts of every step, timed as steps are."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from stepforge.backends.spec import KernelSpec
 from stepforge.expr import Trace
 from stepforge.program import Graph
 
-__all__ = ["Access", "Copy", "Limit", "Stepper", "bytes_per_element", "traffic"]
+__all__ = ["Access", "Copy", "Limit", "Runner", "bytes_per_element", "traffic"]
 
 
-class Stepper(Protocol):
-    """Parameters, and something that steps them."""
+class Runner(Protocol):
+    """Parameters with anything that steps them."""
 
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        """Gives every parameter a fresh copy of its gradient; not timed."""
+    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Give every parameter a fresh copy of its gradient; not timed."""
 
     def step(self) -> object:
-        """Steps; timed."""
+        """Step all parameters; timed."""
 
 
 class Limit:
     """The memory traffic of an optimizer, through the driver and the threads of its kernel.
 
-    Only the C call counts as the step: the tables that it is given are laid out before.
+    Only the C call counts as the step: the kernel's tables are laid out before.
     """
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
@@ -47,47 +47,47 @@ class Limit:
         }
         sizes = [p.numel() for p in params]
         self.starts = np.cumsum([0, *sizes], dtype=np.int64)
-        self.numbers = np.empty((len(params), 0), dtype=np.float32)
+        self.scalars = np.empty((len(params), 0), dtype=np.float32)
 
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        """Copies the gradients and writes all addresses into the kernel's table."""
+    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Copy the gradients and write all addresses into the kernel's table."""
         self.tensors["g"] = [gradient.clone() for gradient in gradients]
         columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.args.tensors]
         self.pointers = np.array(columns, dtype=np.uint64).T.copy()
 
     def step(self) -> None:
-        """Calls the kernel."""
-        self.kernel(self.starts, self.pointers, self.numbers)
+        """Call the kernel."""
+        self.kernel(self.starts, self.pointers, self.scalars)
 
 
 class Access:
-    """What no step written in Python can leave out, however fast its kernel.
+    """The Python work that no step can leave out, however fast its kernel.
 
-    Each gradient has to be asked for and each tensor for its address, as both may have changed; and
-    autograd has to be told which tensors were written.
+    A step must read each gradient and each tensor's address, since both may have changed. And it
+    must tell autograd which tensors it wrote.
     """
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
         states = len(set(traffic(optimizer).varying.inputs) - {"p", "g"})
         self.params = params
-        self.kept = [*params, *(torch.zeros_like(p) for _ in range(states) for p in params)]
+        self.written = [*params, *(torch.zeros_like(p) for _ in range(states) for p in params)]
 
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        """Gives every parameter a fresh copy of its gradient."""
+    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Give every parameter a fresh copy of its gradient."""
         for p, gradient in zip(self.params, gradients):
             p.grad = gradient.clone()
 
     def step(self) -> None:
-        """Asks for gradients and addresses, and counts versions."""
+        """Read gradients and addresses, and increment versions."""
         gradients = map(operator.attrgetter("grad"), self.params)
-        list(map(Tensor.data_ptr, itertools.chain(self.kept, gradients)))
-        torch.autograd.graph.increment_version(self.kept)
+        list(map(Tensor.data_ptr, itertools.chain(self.written, gradients)))
+        torch.autograd.graph.increment_version(self.written)
 
 
 class Copy:
     """The memory traffic of an optimizer as one copy within the memory of a device.
 
-    A copy of n bytes reads n and writes n, so half of what a step reads and writes is copied.
+    A copy of n bytes reads n and writes n, so it copies half the bytes that a step moves.
     """
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
@@ -95,16 +95,16 @@ class Copy:
         self.source = torch.zeros(moved // 2, dtype=torch.uint8, device=params[0].device)
         self.target = torch.empty_like(self.source)
 
-    def feed(self, gradients: Sequence[Tensor]) -> None:
-        """What is copied stays the same."""
+    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Do nothing: the copy is always the same."""
 
     def step(self) -> None:
-        """Copies."""
+        """Copy."""
         self.target.copy_(self.source)
 
 
 def bytes_per_element(optimizer: str) -> int:
-    """What a step of a float32 parameter reads and writes for each of its elements, in bytes.
+    """Return the bytes that a step reads and writes per element of a float32 parameter.
 
     Args:
         optimizer: the optimizer's name.
@@ -114,18 +114,18 @@ def bytes_per_element(optimizer: str) -> int:
         (28, 20)
     """
     p = torch.zeros(1)
-    made = getattr(stepforge, optimizer)([p])
-    return account(made.rule, made.param_groups[0], p).moved
+    instance = getattr(stepforge, optimizer)([p])
+    return account(instance.rule, instance.param_groups[0], p).moved
 
 
 def traffic(optimizer: str) -> Graph:
-    """A rule that reads and writes what the optimizer's does: everything written gets g added.
+    """Return a rule with an optimizer's reads and writes, which adds g to everything it writes.
 
     Args:
         optimizer: the optimizer's name.
     """
-    made = getattr(stepforge, optimizer)([torch.zeros(1)])
-    rule = made.rule.graph(made.param_groups[0])
+    instance = getattr(stepforge, optimizer)([torch.zeros(1)])
+    rule = instance.rule.graph(instance.param_groups[0])
     trace = Trace()
     read = {name: trace.input(name, varying=True) for name in rule.varying.inputs}
     return Graph.of({name: read[name] + read["g"] for name in rule.results})

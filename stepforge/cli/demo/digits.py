@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from stepforge.cli.lockstep import Task
+from stepforge.cli.demo.side_by_side import Task
 
 __all__ = ["LEARNING_RATES", "load_digits"]
 
-#: The optimizers with the learning rates that suit this task.
+#: The learning rate of each optimizer for this task.
 LEARNING_RATES = {"Adagrad": 2e-2, "Adam": 2e-3, "AdamW": 2e-3, "NAdam": 2e-3, "RAdam": 3e-3}
 
 _TEST_IMAGES = 360
 
 
 def load_digits() -> Task:
-    """1797 images of 8x8 pixels: 1437 to learn from and 360 to test on, always the same.
+    """Return 1797 images of 8x8 pixels: 1437 to train on and 360 to test on, always the same.
 
-    scikit-learn brings them in its package; nothing is downloaded.
+    scikit-learn has them in its package; nothing is downloaded.
     """
     from sklearn import datasets
 
@@ -26,11 +26,11 @@ def load_digits() -> Task:
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # pixels: 0 to 16
     labels = torch.tensor(digits.target)
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, learn = shuffled[:_TEST_IMAGES], shuffled[_TEST_IMAGES:]
+    test, train = shuffled[:_TEST_IMAGES], shuffled[_TEST_IMAGES:]
     return Task(
         make_network=_network,
-        train_images=images[learn],
-        train_labels=labels[learn],
+        train_images=images[train],
+        train_labels=labels[train],
         test_images=images[test],
         test_labels=labels[test],
         batch_size=64,

@@ -1,4 +1,4 @@
-"""What the benchmark steps: lists of shapes."""
+"""Workloads of the benchmark: lists of parameter shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """Parameters that are stepped together.
+    """Parameters of one optimizer.
 
     Attributes:
         name: one word.
@@ -27,7 +27,7 @@ class Workload:
 
     @property
     def elements(self) -> int:
-        """How many elements the parameters have together."""
+        """The number of elements of all parameters."""
         return sum(map(math.prod, self.shapes))
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Workload:
         return f"{self.name}: {len(self.shapes):,} tensor{plural}, {self.elements:,} elements"
 
     def scaled(self, factor: float) -> Workload:
-        """As many tensors, with their first dimensions multiplied by a factor, but at least 1.
+        """Return as many tensors, with first dimensions multiplied by a factor, but at least 1.
 
         Example:
             >>> Workload("two", ((10, 3), (2,))).scaled(0.2)
@@ -52,29 +52,29 @@ class Workload:
 
 _WIDTH = 512
 _LAYER: tuple[Shape, ...] = (
-    (_WIDTH,),  # norm before attention: weight, bias
+    (_WIDTH,),  # layer norm before attention: weight, bias
     (_WIDTH,),
     (_WIDTH, 3 * _WIDTH),  # queries, keys and values
     (3 * _WIDTH,),
     (_WIDTH, _WIDTH),  # attention's output
     (_WIDTH,),
-    (_WIDTH,),  # norm before the perceptron
+    (_WIDTH,),  # layer norm before the MLP
     (_WIDTH,),
     (_WIDTH, 4 * _WIDTH),
     (4 * _WIDTH,),
     (4 * _WIDTH, _WIDTH),
     (_WIDTH,),
 )
-#: GPT-2's tensors, of 12 layers that are 512 wide: 148, with 45 million elements.
+#: The tensors of a GPT-2 with 12 layers of width 512: 148 tensors with 45 million elements.
 _MODEL: tuple[Shape, ...] = (
-    (12_992, _WIDTH),  # tokens
-    (1024, _WIDTH),  # positions
+    (12_992, _WIDTH),  # token embedding
+    (1024, _WIDTH),  # position embedding
     *12 * _LAYER,
-    (_WIDTH,),  # last norm
+    (_WIDTH,),  # last layer norm
     (_WIDTH,),
 )
 
-#: The workloads by name: where memory is the limit, a real model, where overhead is the limit.
+#: The workloads by name: one bound by memory, a real model, and one bound by overhead.
 WORKLOADS = {
     workload.name: workload
     for workload in (
@@ -86,20 +86,20 @@ WORKLOADS = {
 
 
 def read_shapes(path: Path) -> list[Workload]:
-    """The workloads that a JSON file describes.
+    """Return the workloads of a JSON file.
 
     Args:
-        path: a list of shapes (``[[512, 64], [64]]``) or an object of shapes by their parameter's
-            name, which are one workload; or an object of such lists by their workload's name.
+        path: one workload, as a list of shapes (``[[512, 64], [64]]``) or an object of shapes by
+            parameter name; or several, as an object of lists of shapes by workload name.
 
     Raises:
-        ValueError: it is none of these. The message is one sentence.
+        ValueError: if it is none of these. The message is one sentence.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"{path} is not JSON: {error}.") from None
     if isinstance(content, dict) and content:
         if all(_is_shape(value) for value in content.values()):
@@ -111,13 +111,13 @@ def read_shapes(path: Path) -> list[Workload]:
 def _workload(path: Path, name: str, shapes: Any) -> Workload:
     if not isinstance(shapes, list) or not shapes:
         raise ValueError(
-            f"{path}: {name} is {_shown(shapes)}; it must be a list of shapes such as "
+            f"{path}: {name} is {_excerpt(shapes)}; it must be a list of shapes such as "
             "[[512, 64], [64]]."
         )
     for shape in shapes:
         if not _is_shape(shape):
             raise ValueError(
-                f"{path}: {name} has the shape {_shown(shape)}; a shape is a list of whole "
+                f"{path}: {name} has the shape {_excerpt(shape)}; a shape is a list of whole "
                 "numbers from 1 up."
             )
     return Workload(name, tuple(map(tuple, shapes)))
@@ -127,6 +127,6 @@ def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and size > 0 for size in value)
 
 
-def _shown(value: Any) -> str:
+def _excerpt(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

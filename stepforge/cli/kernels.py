@@ -1,4 +1,4 @@
-"""The kernels that the built-in optimizers can ask for, as their declarations tell."""
+"""The kernels of the built-in optimizers: their specs and generated sources."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import torch
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec
+from stepforge.backends.triton.source import triton_source
 from stepforge.formats import int8_blocks, split_weight, tensor_name
 from stepforge.rules import ALL
 
-__all__ = ["sources", "specs"]
+__all__ = ["PLAIN", "c_sources", "isa_name", "specs", "triton_sources"]
 
+#: The name in options and messages of the instruction set that every processor of a kind has. The
+#: library names it "".
+PLAIN = "plain"
 
-def sources() -> list[str]:
-    """Return the C source of each of :func:`specs`, each once."""
-    return list(dict.fromkeys(map(c_source, specs())))
+#: The numbers of dimensions of Triton sources: 0 for dense tensors, 2 for strided ones.
+_TRITON_DIMS = (0, 2)
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -43,3 +46,23 @@ def specs() -> Iterator[KernelSpec]:
                 for part in format_.parts
             }
             yield KernelSpec.of(graph, dtypes, formats)
+
+
+def c_sources() -> list[str]:
+    """Return the C source of each of :func:`specs`, each once."""
+    return list(dict.fromkeys(map(c_source, specs())))
+
+
+def triton_sources() -> list[str]:
+    """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton."""
+    return list(dict.fromkeys(triton_source(s, dims) for s in specs() for dims in _TRITON_DIMS))
+
+
+def isa_name(isa: str) -> str:
+    """Return the name of an instruction set in options and messages.
+
+    Example:
+        >>> isa_name("x86-64-v3"), isa_name("")
+        ('x86-64-v3', 'plain')
+    """
+    return isa or PLAIN

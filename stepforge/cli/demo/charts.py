@@ -1,4 +1,4 @@
-"""The demo's pictures: SVG for a page that gives them their colours."""
+"""The demo's charts as SVG. The page's style sheet sets their colors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from stepforge.cli.lockstep import Arm, Comparison
+from stepforge.cli.demo.side_by_side import Comparison, Variant
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 __all__ = ["DASHES", "difference_charts", "training_charts"]
 
-# Colours that stand for those of the page, which has one set for light and one for dark.
+# Placeholders for the colors of the page, which has a light and a dark set.
 _INK, _GRID = "#010203", "#040506"
 _SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04")
 _STYLE = {
     _INK: "var(--muted)",
     _GRID: "var(--grid)",
-} | {colour: f"var(--series-{i})" for i, colour in enumerate(_SERIES)}
+} | {color: f"var(--series-{i})" for i, color in enumerate(_SERIES)}
 
-#: Dashes of the arms' lines, in points: what is drawn on top lets what is below show through.
+#: The dashes of the variants' lines, in points. A line on top lets the lines below show through.
 DASHES = ("", "4 4", "2 2", "6 2 1 2")
 _WIDTHS = (3.0, 1.4, 1.6, 1.4)
 
@@ -46,13 +46,15 @@ _PARAMETERS: dict[Any, Any] = {
 }
 
 
-def training_charts(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> list[str]:
-    """One SVG an optimizer, with the training loss above the test accuracy; all to one scale.
+def training_charts(comparisons: Sequence[Comparison], variants: Sequence[Variant]) -> list[str]:
+    """Return an SVG per optimizer: training loss above test accuracy, all on one scale.
 
-    Nudged arms and those that follow the twin are left out.
+    Nudged variants and those that are only timed are left out.
     """
     shown = [
-        (index, arm.name) for index, arm in enumerate(arms) if not arm.nudged and not arm.follows
+        (index, variant.name)
+        for index, variant in enumerate(variants)
+        if not variant.nudged and not variant.only_timed
     ]
     traces = [c.traces[name] for c in comparisons for _, name in shown]
     loss_range = _log_range(loss for trace in traces for loss in trace.losses)
@@ -85,13 +87,17 @@ def training_charts(comparisons: Sequence[Comparison], arms: Sequence[Arm]) -> l
 
 
 def difference_charts(
-    comparisons: Sequence[Comparison], arms: Sequence[Arm], twin: Arm
+    comparisons: Sequence[Comparison], variants: Sequence[Variant], twin: Variant
 ) -> list[str]:
-    """One SVG an optimizer: how far each arm's parameters are from the twin's; all to one scale.
+    """Return an SVG per optimizer: each variant's difference from the twin, all on one scale.
 
-    Arms that follow the twin are left out.
+    Variants that are only timed are left out.
     """
-    shown = [(index, arm.name) for index, arm in enumerate(arms) if arm != twin and not arm.follows]
+    shown = [
+        (index, variant.name)
+        for index, variant in enumerate(variants)
+        if variant != twin and not variant.only_timed
+    ]
     limits = _log_range(
         difference
         for c in comparisons
@@ -103,7 +109,7 @@ def difference_charts(
         axes = figure.subplots()
         for index, name in shown:
             differences = comparison.traces[name].differences
-            # A logarithmic axis has no place for twins that are equal.
+            # A logarithmic axis cannot show a difference of zero.
             axes.plot(
                 range(1, len(differences) + 1),
                 [difference or math.nan for difference in differences],
@@ -135,7 +141,7 @@ def _line(index: int) -> dict[str, Any]:
 
 
 def _log_range(values: Iterable[float]) -> tuple[int, int]:
-    """The powers of ten that hold all positive finite values."""
+    """Return the powers of ten around all positive finite values."""
     logs = [math.log10(value) for value in values if 0 < value < math.inf]
     if not logs:
         return (-8, 0)
@@ -160,7 +166,7 @@ def _power(power: int) -> str:
 
 
 def _svg(draw: Callable[[Figure], None], *, name: str, label: str, height: float) -> str:
-    """Draws a figure and makes it an inline SVG of the page, with ids of its own."""
+    """Draw a figure and return it as an inline SVG with its own ids."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -181,11 +187,11 @@ def _for_page(svg: str, name: str, label: str) -> Iterator[str]:
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     view_box = re.search(r'viewBox="[^"]*"', head)
-    assert view_box is not None  # matplotlib writes one always
+    assert view_box is not None  # matplotlib always writes one
     yield f'<svg {view_box.group()} role="img" aria-label="{label}">'
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    # All pictures stand in one document, in which an id may occur once.
+    # All charts are in one document, and its ids must be unique.
     body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", body)
-    for stand_in, colour in _STYLE.items():
-        body = body.replace(stand_in, colour)
+    for placeholder, color in _STYLE.items():
+        body = body.replace(placeholder, color)
     yield body
