@@ -31,7 +31,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 def assert_refused(command: tuple[str, ...], option: str, path: Path, sentence: str) -> None:
     code, output = invoke(*command, option, path)
     assert code == 2
-    assert output.startswith("Usage: ")  # no work was begun
+    assert output.startswith("Usage: ")  # no work has begun
     assert output.splitlines()[-1] == f"Error: Invalid value for '{option}': {sentence}"
 
 
@@ -49,7 +49,7 @@ def test_a_missing_folder_is_not_made(tmp_path: Path, command, option, wrong) ->
 def test_a_name_that_no_file_can_have_is_refused_before_the_work(
     tmp_path: Path, command, option, wrong
 ) -> None:
-    """Permissions do not tell: only trying does."""
+    """Permissions do not show it, so the command must try to open the file."""
     path = tmp_path / (1000 * "x")
     assert_refused(command, option, path, f"{path} cannot be written to: File name too long.")
 
@@ -62,10 +62,10 @@ def test_a_name_that_no_file_can_have_is_refused_before_the_work(
 def test_what_may_not_be_written_is_refused_before_the_work(
     tmp_path: Path, command, option, wrong
 ) -> None:
-    kept = tmp_path / "kept"
-    kept.touch(mode=0o400)
+    existing = tmp_path / "existing"
+    existing.touch(mode=0o400)
     tmp_path.chmod(0o500)
-    for path in (kept, tmp_path / "new"):
+    for path in (existing, tmp_path / "new"):
         assert_refused(command, option, path, f"{path} cannot be written to: Permission denied.")
 
 
@@ -74,7 +74,7 @@ def test_a_wrong_option_beside_it_leaves_every_file_as_it_was(
     tmp_path: Path, command, option, wrong
 ) -> None:
     old, new, link = (tmp_path / name for name in ("old", "new", "link"))
-    old.write_text("kept")
+    old.write_text("content")
     os.utime(old, (1, 1))
     link.symlink_to(tmp_path / "nowhere")
     for path in (old, new, link):
@@ -82,14 +82,14 @@ def test_a_wrong_option_beside_it_leaves_every_file_as_it_was(
         assert code == 2
         assert wrong[0] in output.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"old", "link"}
-    assert old.read_text() == "kept"
+    assert old.read_text() == "content"
     assert old.stat().st_mtime == 1
     assert link.is_symlink()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /dev")
 def test_a_pipe_gets_the_whole_report() -> None:
-    """As in ``--json >(command)``: a file of /dev/fd, which is neither made nor removed."""
+    """A file in /dev/fd, as in ``--json >(command)``, is neither created nor removed."""
     reading, writing = os.pipe()
     try:
         code, _ = invoke("plan", "--params", "8B", "--json", f"/dev/fd/{writing}")
