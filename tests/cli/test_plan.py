@@ -232,7 +232,7 @@ def transformer(width: int, vocabulary: int, layers: int) -> list[tuple[int, ...
 
 @pytest.mark.parametrize("name", ALL)
 def test_matrices_take_what_is_planned(tmp_path: Path, name: str):
-    """All but scalar states, of 4 bytes each."""
+    """Scalar states, of 4 bytes each, are not counted."""
     optimizer, (p,) = stepped(
         name, [(256, 384)], torch.bfloat16, state_format="int8", master_weight_bits=24
     )

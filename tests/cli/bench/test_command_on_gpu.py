@@ -76,7 +76,7 @@ def test_report_and_table(few, tmp_path):
 
 @pytest.mark.usefixtures("simulated_gpu")
 def test_the_marks_are_those_of_a_gpus_targets(monkeypatch):
-    """All implementations take the same time: parity is reached, three times the best is not."""
+    """The times are all the same: parity is reached, three times the best is not."""
     small = replace(command.WORKLOADS["large"], shapes=((50,),))
     monkeypatch.setitem(command.WORKLOADS, "large", small)
     code, printed = run("--workload", "large", "--optimizer", "AdamW", "--optimizer", "NAdam")

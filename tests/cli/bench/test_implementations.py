@@ -166,7 +166,7 @@ def test_the_limit_is_left_out_without_a_compiler(monkeypatch):
 
 
 def test_gpu_implementations_have_the_names_of_those_on_a_cpu():
-    """All but the reference, whose launches nobody wants to wait for."""
+    """Only the reference is missing, as its launches would take too long."""
     names = [i.name for i in IMPLEMENTATIONS]
     assert [i.name for i in GPU_IMPLEMENTATIONS] == [n for n in names if n != "stepforge reference"]
 

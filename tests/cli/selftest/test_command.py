@@ -258,7 +258,7 @@ def test_a_changed_hash_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_powers_that_are_one_unit_off_change_the_hashes_and_no_backend(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All backends take powers from the host, whose C library may round them differently."""
+    """Every backend takes powers from the host, whose C library may round them differently."""
     needs_compiler()
     monkeypatch.setenv("STEPFORGE_BACKEND", "native")
     patch_powers(monkeypatch, lambda base, exponent: math.nextafter(base**exponent, math.inf))
