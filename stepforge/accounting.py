@@ -1,4 +1,4 @@
-"""What parameters and their states take in memory, and what a step of them moves.
+"""Bytes: the memory of parameters and their states, and the traffic of a step.
 
 All of it follows from what decides it in a run: the tensors that an entry of ``optimizer.state``
 holds, and the inputs and results of the rule's graph. No table of bytes stands anywhere else.
@@ -28,16 +28,16 @@ class Account:
     Of a parameter that is sharded they are those on all devices together.
 
     Attributes:
-        elements: how many elements the parameters have.
+        elements: the elements of the parameters.
         weights: the parameters themselves.
         gradients: their gradients.
-        states: the states, and the codes of those that are stored in 8 bits.
-        scales: the scales of the codes.
-        low_bits: what 16-bit weights lack of longer ones.
-        numbers: what there is one of for a whole tensor, such as the number of the step. It
-            depends on how many tensors there are, not on their size, and no sum includes it.
-        read: what a step reads if no gradient is sparse.
-        written: what such a step writes.
+        states: the states, int8 codes included.
+        scales: the scales of int8 codes.
+        low_bits: the low bits of 16-bit weights.
+        numbers: the scalar states and step counts. They depend on the number of tensors, not on
+            their size, and no sum includes them.
+        read: the bytes that a step reads if no gradient is sparse.
+        written: the bytes that such a step writes.
 
     Example:
         >>> Account(elements=2, weights=8) + Account(elements=1, weights=4, gradients=4)
@@ -60,7 +60,7 @@ class Account:
 
     @property
     def memory(self) -> dict[str, int]:
-        """What lies in memory between steps, by what it is; the gradients too."""
+        """The memory between steps, by kind; gradients included."""
         return {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -71,17 +71,17 @@ class Account:
 
     @property
     def total(self) -> int:
-        """All of :attr:`memory`."""
+        """The sum of :attr:`memory`."""
         return sum(self.memory.values())
 
     @property
     def checkpoint(self) -> int:
-        """What a checkpoint keeps: all but the gradients."""
+        """The bytes of a checkpoint: all but the gradients."""
         return self.total - self.gradients
 
     @property
     def moved(self) -> int:
-        """What a step reads and writes; nothing can be faster than memory moves it."""
+        """The bytes that a step reads and writes; the bandwidth of memory bounds its speed."""
         return self.read + self.written
 
     def __str__(self) -> str:
@@ -95,16 +95,16 @@ def account(
     group: Mapping[str, Any],
     p: torch.Tensor,
     g: torch.Tensor | None = None,
-    entry: Mapping[str, Any] | None = None,
+    param_state: Mapping[str, Any] | None = None,
 ) -> Account:
-    """The account of one parameter, as it is after its next step.
+    """Return the account of one parameter, as it is after its next step.
 
     Args:
         rule: the rule that steps it.
         group: the options of its param group.
         p: the parameter; one on the device ``meta`` will do.
         g: its gradient. None counts one in the parameter's dtype.
-        entry: its entry of ``optimizer.state``, if it was stepped before.
+        param_state: its state, if it was stepped before.
 
     Example:
         >>> import stepforge
@@ -114,7 +114,7 @@ def account(
         7.06 bytes an element: weights 2, gradients 2, states 2, scales 0.06, low bits 1
     """
     layout, graph = state_layout(rule, group, p), rule.graph(group)
-    dtypes = dtypes_after_step(layout, group, entry or {})
+    dtypes = dtypes_after_step(layout, group, param_state or {})
     states = {x: math.prod(x.shape) * dtypes[x.key].itemsize for x in layout.tensors}
     sizes = {"p": _size(p), "g": _size(p if g is None else g)}
     sizes |= {x.name: size for x, size in states.items()}
@@ -139,14 +139,14 @@ def account(
 
 
 def _size(x: torch.Tensor) -> int:
-    """The bytes of a tensor's elements, of those that are kept if it is sparse."""
+    """Return the bytes of a tensor's elements; of the stored ones if it is sparse."""
     if x.is_sparse:
         return _size(x._indices()) + _size(x._values())
     return x.numel() * x.element_size()
 
 
 def _short(size: float) -> str:
-    """With at most two decimals.
+    """Format a number with at most two decimals.
 
     Example:
         >>> _short(2.0), _short(2.0625), _short(12.5)

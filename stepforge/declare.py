@@ -1,8 +1,8 @@
-"""Declarations: what an optimizer's class body says, and the checks that follow from it.
+"""Declarations: the vocabulary of an optimizer's class body.
 
-A class body names the hyperparameters of a rule with their ranges and defaults, and its states
+A class body names the hyperparameters of a rule, with their ranges and defaults, and its states,
 with their initial values. The constructor, its signature, its checks, the layout of the state and
-the traced graph all come from here.
+the traced graph all follow from them.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ Seed: TypeAlias = Annotated[int, Interval(high=2.0**32)]
 def hyper(
     *, default: Any, kw_only: bool = False, init: bool = True, optional_in_checkpoint: bool = False
 ) -> Any:
-    """A hyperparameter with more to say than its default.
+    """Declare a hyperparameter with more than a default.
 
     Args:
         default: its default.
-        kw_only: whether the constructor takes it by keyword only.
+        kw_only: True if the constructor takes it by keyword only.
         init: False for a value that a subclass fixes: the constructor does not take it, and
             loading a checkpoint does not change it.
-        optional_in_checkpoint: True if checkpoints may lack it, as they can be older than it is.
+        optional_in_checkpoint: True if checkpoints may lack it: older ones do.
 
     Example:
         >>> from stepforge import Adam
@@ -92,7 +92,7 @@ class _Specifier:
 
 
 def zeros(key: str, *, when: str | None = None, unsigned: bool = False) -> Any:
-    """A state with one value for every element, 0 at first, in the dtype of the parameter.
+    """Declare a state with one value per element, 0 at first, in the parameter's dtype.
 
     Args:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
@@ -108,7 +108,7 @@ def zeros(key: str, *, when: str | None = None, unsigned: bool = False) -> Any:
 
 
 def full(key: str, init: float | str, *, when: str | None = None, unsigned: bool = False) -> Any:
-    """As :func:`zeros`, with another initial value.
+    """Declare a state like :func:`zeros`, with another initial value.
 
     Args:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
@@ -124,10 +124,10 @@ def full(key: str, init: float | str, *, when: str | None = None, unsigned: bool
 
 
 def scalar(key: str, init: float = 0.0) -> Any:
-    """A state with one number a parameter: a tensor without dimensions, float32.
+    """Declare a state with one number per parameter: a zero-dimensional float32 tensor.
 
-    What a rule returns for it is rounded to that dtype when it is kept; a rule that wants to
-    compute with the rounded number applies :func:`stepforge.ops.stored` itself.
+    The new value that a rule returns is rounded to that dtype when it is stored. A rule that
+    computes with the rounded number applies :func:`stepforge.ops.round_to_state_dtype` itself.
 
     Args:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
@@ -143,7 +143,7 @@ def scalar(key: str, init: float = 0.0) -> Any:
 def read_body(
     body: type, inherited: Mapping[str, Hyperparameter]
 ) -> tuple[dict[str, Hyperparameter], dict[str, State]]:
-    """The declarations in a class body, after those it inherits.
+    """Return the declarations of a class body, added to the inherited ones.
 
     Args:
         body: the class.
@@ -206,7 +206,7 @@ def _declared(name: str, annotation: Any, default: Any) -> Hyperparameter:
 
 
 def _required(annotation: Any) -> Any:
-    """What ``... | None`` is beside None."""
+    """Return ``X`` for an annotation ``X | None``, else the annotation."""
     given = [x for x in typing.get_args(annotation) if x is not type(None)]
     return given[0] if len(given) == 1 and type(None) in typing.get_args(annotation) else annotation
 
@@ -220,7 +220,7 @@ def _bare(annotation: Any) -> Any:
 def signature_of(
     hyperparameters: Mapping[str, Hyperparameter], params_annotation: Any
 ) -> inspect.Signature:
-    """The constructor that the declarations describe, ``self`` left out."""
+    """Return the constructor's signature, without ``self``, from the declarations."""
     taken = [h for h in hyperparameters.values() if h.init]
     keyword, positional = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("params", positional, annotation=params_annotation)]

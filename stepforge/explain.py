@@ -1,4 +1,4 @@
-"""What a step would run, why nothing faster does, and what it takes in memory."""
+"""The backend of each parameter, the reasons for it, and its memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from stepforge.rule import Rule
 from stepforge.state.layout import dtypes_after_step, state_layout
 from stepforge.step.params import kernel_spec
 
-__all__ = ["Explanation", "Frozen", "InFull", "Served", "explain", "without_effect"]
+__all__ = ["Counted", "Explanation", "Frozen", "InFull", "Served", "explain", "without_effect"]
 
 
-#: The options of storage, with what each asks for.
+#: The storage options, each with a phrase for its value.
 _ASKED: Mapping[str, Callable[[Any], str]] = {
     "state_format": str,
     "master_weight_bits": "{} bits".format,
@@ -30,13 +30,13 @@ _ASKED: Mapping[str, Callable[[Any], str]] = {
 
 @dataclass(frozen=True)
 class InFull:
-    """Parameters that an option of storage leaves as they are, all for the same reason.
+    """Parameters that a storage option leaves alone, all for the same reason.
 
     Attributes:
-        reason: why.
-        tensors: how many parameters they are.
-        elements: how many elements they have together.
-        asked: what was asked for.
+        reason: the reason.
+        tensors: the number of parameters.
+        elements: the number of their elements.
+        asked: the format that the option asks for.
     """
 
     reason: str
@@ -53,9 +53,9 @@ class Counted:
     """Some parameters of one group.
 
     Attributes:
-        group: the number of the param group.
-        tensors: how many parameters they are.
-        elements: how many elements they have together.
+        group: the index of the param group.
+        tensors: the number of parameters.
+        elements: the number of their elements.
         dtypes: their dtypes.
         devices: the types of their devices.
         account: the bytes that they, their gradients and their states take after the next step.
@@ -68,9 +68,9 @@ class Counted:
     devices: tuple[str, ...]
     account: Account
 
-    def _lines(self, what: str, *more: str) -> str:
+    def _lines(self, label: str, *more: str) -> str:
         kind = f"{'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
-        title = f"group {self.group}: {what} ({_counted(self.tensors, self.elements)}, {kind})"
+        title = f"group {self.group}: {label} ({_counted(self.tensors, self.elements)}, {kind})"
         return "\n  ".join([title, *more])
 
 
@@ -81,7 +81,7 @@ class Served(Counted):
     Attributes:
         backend: the name of the backend.
         reasons: for each faster backend, its name and why it does not serve them.
-        in_full: those of them that an option of storage leaves as they are, reason by reason.
+        in_full: those that a storage option leaves alone, reason by reason.
     """
 
     backend: str
@@ -101,8 +101,8 @@ class Served(Counted):
 class Frozen(Counted):
     """The parameters of one group that are not trained.
 
-    They have ``requires_grad=False`` and no gradient, and were never stepped. What they take are
-    their weights, and states if those are made by the constructor, as Adagrad's are.
+    They have ``requires_grad=False`` and no gradient, and were never stepped. Their memory is that
+    of their weights, and of states if the constructor makes those, as Adagrad's does.
     """
 
     def __str__(self) -> str:
@@ -119,8 +119,8 @@ class Explanation:
 
     Attributes:
         optimizer: the name of the optimizer's class.
-        served: what runs, group by group.
-        frozen: what is not trained, group by group.
+        served: the parameters that backends step, group by group.
+        frozen: the parameters that are not trained, group by group.
     """
 
     optimizer: str
@@ -142,12 +142,12 @@ class Explanation:
 
 
 def explain(optimizer: torch.optim.Optimizer) -> Explanation:
-    """Says, group by group, which backend the next step would run and why nothing faster does.
+    """Explain which backend the next step runs, group by group, and why none is faster.
 
-    And how many bytes an element takes for weights, gradients, states, scales of states in 8 bits
-    and low bits of weights; and which parameters an option of storage leaves as they are, and why.
-    A parameter that is frozen counts with its weights alone: it has ``requires_grad=False`` and no
-    gradient, and was never stepped.
+    The explanation has the bytes per element of weights, gradients, states, int8 scales and low
+    bits, and the parameters that a storage option leaves alone, with the reason. A frozen parameter
+    counts with its weights alone: it has ``requires_grad=False`` and no gradient, and was never
+    stepped.
 
     Args:
         optimizer: an optimizer of this library. Parameters without a gradient are judged as if
@@ -155,7 +155,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
     Raises:
         TypeError: the optimizer is not one of this library.
-        RuntimeError: what ``fused=True`` or ``STEPFORGE_BACKEND`` asks for cannot be had.
+        RuntimeError: the backend of ``fused=True`` or ``STEPFORGE_BACKEND`` is not available.
 
     Example:
         >>> import torch, stepforge
@@ -167,7 +167,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
           10.11 bytes an element: weights 4, gradients 4, states 2.05, scales 0.06
           not int8 for 1 parameter, 64 elements: fewer than 4,096 elements
     """
-    # A rule is what tells an optimizer of this library; its class stands to the right of this file.
+    # Optimizers of this library have a rule. Their class cannot be imported here.
     if not hasattr(optimizer, "rule"):
         raise TypeError(f"explain takes a stepforge optimizer, but got {type(optimizer).__name__}")
     return Explanation(
@@ -178,7 +178,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
 
 
 def without_effect(rule: Rule, groups: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A sentence for each option of storage that leaves all parameters as they are.
+    """Yield a sentence for each storage option that has no effect on any parameter.
 
     Args:
         rule: the optimizer's rule.
@@ -233,14 +233,14 @@ def _frozen(optimizer: torch.optim.Optimizer, rule: Rule) -> Iterator[Frozen]:
 
 
 def _is_frozen(p: torch.Tensor, entry: Mapping[str, Any] | None) -> bool:
-    """True if no step is to be expected of a parameter. Some are given gradients by hand."""
+    """Return True if no step is expected of a parameter. Some get gradients by hand."""
     return not p.requires_grad and p.grad is None and not (entry or {}).get("step")
 
 
 def _at_rest(
     rule: Rule, group: Mapping[str, Any], p: torch.Tensor, entry: Mapping[str, Any] | None
 ) -> Account:
-    """The account of a parameter that is not stepped."""
+    """Return the account of a parameter that is not stepped."""
     stepped = account(rule, group, p, None, entry)
     if entry:
         return dataclasses.replace(stepped, gradients=0, read=0, written=0)
@@ -248,7 +248,7 @@ def _at_rest(
 
 
 def _counts(group: int, params: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """All that :class:`Counted` has of parameters, but for their account."""
+    """Return the fields of :class:`Counted` except the account."""
     return {
         "group": group,
         "tensors": len(params),
@@ -261,7 +261,7 @@ def _counts(group: int, params: Sequence[torch.Tensor]) -> dict[str, Any]:
 def _in_full(
     rule: Rule, members: Iterable[tuple[Mapping[str, Any], torch.Tensor]], option: str
 ) -> Iterator[InFull]:
-    """Parameters, each with its group, that one option leaves as they are, reason by reason."""
+    """Yield the parameters that one storage option leaves alone, reason by reason."""
     tensors: Counter[tuple[str, str]] = Counter()
     elements: Counter[tuple[str, str]] = Counter()
     for group, p in members:

@@ -1,4 +1,4 @@
-"""Expression graphs: what a rule does, recorded by running it once on symbols.
+"""Expression graphs: a rule recorded by running it once on symbols.
 
 A symbol is *uniform* when it is one number for a whole tensor (a hyperparameter, the step number,
 a scalar state) and *varying* when it has a value for every element (the parameter, its gradient,
@@ -222,19 +222,19 @@ class Trace:
 
     @property
     def has_uint32(self) -> bool:
-        """Whether any node is a uint32."""
+        """True if any node is a uint32."""
         return any(node.uint32 for node in self._nodes.values())
 
     def input(self, name: str, *, varying: bool = False, uint32: bool = False) -> Expr:
-        """The symbol of that name."""
+        """Return the symbol of that name."""
         return self._node("input", value=name, varying=varying, uint32=uint32)
 
     def constant(self, value: float) -> Expr:
-        """The node of a number that the rule itself contains."""
+        """Return the node of a number in the rule itself."""
         return self._node("constant", value=float(value))
 
     def apply(self, op: str, *operands: Operand) -> Expr:
-        """The node for ``op`` on the operands, in normal form.
+        """Return the node of an operation on its operands, in normal form.
 
         Raises:
             TypeError: an operand is neither a number nor a node of this trace, is a truth value
@@ -286,7 +286,7 @@ class Trace:
 
 
 def _check_kinds(op: str, args: Sequence[Expr]) -> None:
-    """Raises unless operands are of the kinds that an operation takes."""
+    """Raise unless each operand is of the kind that the operation takes."""
     due = ["a uint32" if op in _UINT32_OPERANDS else "a number"] * len(args)
     if op in COMPARISONS and all(arg.uint32 for arg in args):
         due = ["a uint32"] * 2
@@ -307,12 +307,12 @@ def _is(node: Expr, number: float) -> bool:
 
 
 def _scaled(node: Expr) -> bool:
-    """Whether the node is a varying value times a uniform factor (always in this order)."""
+    """Return True for a varying value times a uniform factor (always in this order)."""
     return node.op == "mul" and node.args[0].varying and not node.args[1].varying
 
 
 def _ordered(a: Expr, b: Expr) -> tuple[Expr, Expr]:
-    """One order for the operands of a commutative operation: varying first, then by creation."""
+    """Order the operands of a commutative operation: varying first, then by creation."""
     return (a, b) if (not a.varying, a.index) <= (not b.varying, b.index) else (b, a)
 
 

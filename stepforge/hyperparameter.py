@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-#: The options that choose how a step runs and how its numbers are stored, not what it computes: no
-#: rule sees them, and loading a checkpoint leaves them as they are.
+#: The options that choose how a step runs and how its states are stored. No rule sees them, and
+#: loading a checkpoint does not change them.
 EXECUTION_FLAGS = (
     "foreach",
     "capturable",
@@ -24,7 +24,7 @@ EXECUTION_FLAGS = (
 )
 
 
-# torch.optim's words for what it calls by another name than the argument's.
+# Names that torch.optim's error messages use instead of the argument's name.
 _LABELS = {"lr": "learning rate", "eps": "epsilon value"}
 
 
@@ -65,7 +65,7 @@ class Hyperparameter:
         choices: the values it may have beside None; None if it is a flag or a number.
         keyword_only: True if the constructor takes it by keyword only.
         init: False if the constructor does not take it and the default always holds.
-        optional_in_checkpoint: True if checkpoints may lack it, as they can be older than it is.
+        optional_in_checkpoint: True if checkpoints may lack it: older ones do.
     """
 
     name: str
@@ -82,16 +82,16 @@ class Hyperparameter:
 
     @property
     def static(self) -> bool:
-        """Whether a rule may branch on it: flags are Python values while a rule is traced."""
+        """True if a rule may branch on it: flags are Python values while a rule is traced."""
         return self.interval is None
 
     @property
     def zero_is_off(self) -> bool:
-        """Whether a value of exactly 0 leaves no trace in the graph."""
+        """True if a value of exactly 0 leaves no trace in the graph."""
         return self.interval is not None and self.interval.zero_is_off
 
     def checked(self, value: Any) -> Any:
-        """The value in the form in which a param group keeps it.
+        """Return a value in the form that a param group keeps.
 
         Raises:
             ValueError: it is NaN or outside the range, or a tensor or tuple of another size.
@@ -123,7 +123,7 @@ class Hyperparameter:
         )
 
     def components(self, value: Any) -> Iterator[tuple[str, Any]]:
-        """The single numbers of a value, each with the name of its symbol."""
+        """Yield the numbers of a value, each with the name of its symbol."""
         if self.length is None:
             yield self.name, value
         else:
@@ -188,5 +188,5 @@ def _without_dimensions(value: Any) -> Any:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value that ``zero_is_off`` is exactly 0; a tensor never is, as it can change."""
+    """Return True if a value is exactly 0; a tensor never is, since it can change."""
     return not isinstance(value, torch.Tensor) and value == 0

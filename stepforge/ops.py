@@ -1,9 +1,9 @@
-"""The vocabulary of rules: the functions a rule may use beside ``+ - * / ** < <= > >= abs``.
+"""The vocabulary of rules: the functions a rule may use besides ``+ - * / ** < <= > >= abs``.
 
-Every function takes numbers, numpy arrays, tensors or symbols, and answers in kind; a rule written
-with them can be run on tensors as it stands, or traced into a graph.
+Every function takes numbers, numpy arrays, tensors or symbols, and returns the same kind. So a rule
+can run on tensors as it stands, or be traced into a graph.
 
-The vocabulary is closed and small, because everything in it must round alike on every backend.
+The vocabulary is closed and small, because every operation must round alike on every backend.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _Implementations: TypeAlias = tuple[Callable[..., Any], Callable[..., Any], Call
 
 
 def _apply(op: str, implementations: _Implementations, *operands: Value) -> Value:
-    """Applies one operation to operands of whatever kind they are.
+    """Apply one operation to numbers, arrays, tensors or symbols.
 
     Args:
         op: the name of the operation in the graph, should an operand be a symbol.
-        implementations: what it does to numbers, to numpy arrays, to tensors.
+        implementations: its functions of numbers, of numpy arrays and of tensors.
         operands: the operands.
     """
     on_numbers, on_arrays, on_tensors = implementations
@@ -73,7 +73,7 @@ def _apply(op: str, implementations: _Implementations, *operands: Value) -> Valu
 
 
 def _most_like_a_number(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """A tensor of the dtype that a number beside these has: theirs, be they numbers or words."""
+    """Return a tensor with the dtype for a number beside these: theirs, float or integer."""
     for of_kind in (torch.is_floating_point, lambda x: x.dtype == torch.int64):
         for tensor in filter(of_kind, tensors):
             return tensor
@@ -89,7 +89,7 @@ def _as_tensor(x: Value, like: torch.Tensor) -> torch.Tensor:
 
 
 def sqrt(x: Value) -> Value:
-    """The square root, correctly rounded in every backend.
+    """Return the square root, correctly rounded on every backend.
 
     Example:
         >>> sqrt(2.25)
@@ -99,7 +99,7 @@ def sqrt(x: Value) -> Value:
 
 
 def exp(x: Value) -> Value:
-    """The exponential of a uniform value.
+    """Return the exponential of a uniform value.
 
     Example:
         >>> exp(0.0)
@@ -109,7 +109,7 @@ def exp(x: Value) -> Value:
 
 
 def log(x: Value) -> Value:
-    """The natural logarithm of a uniform value.
+    """Return the natural logarithm of a uniform value.
 
     Example:
         >>> log(1.0)
@@ -119,7 +119,7 @@ def log(x: Value) -> Value:
 
 
 def sign(x: Value) -> Value:
-    """-1, 0 or 1; 0 for NaN, as ``torch.sign`` has it.
+    """Return -1, 0 or 1; 0 for NaN, as ``torch.sign`` does.
 
     Example:
         >>> sign(-3.0)
@@ -129,7 +129,7 @@ def sign(x: Value) -> Value:
 
 
 def maximum(x: Value, y: Value) -> Value:
-    """The larger of two; NaN if either is; a zero is +0, whichever zeros are compared.
+    """Return the larger of two; NaN if either is. A zero is always +0.
 
     Example:
         >>> maximum(1.0, 2.0)
@@ -140,7 +140,7 @@ def maximum(x: Value, y: Value) -> Value:
 
 
 def minimum(x: Value, y: Value) -> Value:
-    """The smaller of two; NaN if either is; a zero is +0, whichever zeros are compared.
+    """Return the smaller of two; NaN if either is. A zero is always +0.
 
     Example:
         >>> minimum(1.0, 2.0)
@@ -151,7 +151,7 @@ def minimum(x: Value, y: Value) -> Value:
 
 
 def where(condition: Value, x: Value, y: Value) -> Value:
-    """``x`` where the condition holds, ``y`` elsewhere; what is not chosen is not looked at.
+    """Return ``x`` where the condition holds, else ``y``; the other one is never looked at.
 
     Example:
         >>> where(2.0 > 1.0, 3.0, 4.0)
@@ -163,7 +163,7 @@ def where(condition: Value, x: Value, y: Value) -> Value:
 
 
 def finite(x: Value) -> Value:
-    """``x`` with an infinity replaced by the largest finite number of its sign; NaN stays.
+    """Replace an infinity by the largest finite number of its sign; NaN stays.
 
     Example:
         >>> finite(float("inf")) < float("inf")
@@ -182,7 +182,8 @@ def round_to_state_dtype(x: Value) -> Value:
         >>> round_to_state_dtype(0.1)
         0.10000000149011612
     """
-    # The graph calls it "stored", as do comments of generated kernels, whose hashes name them.
+    # "stored" is its name in the graph. Comments of generated kernels have it, so their hashes
+    # depend on it.
     implementations = (_round_number, _round_array, _round_tensor)
     return _apply("stored", implementations, x)
 
@@ -242,7 +243,7 @@ def f32_to_i32(x: Value) -> UInt32:
 
 
 def ema(average: Value, value: Value, beta: Value) -> Value:
-    """One step of an exponential moving average: ``beta * average + (1 - beta) * value``.
+    """Return one step of a moving average: ``beta * average + (1 - beta) * value``.
 
     Computed as the nearer end plus a fraction of the difference, so that the two weights sum to
     one whatever ``beta`` rounds to: with 0.999 and 0.001 each rounded to float32 an average of
@@ -250,7 +251,7 @@ def ema(average: Value, value: Value, beta: Value) -> Value:
 
     Args:
         average: the average so far.
-        value: what it moves towards.
+        value: the value it moves towards.
         beta: the weight of the average so far, uniform, in [0, 1].
 
     Example:
@@ -263,7 +264,7 @@ def ema(average: Value, value: Value, beta: Value) -> Value:
 
 
 def decay(h: Any, p: Value, g: Value) -> tuple[Value, Value]:
-    """Weight decay in its two forms, chosen by ``h.decoupled_weight_decay``.
+    """Apply weight decay in one of its two forms, chosen by ``h.decoupled_weight_decay``.
 
     L2 adds ``weight_decay * p`` to the gradient. Decoupled decay leaves the gradient alone and
     takes ``lr * weight_decay * p`` off the parameter together with the rule's own step, as in
@@ -276,7 +277,7 @@ def decay(h: Any, p: Value, g: Value) -> tuple[Value, Value]:
         g: its gradient.
 
     Returns:
-        The gradient for the rule to use, and what to subtract from the parameter beside its step.
+        The gradient for the rule to use, and a term to subtract from the parameter with its step.
 
     Example:
         >>> from types import SimpleNamespace
@@ -370,17 +371,17 @@ def _round_tensor(x: torch.Tensor) -> torch.Tensor:
 
 
 def scalar_dtype() -> torch.dtype:
-    """The dtype of scalar states, the step number among them; torch.optim's choice."""
+    """Return the dtype of scalar states and step counts: torch.optim's choice."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def scalar_numpy_dtype() -> type[np.floating[Any]]:
-    """:func:`scalar_dtype` in numpy's terms."""
+    """Return :func:`scalar_dtype` as numpy's type."""
     return np.float64 if scalar_dtype() == torch.float64 else np.float32
 
 
 def _each(function: Callable[..., float]) -> Callable[..., Any]:
-    """Applies a function of numbers to every element of arrays.
+    """Return a function of arrays that applies a function of numbers to each element.
 
     numpy's own vector forms of transcendental functions round differently from one instruction
     set to the next; the C library's do not. Equal operands, the usual case, are computed once.
@@ -424,7 +425,7 @@ def _divide(x: Value, y: Value) -> Value:
     return x / y
 
 
-#: What each operation of the graph does to numbers, arrays and tensors.
+#: The function of numbers, arrays and tensors for each operation of the graph.
 VOCABULARY: dict[str, Callable[..., Any]] = {
     "add": operator.add,
     "sub": operator.sub,

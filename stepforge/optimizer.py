@@ -1,8 +1,8 @@
 """The optimizer contract: param groups, state, hooks, checkpoints and the step.
 
-:class:`Optimizer` is a ``torch.optim.Optimizer``, so that schedulers, gradient scalers and trainers
-take it. It inherits hook registration, ``zero_grad`` and profiling, and owns what it does better:
-declarations, validation, ``add_param_group``, checkpoints and the step.
+:class:`Optimizer` is a ``torch.optim.Optimizer``, so schedulers, gradient scalers and trainers
+accept it. It inherits hook registration, ``zero_grad`` and profiling. Declarations, validation,
+``add_param_group``, checkpoints and the step are its own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.checkpoint import LoadResult
 from stepforge.declare import Seed, hyper, read_body, signature_of
 from stepforge.explain import without_effect
+from stepforge.formats import StateFormat
 from stepforge.hyperparameter import Hyperparameter
 from stepforge.rule import Rule
 from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
@@ -31,7 +32,8 @@ from stepforge.step.stepper import Stepper
 __all__ = ["Optimizer", "ParamsT"]
 
 
-# Raises if a graph is being captured without `capturable`; older versions call it otherwise.
+# Raises if a graph is being captured without `capturable`; older versions of torch name it
+# differently.
 _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
     torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
@@ -39,10 +41,10 @@ _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
 
 @dataclass_transform(field_specifiers=(hyper,))
 class _Declared(torch.optim.Optimizer):
-    """Reads the declarations of every class below it, and gives it its rule and constructor.
+    """Reader of class bodies: gives every subclass its rule and its constructor.
 
-    A class of its own, as type checkers take the declarations of the classes below the one that
-    bears ``dataclass_transform``, not of that one itself.
+    It is a class of its own because type checkers read the declarations of subclasses of a class
+    with ``dataclass_transform``, not of that class itself.
     """
 
     _hyperparameters: ClassVar[dict[str, Hyperparameter]] = {}
@@ -68,36 +70,36 @@ class _Declared(torch.optim.Optimizer):
 class Optimizer(_Declared):
     """Base of all optimizers: a rule, its hyperparameters and its states.
 
-    A subclass names its rule and declares the rest in its body; its constructor, with
-    ``params`` first, is made from the declarations. Every optimizer takes the keyword arguments
-    below beside its own.
+    A subclass names its rule in the class header and declares the rest in its body. The
+    declarations make its constructor, with ``params`` first. Every optimizer also takes the keyword
+    arguments below.
 
     Args:
         params: parameters, or ``(name, parameter)`` pairs, or dicts that describe param groups:
             ``"params"`` and any hyperparameters that differ from the constructor's.
         maximize: climb the objective instead of descending it.
         foreach: True asks for the foreach path, False (with ``fused`` unset or False) for the
-            reference; None for the fastest that serves each parameter.
-        capturable: keep step numbers and scalar states on the device and never wait for it.
+            reference. None takes the fastest backend for each parameter.
+        capturable: keep step counts and scalar states on the device, and never synchronize it.
         differentiable: let autograd see the step.
-        fused: True asks for a generated kernel, and for an error where there is none.
-        state_format: how states with a value for every element are stored: None in the dtype of
-            the parameter, as torch.optim does; ``"float32"``; ``"bfloat16"``; or ``"int8"``, one
-            byte an element and a scale for each 128 of a row. With ``"int8"`` parameters below
-            4,096 elements, or with rows of dimension 0 below 64, keep their states in full, as do
-            those that are sharded along another dimension.
-        master_weight_bits: for bfloat16 and float16 parameters, 24 or 32: how many bits the weight
-            has that is stepped. Those that the parameter lacks are in the state ``low_bits_8``
-            or ``low_bits_16``. Longer parameters have them already and are stepped as they are.
-            Call :func:`stepforge.checkpoint.reset_low_bits` after changing weights beside the
+        fused: True asks for a generated kernel, and raises an error where there is none.
+        state_format: the format of states with one value per element. None stores them in the
+            parameter's dtype, as torch.optim does; ``"float32"`` and ``"bfloat16"`` in that dtype;
+            ``"int8"`` in one byte per element, with one scale per 128 elements of a row. With
+            ``"int8"``, parameters with fewer than 4,096 elements, with rows of dimension 0 below
+            64 elements, or sharded along another dimension keep full states.
+        master_weight_bits: 24 or 32, for bfloat16 and float16 parameters: the bits of the weight
+            that a step updates. The low bits are in the state ``low_bits_8`` or ``low_bits_16``.
+            Longer parameters have the bits already, and are left alone. Call
+            :func:`stepforge.checkpoint.reset_low_bits` after changing weights without the
             optimizer.
-        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, such that
-            small steps are not lost on average. Longer parameters are stepped as they are.
-        rounding_seed: of whatever is rounded at random, below 2**32. The same seed gives the same
-            bits on every backend, number of threads and sharding between rows of dimension 0.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that
+            small steps are not lost on average. Longer parameters are left alone.
+        rounding_seed: the seed of random rounding, below 2**32. The same seed gives the same bits
+            on every backend, with any number of threads, and sharded along dimension 0.
 
     Attributes:
-        param_groups: a list of dicts, one a group: ``"params"`` and every hyperparameter.
+        param_groups: a list of dicts, one per group: ``"params"`` and every hyperparameter.
         state: for each parameter that was stepped, a dict of its states and ``"step"``.
         defaults: the constructor's hyperparameters.
 
@@ -120,10 +122,10 @@ class Optimizer(_Declared):
         [0.0, 1.0]
     """
 
-    #: Whether the rule leaves an element alone whose gradient is zero, so that a sparse gradient
-    #: needs to touch only the elements it names.
+    #: True if the rule leaves elements with a zero gradient alone, so that a sparse gradient
+    #: touches only the elements it names.
     _takes_sparse: ClassVar[bool] = False
-    #: Whether states are made by the constructor instead of at the first step.
+    #: True if the constructor makes the states, not the first step.
     _eager_state: ClassVar[bool] = False
 
     params: InitVar[ParamsT]
@@ -132,7 +134,7 @@ class Optimizer(_Declared):
     capturable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     differentiable: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     fused: bool | None = hyper(default=None, kw_only=True, optional_in_checkpoint=True)
-    state_format: Literal["float32", "bfloat16", "int8"] | None = hyper(
+    state_format: StateFormat | None = hyper(
         default=None, kw_only=True, optional_in_checkpoint=True
     )
     master_weight_bits: Literal[24, 32] | None = hyper(
@@ -157,8 +159,8 @@ class Optimizer(_Declared):
         # A gradient scaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = bool(defaults["fused"])
         self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
-        self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # by the last state dict
-        self._step_is_running: list[bool] = []  # empty if not
+        self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # to the last state dict
+        self._step_is_running: list[bool] = []  # empty unless one is
         _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
@@ -169,7 +171,7 @@ class Optimizer(_Declared):
             warnings.warn(message, stacklevel=3)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Raises if options that are right by themselves exclude each other."""
+        """Raise if options exclude each other."""
         if options["fused"] and options["differentiable"]:
             raise RuntimeError("`fused` does not support `differentiable`")
         if options["fused"] and options["foreach"]:
@@ -200,8 +202,8 @@ class Optimizer(_Declared):
                     self.state[p] = checkpoint.unpickled(self.rule, group, p, self.state[p])
 
     def _patch_step_function(self) -> None:
-        # torch wraps the step of every class in hooks and a profiler record. Where a subclass
-        # overrides it and calls super().step(), both are wrapped; only the outer one may fire.
+        # torch wraps the step of every class in hooks and a profiler record. If a subclass
+        # overrides step and calls super().step(), both are wrapped; only the outer runs hooks.
         cls = type(self)
         self._zero_grad_profile_name = f"Optimizer.zero_grad#{cls.__name__}.zero_grad"
         if not getattr(cls.step, "hooked", False):
@@ -210,7 +212,7 @@ class Optimizer(_Declared):
             cls.step = hooked  # type: ignore[method-assign]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group, as when frozen layers are unfrozen.
+        """Add a param group, as when frozen layers are unfrozen.
 
         Args:
             param_group: ``"params"``, a parameter, or an ordered collection of parameters or of
@@ -234,7 +236,7 @@ class Optimizer(_Declared):
             group[name] = declared.checked(group[name])
         self._check_options(group)
         self._check_params(group)
-        self.rule.graph(group)  # a mistake in the rule itself shows here, not at the first step
+        self.rule.graph(group)  # raise for a mistake in the rule now, not at the first step
         self.param_groups.append(self._param_group(group))
         self._stepper.traced = None
 
@@ -285,14 +287,14 @@ class Optimizer(_Declared):
                 raise ValueError("some parameters appear in more than one parameter group")
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer, in the format of torch.optim.
+        """Return the state of the optimizer, in the format of torch.optim.
 
         Returns:
-            A dict with ``"state"``, the states of each parameter by its number, and
-            ``"param_groups"``, the options of each group with its parameters' numbers. Tensors
-            are the optimizer's own: copy what has to outlive the next step. For torch.optim
-            there is :func:`stepforge.checkpoint.to_torch`, as it knows no formats. Options that
-            the twin does not know and that are not loaded are left out: ``state_format``,
+            A dict with ``"state"``, the state of each parameter by its index, and
+            ``"param_groups"``, the options of each group with its parameters' indices. Tensors are
+            the optimizer's own: copy those that must outlive the next step. torch.optim knows no
+            formats; :func:`stepforge.checkpoint.to_torch` exports to it. Options that the twin does
+            not have and that are not loaded are left out: ``state_format``,
             ``master_weight_bits``, ``stochastic_rounding``, ``rounding_seed``.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
@@ -307,30 +309,32 @@ class Optimizer(_Declared):
     def load_state_dict(  # type: ignore[override]
         self, state_dict: Mapping[str, Any], strict: bool = True
     ) -> LoadResult:
-        """Loads what :meth:`state_dict`, or that of the torch.optim twin, has returned.
+        """Load a state dict of this optimizer, or of its torch.optim twin.
 
         Everything is checked before anything changes. Tensors are copied to their parameter's
-        device, sharded as it is, and brought into the format that its group asks for here,
-        rounded to nearest; where that is theirs already, bit for bit. Without a ``state_format``
-        they keep their dtype, unless the parameter's is longer. The options of the groups are
-        loaded, except those that say how a step runs and what is stored (``foreach``, ``fused``,
-        ``capturable``, ``differentiable``, ``state_format``, ``master_weight_bits``,
-        ``stochastic_rounding``, ``rounding_seed``), which stay as they are here, and a flag that
-        adds a state, such as ``amsgrad``, which is on if it is on in either. A learning rate that
-        is a tensor is updated in place. If both sides have names for all parameters, they are
-        matched by name, whatever their order; otherwise by order.
+        device and sharding, and converted to the format of its group, rounded to nearest. Tensors
+        that have the format already are copied bit for bit. Without a ``state_format`` they keep
+        their dtype, unless the parameter's is longer.
+
+        The options of the groups are loaded, except those that choose how a step runs and how
+        states are stored: ``foreach``, ``fused``, ``capturable``, ``differentiable``,
+        ``state_format``, ``master_weight_bits``, ``stochastic_rounding``, ``rounding_seed``. A flag
+        that adds a state, such as ``amsgrad``, is on if it is on in either. A learning rate that is
+        a tensor is updated in place.
+
+        Parameters are matched by name if both sides have names for all of them, else by order.
 
         Args:
-            state_dict: the state dict. It is not changed.
-            strict: False to load what fits. A parameter whose states do not all fit keeps the
-                state it has.
+            state_dict: the state dict; not changed.
+            strict: False to load everything that fits. A parameter keeps its state unless all of
+                its new state fits.
 
         Returns:
-            What was missing, unexpected or mismatched; nothing if ``strict``.
+            The missing, unexpected and mismatched keys; none if ``strict``.
 
         Raises:
             ValueError: the state dict is not an optimizer's, holds a value out of its range or,
-                if ``strict``, does not fit in every entry.
+                if ``strict``, has a key that does not fit.
         """
         found = self._examined(state_dict, strict)
         self._apply(found, strict)
@@ -342,7 +346,7 @@ class Optimizer(_Declared):
         strict: bool,
         names: Sequence[Sequence[str]] | None = None,
     ) -> checkpoint.Loading:
-        """What loading a state dict will do; its names may stand for those of the groups."""
+        """Check a state dict, and return the changes that loading it will make."""
         given = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             given = _unless_none(pre_hook(self, given), given)
@@ -373,17 +377,17 @@ class Optimizer(_Declared):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Steps every parameter that has a gradient.
+        """Step every parameter that has a gradient.
 
         Args:
-            closure: computes the loss and its gradients anew; called first.
+            closure: recomputes the loss and its gradients; called first.
 
         Returns:
             The closure's loss; None without one.
 
         Raises:
-            RuntimeError: a gradient is sparse and the rule does not take them, or what ``fused``
-                or ``STEPFORGE_BACKEND`` asks for cannot serve a parameter. Nothing has changed.
+            RuntimeError: a gradient is sparse and the rule does not take them, or the backend of
+                ``fused`` or ``STEPFORGE_BACKEND`` cannot serve a parameter. Nothing has changed.
             TypeError: a parameter with a gradient is not of a floating point or complex dtype.
         """
         _check_graph_capture(self)
@@ -392,7 +396,7 @@ class Optimizer(_Declared):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            # Brings torch._dynamo, and with it a second that only those who compile should pay.
+            # It imports torch._dynamo, a second that only users who compile should pay.
             from stepforge.step import compiled
 
             with torch.set_grad_enabled(self.defaults["differentiable"]):
@@ -408,7 +412,7 @@ class Optimizer(_Declared):
         scale = GradScale.of(self)
         was_enabled = torch.is_grad_enabled()
         try:
-            # By one call: an interrupt within torch's context manager would leave autograd off.
+            # One call: an interrupt within torch's context manager would leave autograd off.
             torch._C._set_grad_enabled(self.defaults["differentiable"])
             if scale is not None and scale.on_host and scale.found_inf:
                 return
@@ -432,7 +436,7 @@ class Optimizer(_Declared):
 
 
 def _give_constructor(cls: type[Optimizer]) -> None:
-    """Defines ``cls.__init__`` with the signature that the declarations describe."""
+    """Define ``cls.__init__`` with the signature that the declarations describe."""
     signature = signature_of(cls._hyperparameters, ParamsT)
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -456,12 +460,12 @@ def _give_constructor(cls: type[Optimizer]) -> None:
 
 
 def _outermost(inner: Callable[..., Any], hooked: Callable[..., Any]) -> Callable[..., Any]:
-    """``hooked`` when called from outside, ``inner`` when called from within another step."""
+    """Return a step that runs hooks, unless it is called from within another step."""
 
     @functools.wraps(inner)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        # Not a flag but a list, as torch.compile of 2.10 refuses to set an optimizer's attributes.
-        # It is filled within `try`: an interrupt must not leave it so, or no hook would fire again.
+        # A list, not a flag: torch.compile of 2.10 cannot set attributes of an optimizer. It is
+        # filled within `try`: an interrupt must not leave it filled, or no hook would run again.
         running = self._step_is_running
         if running:
             return inner(self, *args, **kwargs)
@@ -503,14 +507,14 @@ def _check_ordered(params: object) -> None:
 
 
 def _hyperparameters_of_others(own: Mapping[str, Any]) -> frozenset[str]:
-    """The hyperparameters that other optimizers of this library have and this one has not."""
+    """Return the hyperparameters that only other built-in optimizers have."""
     names: set[str] = set()
     pending: list[type[Optimizer]] = [Optimizer]
     while pending:
         cls = pending.pop()
         pending.extend(cls.__subclasses__())
-        # A user's own optimizer may call a hyperparameter what somebody's groups call a note.
-        if cls.__module__.startswith(f"{__package__}.rules."):
+        # A user's optimizer may give a hyperparameter the name of another user's note in a group.
+        if cls.__module__.startswith("stepforge.rules."):
             names.update(cls._hyperparameters)
     return frozenset(names - set(own))
 

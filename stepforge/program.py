@@ -16,7 +16,7 @@ class Instruction:
     Attributes:
         op: the operation's name.
         args: the registers of its operands.
-        out: the register of its value, which nothing has written before.
+        out: the register of its value, written by no earlier instruction.
         last: the registers that neither a later instruction nor an output reads.
     """
 
@@ -30,13 +30,13 @@ class Instruction:
 class Program:
     """A straight-line program over numbered registers.
 
-    The first registers hold the inputs, then come values given from outside, then constants, then
-    the value of each instruction in turn.
+    The registers hold the inputs, then values given from outside, then constants, then the value of
+    each instruction in turn.
 
     Attributes:
         inputs: the names of the inputs.
         given: the nodes whose values are given.
-        constants: the numbers; those that are words are integers.
+        constants: the numbers; a uint32 is a Python int.
         instructions: the operations, operands first.
         outputs: the registers of the results.
         nodes: the node of the graph that each register holds.
@@ -51,7 +51,7 @@ class Program:
 
     @classmethod
     def of(cls, results: Sequence[Expr], given: Sequence[Expr] = ()) -> Program:
-        """The program that computes those nodes, with the given ones taken as known."""
+        """Return the program that computes some nodes, with the values of others given."""
         nodes = _reachable(results, stop=given)
         inputs = [node for node in nodes if node.op == "input" and node not in set(given)]
         constants = [node for node in nodes if node.op == "constant"]
@@ -82,12 +82,12 @@ class Program:
         )
 
     def registers(self, inputs: Mapping[str, Any], given: Sequence[Any] = ()) -> list[Any]:
-        """The registers at the start, those of the instructions empty."""
+        """Return the registers at the start; those of the instructions are None."""
         loaded = [inputs[name] for name in self.inputs]
         return [*loaded, *given, *self.constants, *[None] * len(self.instructions)]
 
     def may_alias(self, register: int) -> bool:
-        """Whether a register can hold the very object that another holds, not a fresh one."""
+        """Return True if a register can hold the same object as another, not a fresh one."""
         return self.nodes[register].op in ("input", "where")
 
 
@@ -97,13 +97,13 @@ def evaluate(
     given: Sequence[Any],
     operations: Mapping[str, Callable[..., Any]],
 ) -> list[Any]:
-    """Runs a program.
+    """Run a program.
 
     Args:
-        program: what to run.
+        program: the program.
         inputs: the value of each input, by name.
         given: the given values, in the program's order.
-        operations: what each operation does, by name.
+        operations: the function of each operation, by name.
 
     Returns:
         The values of the program's outputs, in their order.
@@ -122,8 +122,8 @@ class Graph:
     """A traced rule: two straight-line programs, the uniform one and the varying one.
 
     Attributes:
-        coefficients: the uniform nodes that the varying program reads (constants left out). They
-            are all that a kernel needs to be told.
+        coefficients: the uniform nodes that the varying program reads, except constants. A kernel
+            needs no other numbers.
         scalars: the names of the results that are uniform.
         uniform: computes the coefficients, then the scalars.
         results: the names of the results that vary and are not simply an input of their own name.
@@ -138,7 +138,7 @@ class Graph:
 
     @classmethod
     def of(cls, outputs: Mapping[str, Expr]) -> Graph:
-        """The graph of those results, without the nodes that no result needs."""
+        """Return the graph of some results, without the nodes that no result needs."""
         scalars = {name: node for name, node in outputs.items() if not node.varying}
         results = {
             name: node
@@ -160,7 +160,7 @@ class Graph:
 
 
 def _reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:
-    """The nodes that the roots depend on, operands first, none beyond those to stop at."""
+    """Return the nodes that the roots depend on, operands first, up to those in ``stop``."""
     seen: set[Expr] = set()
     pending = list(roots)
     while pending:

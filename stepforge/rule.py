@@ -19,15 +19,15 @@ from stepforge.program import Graph
 
 @dataclass(frozen=True)
 class State:
-    """One state of a rule, kept for every parameter.
+    """One state of a rule; every parameter has its own.
 
     Attributes:
         key: its name in ``optimizer.state[p]`` and in checkpoints.
         init: its initial value: a number, or the name of the hyperparameter that holds it.
-        scalar: True for one number a parameter, False for one an element.
+        scalar: True for one number per parameter, False for one per element.
         when: the name of the flag that turns it on; None if it is always there.
         unsigned: True if it is never below 0 and moves in small steps, as averages of squares do.
-            Formats of few bits then spend none on a sign, and round at random.
+            Formats of few bits then have no sign bit, and round at random.
     """
 
     key: str
@@ -37,7 +37,7 @@ class State:
     unsigned: bool = False
 
     def on(self, group: Mapping[str, Any]) -> bool:
-        """Whether a param group with these options keeps this state."""
+        """Return True if a param group with these options has this state."""
         return self.when is None or bool(group[self.when])
 
 
@@ -66,7 +66,7 @@ class Rule:
             )
 
     def graph(self, group: Mapping[str, Any]) -> Graph:
-        """The rule traced under a param group's options, once for each choice of the static ones.
+        """Return the graph under the options of a param group, traced once per choice of flags.
 
         Varying inputs are named ``p``, ``g`` and by the states' letters, uniform ones ``t``, by
         the hyperparameters' names (``betas[0]`` for a component) and by the states' letters.
@@ -79,14 +79,14 @@ class Rule:
         )
 
     def graphs(self) -> Iterator[Graph]:
-        """The graphs of all choices of the static options; some of them may be equal."""
+        """Yield the graphs of all choices of the flags; some of them may be equal."""
         choices = map(_choices, self._statics.values())
         for values in itertools.product(*choices):
             yield self._graph(dict(zip(self._statics, values)))
 
     @functools.cached_property
     def _statics(self) -> dict[str, Hyperparameter]:
-        """What a rule may branch on, and what may leave no trace."""
+        """The hyperparameters that a rule may branch on, or that may leave no trace."""
         return {
             name: parameter
             for name, parameter in self.hyperparameters.items()
@@ -100,7 +100,7 @@ class Rule:
         return self._graphs[key]
 
     def option_values(self, groups: Iterable[Mapping[str, Any]], symbol: str) -> list[Any]:
-        """The number that each param group gives for a symbol of the graph.
+        """Return each param group's value of a symbol of the graph.
 
         Raises:
             TypeError: one was set by hand to something that is no number.
@@ -134,7 +134,7 @@ class Rule:
         }
 
     def option_items(self, group: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Every number that a param group gives the rule, with the name of its symbol."""
+        """Return all symbols that come from a param group's options, each with its value."""
         return ((symbol, *self.option_values([group], symbol)) for symbol in self._components)
 
     def _traced(self, statics: Mapping[str, Any]) -> Graph:
@@ -210,7 +210,7 @@ class _Options:
 
 
 def _choices(parameter: Hyperparameter) -> tuple[Any, ...]:
-    """The values of a flag; of a number, whether it is off."""
+    """Return the values of a flag; for a number, True if it may be off."""
     if not parameter.init:
         return (parameter.default if parameter.static else is_off(parameter.default),)
     return (False, True, None) if parameter.optional else (False, True)

@@ -22,9 +22,9 @@ from typing import Any, TypeVar, TypeVarTuple
 
 __all__ = ["made_once"]
 
-#: Seconds after which what failed is tried again though nothing seems to have changed.
+#: Seconds after which a failure is retried though nothing seems to have changed.
 RETRY_S = 60.0
-#: How many times as long as it took it stays, at least.
+#: A failure stands at least this many times as long as it took.
 RETRY_FACTOR = 100.0
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ _making = threading.RLock()
 
 
 def _after_fork() -> None:
-    """Takes a new lock: the thread that held the old one is not in the child to release it."""
+    """Take a new lock: in the child, no thread can release the old one."""
     global _making
     _making = threading.RLock()
 
@@ -51,8 +51,8 @@ class _Failure:
 
     Attributes:
         reason: why, in one sentence.
-        circumstances: what it may have depended on.
-        until: the time of :func:`time.monotonic` at which it is tried again in any case.
+        circumstances: the settings and files it may depend on.
+        until: the :func:`time.monotonic` time after which it is retried in any case.
     """
 
     reason: str
@@ -63,11 +63,11 @@ class _Failure:
 def made_once(
     circumstances: Callable[[], Any],
 ) -> Callable[[Callable[[*Arguments], T | str]], Callable[[*Arguments], T | str]]:
-    """Keeps what a function makes of its arguments, and for a while why it cannot.
+    """Keep the result of a function for its arguments, and a failure for a while.
 
     Args:
-        circumstances: asks for what a failure may depend on; cheap, as it is asked whenever
-            something is wanted that has failed.
+        circumstances: returns everything a failure may depend on; cheap, as it is called whenever
+            a failed result is wanted.
 
     Returns:
         A decorator for functions of hashable arguments that return a ``str`` only to say why they

@@ -1,4 +1,4 @@
-"""Operations on tensors where torch's own would round, or choose a dtype, in another way."""
+"""Operations on tensors where torch's own round, or choose a dtype, differently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def correct_sqrt(x: torch.Tensor) -> torch.Tensor:
-    """The square root of a float32 or float64 tensor, correctly rounded.
+    """Return the correctly rounded square root of a float32 or float64 tensor.
 
     ``torch.sqrt`` on a CPU is not: 20% of float32 results and 1.4% of float64 results of a
     contiguous tensor are one unit off. numpy's root is the processor's own, which is.
@@ -29,7 +29,7 @@ def correct_sqrt(x: torch.Tensor) -> torch.Tensor:
 
 
 def divide(x: Any, y: torch.Tensor) -> torch.Tensor:
-    """A number or a tensor divided by a tensor, in one rounding.
+    """Divide a number or a tensor by a tensor, in one rounding.
 
     ``number / tensor`` is computed by torch as a reciprocal and a product.
     """
@@ -39,12 +39,12 @@ def divide(x: Any, y: torch.Tensor) -> torch.Tensor:
 
 
 def choose(condition: Any, x: Any, y: Any, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x`` where the condition holds, ``y`` elsewhere; each a number or a tensor.
+    """Return ``x`` where the condition holds, else ``y``; each a number or a tensor.
 
     Args:
         condition: a truth value or a tensor of them, or of numbers that stand for them.
-        x: what to take where it holds.
-        y: what to take elsewhere.
+        x: the result where it holds.
+        y: the result elsewhere.
         like: a tensor of the shape of the result.
         dtype: the dtype of the result if both are numbers; torch would take its default.
     """

@@ -1,9 +1,9 @@
 """Checks that nobody else can change the code that is loaded from disk.
 
-A process runs what a kernel's file says. So the file, its folder and every folder on the way to it
-must belong to somebody who is trusted anyway, and others must not be able to write to them. A
-folder with the sticky bit, such as ``/tmp``, may lie on the way: in it nobody can exchange what is
-another's. Systems without POSIX permissions are left to their own.
+A process runs the code in a kernel's file. So the file, its folder and every parent folder must
+belong to a trusted user, and nobody else may write to them. A parent may have the sticky bit, as
+``/tmp`` does: nobody can replace another user's files there. Systems without POSIX permissions are
+not checked.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ __all__ = [
 ]
 
 _HAS_OWNERS = hasattr(os, "geteuid")
-#: The package itself. Its Python runs already: who may change that needs no kernel to be run.
+#: The package itself. Its Python code runs anyway, so its owner is trusted.
 _PACKAGE = Path(os.path.realpath(__file__)).parents[1]
 
 
 def others_may_write(status: os.stat_result) -> bool:
-    """True if others than its owner may write to a file, or put something into a folder."""
+    """Return True if others than the owner may write to a file, or into a folder."""
     return _HAS_OWNERS and bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 
 def belongs_to_user(status: os.stat_result) -> bool:
-    """True if the user who runs this process owns a file or folder."""
+    """Return True if the user of this process owns a file or folder."""
     return not _HAS_OWNERS or status.st_uid == os.geteuid()
 
 
 def untrusted_folder(folder: Path) -> str | None:
-    """Why code is not to be loaded from a folder, in a clause; None if it may be.
+    """Say, in one clause, why code must not be loaded from a folder; None if it may.
 
     Args:
-        folder: its resolved path: symbolic links are themselves changed by who may write to the
-            folder that they lie in. What does not exist yet is passed over.
+        folder: its resolved path, since whoever may write to the folder of a symbolic link can
+            change the link. Folders that do not exist yet are skipped.
 
     Raises:
         OSError: it, or a folder on the way to it, cannot be looked at.
@@ -54,7 +54,7 @@ def untrusted_folder(folder: Path) -> str | None:
 
 
 def untrusted_way(folder: Path) -> str | None:
-    """As :func:`untrusted_folder`, of the folders on the way to one."""
+    """Check the folders on the way to a folder, as :func:`untrusted_folder` does."""
     for place in folder.parents:
         if place == _PACKAGE:
             return None
@@ -78,9 +78,9 @@ def _untrusted(place: Path, is_open: Callable[[os.stat_result], bool]) -> str | 
 
 @contextmanager
 def open_trusted(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file that only trusted users can change; its folder is taken as checked.
+    """Open a file that only trusted users can change; its folder must be checked already.
 
-    What is read from the open file, or loaded by its number, is what was checked.
+    The open file, read or loaded by its descriptor, is the one that was checked.
 
     Raises:
         OSError: it cannot be opened, or others may change it.
@@ -96,7 +96,7 @@ def open_trusted(path: Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(folder: Path, mode: int) -> None:
-    """Makes a folder, and what is missing on the way to it, of that mode whatever the umask.
+    """Make a folder and its missing parents with that mode, whatever the umask.
 
     Raises:
         OSError: it cannot be made.
@@ -116,25 +116,25 @@ def make_folder(folder: Path, mode: int) -> None:
 
 
 def _has_trusted_owner(status: os.stat_result) -> bool:
-    """True if the owner of a file or folder decides what this process runs in any case."""
+    """Return True if the owner already decides what this process runs."""
     return not _HAS_OWNERS or status.st_uid == os.geteuid() or status.st_uid in _other_owners()
 
 
 @functools.cache
 def _other_owners() -> frozenset[int]:
-    """The users beside one's own who are trusted.
+    """Return the users besides the current one who are trusted.
 
-    They are root; the owner of ``/``, who is root under another number where a container maps no
-    root; and the owner of this package, in an environment that many share often an administrator of
-    another name, who may well own a folder of kernels too.
+    They are root; the owner of ``/``, which is root under another id in a container without a root
+    mapping; and the owner of this package, often an administrator in a shared environment, who may
+    own a folder of kernels too.
     """
     return frozenset({0, os.stat("/").st_uid, _PACKAGE.stat().st_uid})
 
 
 def _as_safe_as_package(path: Path, status: os.stat_result) -> bool:
-    """True if a place is in the package, and nobody may write to it who may not to the package.
+    """Return True for a place in the package that nobody else may write to than to it.
 
-    An installer makes all of a package by one umask: a kernel in it is as safe as its modules.
+    An installer uses one umask for a whole package, so a kernel in it is as safe as its modules.
     """
     if not path.is_relative_to(_PACKAGE):
         return False
@@ -146,7 +146,7 @@ def _as_safe_as_package(path: Path, status: os.stat_result) -> bool:
 
 
 def _others_may_rename_in(status: os.stat_result) -> bool:
-    """True if others may exchange what somebody else has in a folder."""
+    """Return True if others may replace another user's files in a folder."""
     return (
         others_may_write(status)
         and not status.st_mode & stat.S_ISVTX
@@ -155,10 +155,10 @@ def _others_may_rename_in(status: os.stat_result) -> bool:
 
 
 def _is_of_private_group(status: os.stat_result) -> bool:
-    """True if a folder's group, which may write to it, has its owner as the only member.
+    """Return True if the owner is the only member of a folder's group, which may write.
 
-    Many systems give every user a group of the same name and let it write to all that the user
-    makes. Root's group has members on some.
+    Many systems give every user a group of the same name, which may write to the user's files.
+    Root's group has members on some systems.
     """
     if status.st_mode & stat.S_IWOTH or status.st_uid == 0:
         return False

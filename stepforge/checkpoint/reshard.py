@@ -1,9 +1,9 @@
-"""Loading of distributed checkpoints, whatever the format and the sharding on either side.
+"""Distributed checkpoints: loading from any format and sharding into any other.
 
 ``torch.distributed.checkpoint.load`` copies by key: it reshards, but knows no formats. Here the
-metadata of a checkpoint says what is stored. Each process reads its own part of that, as it is
-stored, and the optimizer converts it as it does any state dict. No process ever holds more of a
-state than its own part, beside the scales of codes where a row has several owners.
+metadata of a checkpoint gives the stored format. Each process reads its own shards in that format,
+and the optimizer converts them like any state dict. No process ever holds more of a state than its
+own shards, except the scales of int8 rows that several processes share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from stepforge.checkpoint.result import LoadResult
 from stepforge.formats import Part
 from stepforge.rule import Rule
-from stepforge.state.layout import LOW_BITS, StateLayout, int8_keys, state_layout
+from stepforge.state.layout import LOW_BITS, StateLayout, block_formats, state_layout
 from stepforge.state.sharding import empty_part, local
 from stepforge.state.values import decoded_if_cut, joined_weight
 
@@ -42,30 +42,29 @@ def load_distributed(
     weights: bool = True,
     strict: bool = True,
 ) -> LoadResult:
-    """Loads a checkpoint of ``torch.distributed.checkpoint`` into a model and its optimizer.
+    """Load a checkpoint of ``torch.distributed.checkpoint`` into model and optimizer.
 
-    It may be of this library or of the torch.optim twin, in any format, saved by any number of
-    processes in any sharding; states become what the optimizer was made with. Where that is how
-    they are stored they are the same bit for bit. A weight is converted with the bits that the
-    optimizer keeps of it: of one saved with ``master_weight_bits`` a float32 weight gets all, and
-    one of 16 bits with ``master_weight_bits`` gets those of a float32. All processes have to call
-    this. Parameters are matched by name, whatever the param groups.
+    The checkpoint may be of this library or of the torch.optim twin, in any format, saved by any
+    number of processes in any sharding. States are converted to the optimizer's formats; states
+    that have the format already are copied bit for bit. Weights are converted with their low bits:
+    a float32 weight gets all bits of one saved with ``master_weight_bits``, and a 16-bit weight
+    with ``master_weight_bits`` gets all bits of a float32. All processes must call this function.
+    Parameters are matched by name, whatever the param groups.
 
     Args:
         model: the model; plain, or sharded by FSDP2 or tensor parallel.
         optimizer: an optimizer of this library, of all or some of the model's parameters.
-        checkpoint_id: where the checkpoint is: the folder that was given to
-            ``torch.distributed.checkpoint.save``. It holds what ``get_state_dict`` or
-            ``get_optimizer_state_dict`` has returned, under any keys, with or without
-            ``flatten_optimizer_state_dict``.
-        storage_reader: reads it, if it is not in a folder.
-        process_group: of the processes that load.
+        checkpoint_id: the folder that was given to ``torch.distributed.checkpoint.save``. It holds
+            the result of ``get_state_dict`` or ``get_optimizer_state_dict``, under any keys, with
+            or without ``flatten_optimizer_state_dict``.
+        storage_reader: reads the checkpoint, if it is not in a folder.
+        process_group: the group of the processes that load.
         weights: False to load the optimizer alone.
-        strict: False to load what fits of the optimizer's state.
+        strict: False to load everything of the optimizer's state that fits.
 
     Returns:
-        What of the optimizer's state was missing, unexpected or mismatched, by the names of the
-        parameters; nothing if ``strict``.
+        The missing, unexpected and mismatched keys of the optimizer's state, with the names of
+        parameters; none if ``strict``.
 
     Raises:
         TypeError: the optimizer is not of this library.
@@ -139,18 +138,18 @@ def load_distributed(
 def _read(
     request: dict[str, Any], reader: StorageReader, process_group: ProcessGroup | None
 ) -> None:
-    """Fills tensors with what a checkpoint has under their keys; replaces what is no tensor."""
+    """Fill tensors from a checkpoint by their keys; replace objects that are no tensors."""
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
-        # Without processes there is one, which is nothing to be told.
+        # A single process is no reason for a warning.
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
         load(request, storage_reader=reader, process_group=process_group)
 
 
 def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """The names in checkpoints of the parameters of each param group."""
-    # Which wrappers leave no trace in a name is known there only.
+    """Return the names of the parameters of each param group in checkpoints."""
+    # Only torch knows which wrappers leave no trace in a name.
     from torch.distributed.checkpoint.state_dict import _get_fqns
 
     names = {p: next(iter(_get_fqns(model, name))) for name, p in model.named_parameters()}
@@ -165,7 +164,7 @@ def _names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[lis
 
 
 def _prefixes(keys: Iterable[str], endings: Iterable[str]) -> list[str]:
-    """What stands before one of those endings, up to a dot, in some key."""
+    """Return the prefixes, up to a dot, of keys with one of some endings."""
     wanted = set(endings)
     found = {
         key[:at]
@@ -186,13 +185,13 @@ def _only(prefixes: Sequence[str], what: str, example: str) -> str:
 
 @dataclass(frozen=True)
 class _Saved:
-    """The state of an optimizer in a checkpoint, by what the metadata says.
+    """The state of an optimizer in a checkpoint, according to its metadata.
 
     Attributes:
         stored: the metadata of each key.
-        prefix: what the keys of the optimizer's state begin with.
-        keys: for each parameter, the keys of its entry, with those in the checkpoint.
-        is_flat: whether each parameter has the options of its group for itself.
+        prefix: the prefix of the keys of the optimizer's state.
+        keys: for each parameter, the keys of its state, each with its key in the checkpoint.
+        is_flat: True if each parameter has its own copy of the options of its group.
     """
 
     stored: Mapping[str, Any]
@@ -209,15 +208,15 @@ class _Saved:
             if key.startswith(f"{prefix}state."):
                 name, _, of_state = key.removeprefix(f"{prefix}state.").rpartition(".")
                 keys.setdefault(name, {})[of_state] = key
-        # A list of the parameters is what only a group has.
+        # Only a group has a list of parameters.
         return cls(stored, prefix, keys, f"{prefix}param_groups.0.params" not in stored)
 
     def entry(self, name: str) -> dict[str, tuple[str, Any]]:
-        """For each key of the entry of a parameter, that in the checkpoint and its metadata."""
+        """Return, for each key of a parameter's state, the checkpoint's key and metadata."""
         return {own: (key, self.stored[key]) for own, key in self.keys.get(name, {}).items()}
 
     def options(self) -> dict[str, Any]:
-        """What to read of the options of groups."""
+        """Return a request for the options of the groups."""
         start = f"{self.prefix}param_groups."
         return {
             key: torch.empty(found.size, dtype=found.properties.dtype)
@@ -228,7 +227,7 @@ class _Saved:
         }
 
     def groups(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The param groups that were read; those with the same options are one."""
+        """Return the param groups that were read; groups with equal options are one."""
         start = f"{self.prefix}param_groups."
         read: dict[str, dict[str, Any]] = {}
         for key, value in request.items():
@@ -264,14 +263,14 @@ def _is_tensor(metadata: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Member:
-    """A parameter of the optimizer, and what a checkpoint has of it.
+    """A parameter of the optimizer, and its keys in a checkpoint.
 
     Attributes:
         name: its name in the checkpoint.
         p: the parameter.
         layout: the layout of its state.
-        entry: for each key of its entry in the checkpoint, the key there and its metadata.
-        weight: the same of the weight; None if it is not to be loaded.
+        entry: for each key of its state, the key in the checkpoint and its metadata.
+        weight: the key and metadata of the weight; None if it is not loaded.
     """
 
     name: str
@@ -281,16 +280,16 @@ class _Member:
     weight: tuple[str, Any] | None
 
     def request(self) -> dict[str, Any]:
-        """What to read, by the keys of the checkpoint."""
+        """Return the tensors to fill, by the keys of the checkpoint."""
         made = {key: self._space(own, found) for own, (key, found) in self.entry.items()}
         if self.weight is not None and self._converts_weight:
             key, found = self.weight
             made[key] = empty_part(self.p, Part("", found.properties.dtype))
-        # Of what has another shape there is nothing to read: loading will refuse it.
+        # A tensor of another shape is not read: loading will refuse it.
         return {key: x for key, x in made.items() if x is None or self.p.is_meta or not x.is_meta}
 
     def _space(self, own: str, found: Any) -> torch.Tensor | None:
-        """Space for a tensor of the entry; on the device meta if it is of no use, None for else."""
+        """Return an empty tensor for a state, on the meta device if useless; None for others."""
         if not _is_tensor(found):
             return None
         dtype, shape = found.properties.dtype, tuple(found.size)
@@ -301,22 +300,24 @@ class _Member:
 
     @property
     def _scales(self) -> set[str]:
-        return {int8_keys(state)[1] for state in self.layout.states.values()}
+        states = self.layout.states.values()
+        scales = [(state, x.parts[1]) for state in states for x in block_formats(state)]
+        return {part.key(state.key) for state, part in scales}
 
     @property
     def _low_bits(self) -> str | None:
-        """The key of the lower bits that the weight is to have; None if it has all."""
+        """The key of the weight's low bits; None if the weight has all bits."""
         return next((x.key for x in self.layout.tensors if x.column == "p"), None)
 
     @property
     def _converts_weight(self) -> bool:
-        """Whether the weight has bits in the state on one side, and another dtype on the other."""
+        """True if either side has bits of the weight in the state, and the dtypes differ."""
         if self.weight is None or self.weight[1].properties.dtype == self.p.dtype:
             return False
         return bool(self.entry.keys() & LOW_BITS.keys()) or self._low_bits is not None
 
     def found(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """The entry as it was read, and the weight if it has to be converted."""
+        """Return the state as it was read, and the weight if it must be converted."""
         entry = {
             own: request[key] if key in request else self._space(own, found)
             for own, (key, found) in self.entry.items()
@@ -340,11 +341,11 @@ class _Member:
 
 @dataclass(frozen=True)
 class _OwnWeights:
-    """The state dict of a model, and where a checkpoint has it.
+    """The state dict of a model, and its keys in a checkpoint.
 
     Attributes:
-        values: the model's own tensors, and whatever else its state dict has.
-        prefix: what their keys begin with in the checkpoint.
+        values: the model's own tensors, and other values of its state dict.
+        prefix: the prefix of their keys in the checkpoint.
     """
 
     values: Mapping[str, Any] = field(repr=False)
@@ -371,7 +372,7 @@ class _OwnWeights:
         return cls(values, prefix)
 
     def stored(self, name: str, stored: Mapping[str, Any]) -> tuple[str, Any] | None:
-        """The key of a weight in the checkpoint, with its metadata; None without weights."""
+        """Return the checkpoint's key and metadata of a weight; None without weights."""
         key = f"{self.prefix}{name}"
         return (key, stored[key]) if self.values else None
 
@@ -381,7 +382,7 @@ class _OwnWeights:
         reader: StorageReader,
         process_group: ProcessGroup | None,
     ) -> None:
-        """Reads the weights of a model in place."""
+        """Read the weights of a model in place."""
         from torch.distributed.checkpoint.state_dict import set_model_state_dict
 
         request = {f"{self.prefix}{name}": x for name, x in self.values.items()}

@@ -1,4 +1,4 @@
-"""What leaves an optimizer: its state dict, and the same for who knows nothing of formats."""
+"""State dicts, and exports for code that knows no formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from stepforge.hyperparameter import EXECUTION_FLAGS
 from stepforge.rule import Rule
-from stepforge.state.layout import LOW_BITS, int8_keys
+from stepforge.state.layout import LOW_BITS, block_formats, format_keys
 from stepforge.state.sharding import local
 from stepforge.state.values import decoded, joined_weight
 
@@ -29,15 +29,15 @@ __all__ = [
 
 
 class ParamGroup(dict[str, Any]):
-    """A param group: a dict that iterates over just those of its options that are saved.
+    """Param group: a dict whose loop yields only the options that are saved.
 
-    All else sees every option: ``group[name]``, ``in``, ``keys``, ``items``, copies. Only where
-    torch.distributed.checkpoint unflattens a state dict does it ask for whatever a loop over the
-    group itself names, and fails if one of them was not saved.
+    Everything else sees all options: ``group[name]``, ``in``, ``keys``, ``items``, copies.
+    torch.distributed.checkpoint loops over the group itself when it unflattens a state dict, and
+    fails for an option that was not saved.
 
     Args:
         options: the options.
-        local: the names of those that are not saved, of :func:`local_options`.
+        local: the names of options that are not saved, from :func:`local_options`.
 
     Example:
         >>> group = ParamGroup({"lr": 0.1, "state_format": "int8"}, frozenset({"state_format"}))
@@ -54,12 +54,17 @@ class ParamGroup(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.keys() if name not in self.local)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A plain dict, so that a pickle depends on no module of this library.
+        return dict, (list(self.items()),)
+
 
 def local_options(cls: type) -> frozenset[str]:
-    """The options of an optimizer's groups that are not saved.
+    """Return the options of param groups that are not saved.
 
-    They say how a step runs and what is stored, which is not loaded either, and are unknown to the
-    torch.optim twin: a checkpoint of either library then has what the other asks it for.
+    They choose how a step runs and how states are stored; they are not loaded either, and the
+    torch.optim twin does not have them. So a checkpoint of either library has all that the other
+    one asks for.
 
     Args:
         cls: the optimizer's class.
@@ -74,36 +79,36 @@ def local_options(cls: type) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Lent:
-    """The entry of a parameter as a state dict lent it out.
+    """The state of a parameter as a state dict shared it.
 
-    ``torch.distributed.checkpoint.load`` writes into the tensors of a state dict that it is given.
-    With ``allow_partial_load`` it leaves alone what a checkpoint lacks, or has in another format:
-    zeros, as a rule, which a large step number would go on from.
+    ``torch.distributed.checkpoint.load`` writes into the tensors of a state dict. With
+    ``allow_partial_load`` it leaves alone the tensors that a checkpoint lacks, or has in another
+    format. Those are usually zeros, and a large step count would continue from them.
 
     Attributes:
-        step: a copy of the step number.
-        versions: for each tensor its identity, and how often it had been written to.
+        step: a copy of the step count.
+        versions: the identity and the version of each tensor.
     """
 
     step: torch.Tensor
     versions: Mapping[str, tuple[int, int]]
 
     def unwritten(self, entry: Mapping[str, Any]) -> frozenset[str]:
-        """The keys of an entry that still are what was lent, though its step number is not.
+        """Return the keys that still have the lent values, though the step count changed.
 
-        None of them if some tensor is another one, put there by whoever changed the state dict.
+        None of them if any tensor was replaced, by whoever changed the state dict.
         """
         now = {key: _version(entry.get(key)) for key in self.versions}
         if any(x is None or x[0] != self.versions[key][0] for key, x in now.items()):
             return frozenset()
         if torch.equal(entry["step"], self.step):
             return frozenset()
-        # Step numbers share the count of writes with those of other parameters: not to be asked.
+        # Step counts share a version with those of other parameters, so it tells nothing.
         return frozenset(key for key, x in now.items() if x == self.versions[key])
 
 
 def lent(state: Mapping[Any, Any]) -> dict[Any, Lent]:
-    """What a state dict of an optimizer with this state lends out, parameter by parameter."""
+    """Return, for each parameter, the tensors that a state dict shares with its receiver."""
     return {
         p: Lent(
             entry["step"].detach().clone(),
@@ -115,9 +120,9 @@ def lent(state: Mapping[Any, Any]) -> dict[Any, Lent]:
 
 
 def _version(x: Any) -> tuple[int, int] | None:
-    """The identity of a tensor, and how often it was written to; None if that tells nothing.
+    """Return the identity and version of a tensor; None if they tell nothing.
 
-    Nothing is written to the part of a sharded tensor that has no elements.
+    A shard without elements is never written to.
     """
     if not isinstance(x, torch.Tensor) or local(x).is_inference() or not local(x).numel():
         return None
@@ -129,11 +134,11 @@ def pack(
     state: Mapping[Any, Mapping[str, Any]],
     local: frozenset[str],
 ) -> dict[str, Any]:
-    """The state dict: parameters are replaced by their numbers; tensors are not copied.
+    """Return the state dict: indices replace parameters; tensors are not copied.
 
     Args:
         groups: the param groups.
-        state: the entries of parameters, and others.
+        state: the states of parameters, and other keys.
         local: the options that are left out.
     """
     numbers: dict[int, int] = {}
@@ -154,17 +159,17 @@ def pack(
 
 
 def to_torch(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer as its twin in torch.optim would have saved it.
+    """Return the state dict that the twin in torch.optim would have saved.
 
-    States are plain numbers whatever format they are in: in float32 if they were codes of 8 bits,
-    otherwise in the longer of their own dtype and the parameter's. In loading torch.optim casts
-    them to the dtype of its parameters, so that nothing is lost where those are float32, as with
-    the weights of :func:`full_precision_weights`. The lower bits of weights are left out.
+    States become plain numbers: float32 if they were int8, otherwise the longer of their own dtype
+    and the parameter's. torch.optim casts loaded states to the dtype of its parameters, so nothing
+    is lost if those are float32, as with :func:`full_precision_weights`. The low bits of weights
+    are left out.
 
-    A plain ``state_dict()`` is for this library: torch.optim does not know the keys of codes.
+    A plain ``state_dict()`` is for this library: torch.optim does not know the keys of int8 states.
 
     Args:
-        optimizer: one of this library. Nothing in the answer aliases it. Hooks of its
+        optimizer: an optimizer of this library. Nothing in the result aliases it. Hooks of its
             ``state_dict`` are not called.
 
     Returns:
@@ -172,7 +177,7 @@ def to_torch(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
     Raises:
         TypeError: the optimizer is not of this library.
-        RuntimeError: codes and scales of a state disagree.
+        RuntimeError: int8 codes and scales of a state disagree.
 
     Example:
         >>> from stepforge import Adam
@@ -204,7 +209,7 @@ def to_torch(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def full_precision_weights(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The state dict of a model, with the weights that an optimizer steps.
+    """Return the state dict of a model, with the weights that the optimizer updates.
 
     Args:
         model: the model.
@@ -237,20 +242,28 @@ def full_precision_weights(
 
 
 def _options_of_twin(cls: type) -> set[str]:
-    """The options that the optimizer of torch.optim knows whose name a class or its base has."""
-    ours = (base for base in cls.__mro__ if base.__module__.startswith(f"{__package__}.rules."))
+    """Return the options of the torch.optim class with the name of a built-in class or base.
+
+    A rule that torch does not have has only the options of every optimizer.
+    """
+    ours = (base for base in cls.__mro__ if base.__module__.startswith("stepforge.rules."))
     base: type = next(ours, torch.optim.Optimizer)
-    twin = getattr(torch.optim, base.__name__)
-    # AdamW takes what Adam does, not all of it in its own constructor.
+    twin = getattr(torch.optim, base.__name__, torch.optim.Optimizer)
+    # AdamW has all options of Adam, but not all are in its own constructor.
     optimizers = (base for base in twin.__mro__ if issubclass(base, torch.optim.Optimizer))
     return {name for base in optimizers for name in inspect.signature(base).parameters}
 
 
 def _in_full(rule: Rule, entry: Mapping[str, Any], p: torch.Tensor) -> dict[str, Any]:
-    """The entry of a parameter with all states as plain numbers."""
+    """Return the state of a parameter with all states as plain numbers."""
     states = [state for state in rule.states.values() if not state.scalar]
-    owners = {key: state for state in states for key in (state.key, *int8_keys(state))}
-    # A state stands where the first of its keys does.
+    owners = {state.key: state for state in states} | {
+        key: state
+        for state in states
+        for x in block_formats(state)
+        for key in format_keys(state, x)
+    }
+    # A state has the place of the first of its keys.
     keys = dict.fromkeys(owners[key].key if key in owners else key for key in entry)
     return {
         key: decoded(owners[key], entry, p) if key in owners else _copied(entry[key])
@@ -265,16 +278,16 @@ def _copied(value: Any) -> Any:
 
 
 def reset_low_bits(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the weights count as they are in their 16 bits from now on.
+    """Set the low bits of weights to zero, so that the 16-bit weights count as they are.
 
-    For whoever has changed the weights of a model whose optimizer keeps lower bits of them
-    (``master_weight_bits``), as by ``model.load_state_dict`` or by averaging weights: the next step
-    would join the new weights with bits of the old ones. No version of a tensor tells that
-    reliably, so a step cannot. Where the optimizer's state is loaded with the model's, as it was
-    saved with it, the bits are the right ones already.
+    Call it after changing the weights of a model whose optimizer has low bits of them
+    (``master_weight_bits``), for example by ``model.load_state_dict`` or by averaging weights.
+    Otherwise the next step joins the new weights with bits of the old ones. No version of a tensor
+    tells of such a change reliably, so a step cannot. If the optimizer's state is loaded together
+    with the model's, the bits are right already.
 
     Args:
-        optimizer: an optimizer of this library. Sharded states stay as they are sharded.
+        optimizer: an optimizer of this library. States keep their sharding.
 
     Raises:
         TypeError: the optimizer is not of this library.

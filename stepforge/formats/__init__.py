@@ -12,6 +12,9 @@ Random bits are a hash of (seed, step, parameter) and the element index. So they
 the backend, the number of threads, or sharding between rows.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeAlias
+
 from stepforge.formats.format import BLOCK, Format, Part, tensor_name, tensor_names
 from stepforge.formats.int8 import int8_blocks
 from stepforge.formats.random import (
@@ -27,9 +30,11 @@ from stepforge.formats.stochastic import stochastic
 
 __all__ = [
     "BLOCK",
+    "BLOCK_FORMATS",
     "DRAW",
     "Format",
     "Part",
+    "StateFormat",
     "hash32",
     "int8_blocks",
     "param_seed",
@@ -41,3 +46,10 @@ __all__ = [
     "tensor_name",
     "tensor_names",
 ]
+
+#: The values of the option ``state_format``, besides None.
+StateFormat: TypeAlias = Literal["float32", "bfloat16", "int8"]
+
+#: The formats of states in blocks, by value of ``state_format``. Each is made for states that are
+#: never below 0 (True) or of either sign (False). Their parts are codes and ``scale``.
+BLOCK_FORMATS: Mapping[str, Callable[[bool], Format]] = {"int8": int8_blocks}

@@ -40,15 +40,19 @@ _LARGEST = 0x7F700000
 _ONE_UNSIGNED, _ONE_SIGNED = 255 - 7, 127 - 7
 
 
-@functools.cache
 def int8_blocks(unsigned: bool) -> Format:
-    """One byte per element and one scale per block: 8.25 bits.
+    """Return the format of one byte per element and one scale per block: 8.25 bits.
 
     Args:
         unsigned: True for numbers from 0 up, rounded at random: 31 octaves in steps of at most an
             eighth. False for numbers of either sign, rounded to nearest: 15 such octaves. The root
             of a second moment and a first moment then reach equally far.
     """
+    return _made(unsigned)  # one object, however the argument is passed
+
+
+@functools.cache
+def _made(unsigned: bool) -> Format:
     byte = Part("", torch.uint8, suffix="codes")
     scale = Part("scale", torch.float32, of_block=True, suffix="scale")
     decode = _decode_unsigned if unsigned else _decode_signed

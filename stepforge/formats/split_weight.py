@@ -34,8 +34,8 @@ __all__ = ["split_weight"]
 
 
 @functools.cache
-def split_weight(dtype: torch.dtype, width: int) -> Format:
-    """A 16-bit weight and the rest of a longer one.
+def split_weight(dtype: torch.dtype, width: int, /) -> Format:
+    """Return the format of a 16-bit weight and the rest of a longer one.
 
     Args:
         dtype: bfloat16 or float16. With bfloat16 the longer weight is a float32, or its upper 24

@@ -15,8 +15,8 @@ __all__ = ["stochastic"]
 
 
 @functools.cache
-def stochastic(dtype: torch.dtype) -> Format:
-    """16 bits, rounded up with the probability that makes the mean right.
+def stochastic(dtype: torch.dtype, /) -> Format:
+    """Return the format of 16 bits, rounded up with the probability that makes the mean right.
 
     Args:
         dtype: bfloat16 or float16.

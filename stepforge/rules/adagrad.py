@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepforge.declare import Decay, LearningRate, NonNegative, Seed, full
+from stepforge.formats import StateFormat
 from stepforge.ops import Value, sqrt
 from stepforge.optimizer import Optimizer, ParamsT
 
@@ -32,9 +33,9 @@ class Adagrad(Optimizer, rule=adagrad):
         weight_decay: the L2 penalty, from 0 up.
         initial_accumulator_value: the initial ``sum``, from 0 up; of a group, if it has its own.
         eps: added to the root, from 0 up.
-        foreach, maximize, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`; ``foreach`` may
-            be given by position.
+        foreach: as for :class:`stepforge.Optimizer`; here it may be given by position.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range.
@@ -77,16 +78,16 @@ class Adagrad(Optimizer, rule=adagrad):
             capturable: bool = False,
             differentiable: bool = False,
             fused: bool | None = None,
-            state_format: Literal["float32", "bfloat16", "int8"] | None = None,
+            state_format: StateFormat | None = None,
             master_weight_bits: Literal[24, 32] | None = None,
             stochastic_rounding: bool = False,
             rounding_seed: Seed = 0,
         ) -> None: ...
 
     def share_memory(self) -> None:
-        """Moves the states ``sum`` to shared memory, for training from several processes.
+        """Move the states ``sum`` to shared memory, for training from several processes.
 
-        Also what else has an element for each element or block of a parameter: scales, low bits.
+        Scales and low bits move too.
         """
         for group in self.param_groups:
             for p in group["params"]:

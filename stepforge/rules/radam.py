@@ -24,7 +24,7 @@ def radam(h: Any, t: Value, p: Value, g: Value, m: Value, v: Value) -> tuple[Val
 
 
 def rectification(rho: Value, rho_inf: Value) -> Value:
-    """r_t, for 5 <= rho <= rho_inf: where it is used, and where it is a number."""
+    """Return r_t. It is a number, and used, for 5 <= rho <= rho_inf only."""
     return sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
 
 
@@ -44,8 +44,8 @@ class RAdam(Optimizer, rule=radam):
         weight_decay: from 0 up.
         decoupled_weight_decay: take the decay off the parameter instead of adding it to the
             gradient.
-        maximize, foreach, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range.

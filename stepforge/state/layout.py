@@ -12,9 +12,9 @@ import torch
 
 from stepforge.formats import (
     BLOCK,
+    BLOCK_FORMATS,
     Format,
     Part,
-    int8_blocks,
     split_weight,
     stochastic,
     tensor_name,
@@ -28,9 +28,11 @@ __all__ = [
     "LOW_BITS",
     "StateLayout",
     "StateTensor",
+    "block_format_of",
+    "block_formats",
     "dtypes_after_step",
+    "format_keys",
     "holds_all_bits",
-    "int8_keys",
     "is_flat",
     "scalar_device",
     "scalar_state_dtype",
@@ -102,7 +104,7 @@ class StateLayout:
 
     @functools.cached_property
     def keys(self) -> tuple[str, ...]:
-        """All keys of the parameter's state."""
+        """The keys of the parameter's state."""
         return (*self.scalars, *(tensor.key for tensor in self.tensors))
 
     @functools.cached_property
@@ -140,8 +142,10 @@ class StateLayout:
 
     def keys_of_other_formats(self) -> set[str]:
         """Return the keys that a state has in other formats only."""
-        keys = {key for s in self.states.values() if not s.scalar for key in (s.key, *int8_keys(s))}
-        return (keys | set(LOW_BITS)) - set(self.keys)
+        keys = set(LOW_BITS)
+        for state in self.states.values():
+            keys |= {state.key}.union(*(format_keys(state, x) for x in block_formats(state)))
+        return keys - set(self.keys)
 
 
 def state_layout(rule: Rule, group: Mapping[str, Any], p: torch.Tensor) -> StateLayout:
@@ -172,8 +176,8 @@ def _layout(
         if state.scalar:
             continue
         plain = _plain_dtype(dtype, state_format)
-        if state_format == "int8" and unmet["state_format"] is None:
-            formats[letter] = int8_blocks(state.unsigned)
+        if state_format and state_format in BLOCK_FORMATS and unmet["state_format"] is None:
+            formats[letter] = BLOCK_FORMATS[state_format](state.unsigned)
         elif plain == torch.bfloat16 and state_format and state.unsigned:
             formats[letter] = stochastic(plain)
         parts = formats[letter].parts if letter in formats else (Part("", plain),)
@@ -225,10 +229,28 @@ def scalar_device(p: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
     return p.device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
-def int8_keys(state: State) -> tuple[str, str]:
-    """Return the keys of a state in int8: of its codes and of its scales."""
-    codes, scales = int8_blocks(state.unsigned).parts
-    return codes.key(state.key), scales.key(state.key)
+def block_formats(state: State) -> list[Format]:
+    """Return the formats in blocks that a state may have; none for a scalar state."""
+    if state.scalar:
+        return []
+    # Two options may share the format of one kind of states.
+    return list(dict.fromkeys(make(state.unsigned) for make in BLOCK_FORMATS.values()))
+
+
+def format_keys(state: State, format_: Format) -> tuple[str, ...]:
+    """Return the keys of a state in a format: of its codes, then of its scales."""
+    return tuple(part.key(state.key) for part in format_.parts)
+
+
+def block_format_of(state: State, param_state: Mapping[str, Any]) -> Format | None:
+    """Return the format in blocks that a state is in; None if it has plain numbers, or is absent.
+
+    Plain numbers win over codes that are left over.
+    """
+    if state.key in param_state:
+        return None
+    formats = block_formats(state)
+    return next((x for x in formats if format_keys(state, x)[0] in param_state), None)
 
 
 def is_flat(p: torch.Tensor) -> bool:
@@ -245,7 +267,7 @@ def _plain_dtype(dtype: torch.dtype, state_format: str | None) -> torch.dtype:
     """Return the dtype of states that are plain tensors."""
     if state_format is None or dtype.is_complex:
         return dtype
-    if state_format == "int8":  # of the states that are not stored in int8
+    if state_format in BLOCK_FORMATS:  # of the states that are not stored in blocks
         return torch.float32 if dtype in HALF_DTYPES else dtype
     return _STATE_DTYPES[state_format]
 
@@ -263,11 +285,11 @@ def _why_in_full(
     state_format: str | None, dtype: torch.dtype, shape: tuple[int, ...], why_cut: str | None
 ) -> str | None:
     """Say why the states of a parameter are not in that format; None if they are."""
-    if dtype.is_complex and state_format == "int8":
+    if dtype.is_complex and state_format in BLOCK_FORMATS:
         return "complex numbers have no codes of 8 bits"
     if dtype.is_complex and state_format and _STATE_DTYPES[state_format] != dtype.to_real():
         return f"states of {_name(dtype)} parameters keep their dtype"
-    if state_format != "int8":
+    if state_format not in BLOCK_FORMATS:
         return None
     if why_cut:
         return why_cut

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepforge.formats import BLOCK, Format, Part, int8_blocks, split_weight
+from stepforge.formats import BLOCK, Format, split_weight
 from stepforge.ops import scalar_dtype
 from stepforge.rule import Rule, State
 from stepforge.state.layout import (
@@ -15,7 +15,9 @@ from stepforge.state.layout import (
     LOW_BITS,
     StateLayout,
     StateTensor,
-    int8_keys,
+    block_format_of,
+    block_formats,
+    format_keys,
     scalar_device,
     scalar_state_dtype,
     state_layout,
@@ -29,13 +31,13 @@ from stepforge.state.sharding import (
 )
 
 __all__ = [
+    "block_problem",
     "completed",
     "converted",
     "copied_in_own_format",
     "decoded",
     "decoded_if_cut",
     "initial_state",
-    "int8_problem",
     "joined_weight",
     "scalar_state",
 ]
@@ -130,7 +132,7 @@ def decoded(state: State, param_state: Mapping[str, Any], p: torch.Tensor) -> to
         p: the parameter.
 
     Raises:
-        RuntimeError: int8 codes and scales disagree.
+        RuntimeError: codes and scales disagree.
     """
     x = _local_numbers(state, param_state, p)
     assert x is not None
@@ -160,7 +162,7 @@ def copied_in_own_format(
 ) -> dict[str, torch.Tensor]:
     """Copy a state from elsewhere to where its parameter is, in the format that it has.
 
-    For a parameter that is sharded within rows, int8 becomes plain numbers: a process would not
+    For a parameter that is sharded within rows, codes become plain numbers: a process would not
     have all elements of a block.
 
     Args:
@@ -168,18 +170,20 @@ def copied_in_own_format(
         param_state: the parameter's state elsewhere, in any format.
         p: the parameter.
     """
-    if state.key not in param_state and is_cut_within_rows(p):
+    format_ = block_format_of(state, param_state)
+    if format_ is None:
+        return {state.key: place_like(p, param_state[state.key])}
+    if is_cut_within_rows(p):
         numbers = _local_numbers(state, param_state, p)
         assert numbers is not None
         return {state.key: place_like(p, numbers)}
-    keys = (state.key,) if state.key in param_state else int8_keys(state)
-    return {key: place_like(p, param_state[key]) for key in keys}
+    return {key: place_like(p, param_state[key]) for key in format_keys(state, format_)}
 
 
 def decoded_if_cut(
     layout: StateLayout, param_state: Mapping[str, Any], p: torch.Tensor
 ) -> dict[str, Any]:
-    """Return a state with int8 decoded if its parameter is sharded within rows, else as it is.
+    """Return a state with codes decoded if its parameter is sharded within rows, else as it is.
 
     Args:
         layout: the layout of the state.
@@ -189,9 +193,9 @@ def decoded_if_cut(
     """
     numbers: dict[str, Any] = {}
     used: set[str] = set()
-    for state in layout.states.values() if is_cut_within_rows(p) else ():
-        format_ = int8_blocks(state.unsigned)
-        found = [param_state.get(part.key(state.key)) for part in format_.parts]
+    states = layout.states.values() if is_cut_within_rows(p) else ()
+    for state, format_ in [(x, format_) for x in states for format_ in block_formats(x)]:
+        found = [param_state.get(key) for key in format_keys(state, format_)]
         if all(
             x is not None and x.dtype == part.dtype and not x.is_meta
             for x, part in zip(found, format_.parts)
@@ -199,23 +203,24 @@ def decoded_if_cut(
             read = {part.name: local(x) for part, x in zip(format_.parts, found) if x is not None}
             x = format_.read(read, blocks=local_columns(p) // BLOCK)
             numbers[state.key] = shard_like(p, x, p.shape)
-            used |= {part.key(state.key) for part in format_.parts}
+            used |= set(format_keys(state, format_))
     return {key: x for key, x in param_state.items() if key not in used} | numbers
 
 
-def int8_problem(codes: torch.Tensor, scales: Any, p: torch.Tensor) -> str | None:
-    """Say how int8 codes and their scales do not fit a parameter; None if they do."""
-    wanted = Part("scale", torch.float32, of_block=True).shape(p.shape) if p.dim() else ()
+def block_problem(format_: Format, codes: torch.Tensor, scales: Any, p: torch.Tensor) -> str | None:
+    """Say how codes and their scales do not fit a parameter; None if they do."""
+    code, scale = format_.parts
+    wanted = scale.shape(p.shape) if p.dim() else ()
     if codes.shape != p.shape:
         return f"has codes of shape {tuple(codes.shape)}"
-    if codes.dtype != torch.uint8:
-        return f"has codes of {codes.dtype}, which must be torch.uint8"
+    if codes.dtype != code.dtype:
+        return f"has codes of {codes.dtype}, which must be {code.dtype}"
     if not isinstance(scales, torch.Tensor):
         return f"has codes without scales, which must be of shape {wanted}"
     if tuple(scales.shape) != wanted:
         return f"has codes with scales of shape {tuple(scales.shape)}, which must be {wanted}"
     if not scales.is_floating_point():
-        return f"has codes with scales of {scales.dtype}, which must be torch.float32"
+        return f"has codes with scales of {scales.dtype}, which must be {scale.dtype}"
     return None
 
 
@@ -238,21 +243,19 @@ def scalar_state(value: Any, p: torch.Tensor, group: Mapping[str, Any]) -> torch
 def _local_numbers(
     state: State, param_state: Mapping[str, Any], p: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return the local part of a state as plain numbers, from any format; None if it is absent.
-
-    Plain numbers win over int8 codes that are left over.
-    """
-    code_key, scale_key = int8_keys(state)
-    if state.key in param_state or code_key not in param_state:
+    """Return the local part of a state as plain numbers, from any format; None if it is absent."""
+    format_ = block_format_of(state, param_state)
+    if format_ is None:
         return local(param_state[state.key]) if state.key in param_state else None
-    codes, scales = param_state[code_key], param_state.get(scale_key)
-    problem = int8_problem(codes, scales, p)
+    codes, scales = map(param_state.get, format_keys(state, format_))
+    assert codes is not None
+    problem = block_problem(format_, codes, scales, p)
     if problem or scales is None:
         raise RuntimeError(
             f"of a parameter of shape {tuple(p.shape)} the state {state.key} {problem}: delete "
             "optimizer.state[p] to begin anew"
         )
-    return int8_blocks(state.unsigned).read({"": local(codes), "scale": local(scales)})
+    return format_.read({"": local(codes), "scale": local(scales)})
 
 
 def _low_bits(param_state: Mapping[str, Any]) -> torch.Tensor | None:
@@ -297,7 +300,7 @@ def _filled(p: torch.Tensor, tensor: StateTensor, value: complex) -> torch.Tenso
     """Return a new tensor of a state, filled with a number, on the device and sharding of p."""
     dtype = tensor.part.dtype
     if not tensor.part.of_block:
-        # int8 codes are contiguous, in the order of their blocks, whatever the parameter's strides.
+        # Codes are contiguous, in the order of their blocks, whatever the parameter's strides.
         is_plain_number = dtype.is_floating_point or dtype.is_complex
         order = torch.preserve_format if is_plain_number else torch.contiguous_format
         return torch.full_like(p.detach(), value, dtype=dtype, memory_format=order)

@@ -152,11 +152,13 @@ class Launch:
             TypeError, ValueError: an option was set by hand to something that is no number.
         """
         keys = self.layout.keys
-        of_key = {key: tensors.states[i :: len(keys)] for i, key in enumerate(keys)}
-        scalars = self.scalars or ScalarStates({key: of_key[key] for key in self.layout.scalars})
+        of_key = {key: slice(i, None, len(keys)) for i, key in enumerate(keys)}
+        scalars = self.scalars or ScalarStates(
+            {key: tensors.states[of_key[key]] for key in self.layout.scalars}
+        )
         coefficients, scalar_values = self.uniform.run(groups, scalars)
         columns = {"p": tensors.params, "g": tensors.gradients}
-        columns |= {tensor.name: of_key[tensor.key] for tensor in self.layout.tensors}
+        columns |= {x.name: tensors.states[of_key[x.key]] for x in self.layout.tensors}
         batch = Batch(
             self.kernel,
             columns,

@@ -116,8 +116,12 @@ def check_params(
             kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), dtypes, formats)
             if kind not in choices:
                 _check_dtypes(p, g)
-                spec = kernel_spec(graph, layout, p, g, dict(zip(_keys(layout), dtypes)))
-                choices[kind] = spec, choose(ParamSpec(p, g, group, spec))
+                keys = [x.key for x in layout.tensors]
+                own = {x.key: x.part.dtype for x in layout.tensors}
+                # The layout decides: a state that was loaded in a longer dtype changes no choice.
+                choice = choose(ParamSpec(p, g, group, kernel_spec(graph, layout, p, g, own)))
+                spec = kernel_spec(graph, layout, p, g, dict(zip(keys, dtypes)))
+                choices[kind] = spec, choice
             spec, choice = choices[kind]
             if group["differentiable"] and state["step"].requires_grad:
                 raise RuntimeError(
@@ -159,10 +163,6 @@ def enter_new_states(params: Iterable[ParamStep], state: MutableMapping[Any, Any
                 del entry[key]
             entry.update(param.state)
             param.state = entry
-
-
-def _keys(layout: StateLayout) -> list[str]:
-    return [x.key for x in layout.tensors]
 
 
 def _distinct(params: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from stepforge.step.launch import Launch, StepTensors
 from stepforge.step.params import ParamStep
 from stepforge.step.uniform import shared_vector
 
-__all__ = ["Plan"]
+__all__ = ["Plan", "can_be_kept", "grouped"]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Signal handlers wait while a step changes tensors.
 
 Python runs a signal's handler between two instructions of the main thread, and Ctrl-C's handler
-raises there. Between a kernel that has moved weights and the line that counts the step, that would
-leave weights one step ahead of their count.
+raises there. Between the kernel and the line that counts the step, that would leave the weights one
+step ahead of their count.
 """
 
 from __future__ import annotations
 
-# The C functions under `signal`'s own, whose conversions to enums would take most of the time.
+# The C functions below `signal`, whose conversions to enums would take most of the time.
 import _signal  # type: ignore[import-not-found]
 import itertools
 import signal
@@ -21,10 +21,10 @@ _NUMBERS = range(1, signal.NSIG)
 
 
 class Deferred:
-    """A context in which no Python signal handler runs: each runs at its end instead.
+    """Context in which no Python signal handler runs: each one runs at the end instead.
 
-    It covers every signal that has a Python handler, and costs a few microseconds. Outside the
-    main thread it does nothing, as handlers only run in that one.
+    It covers every signal with a Python handler, and costs a few microseconds. Outside the main
+    thread it does nothing, since handlers run in the main thread only.
 
     Example:
         >>> before = signal.signal(signal.SIGTERM, lambda number, frame: print("handled"))
@@ -48,7 +48,7 @@ class Deferred:
         try:
             for number, _ in self._handlers:
                 _signal.signal(number, self._note)
-        except BaseException:  # one arrived just before: the block does not begin
+        except BaseException:  # a signal arrived just before: the block does not begin
             self._restore()
             raise
 
@@ -66,7 +66,7 @@ class Deferred:
         self._arrived.append(number)
 
     def _restore(self) -> None:
-        """Gives every signal its handler back, also if the first of them raises meanwhile."""
+        """Restore the handler of every signal, also if the first of them raises meanwhile."""
         for position, (number, handler) in enumerate(self._handlers):
             try:
                 _signal.signal(number, handler)

@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 
 class Stepper:
-    """Steps an optimizer: by its kept plan while that fits, else by a new one.
+    """Owner of an optimizer's plan: steps by the kept one while it fits, else by a new one.
 
     Args:
         optimizer: the optimizer; not kept alive.

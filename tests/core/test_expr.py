@@ -236,7 +236,7 @@ def test_the_interpreted_graph_agrees_with_the_rule_on_tensors(
     group = cls([torch.zeros(1)], **options).param_groups[0]
     rule = cls.rule
     letters = [s for s, state in rule.states.items() if state.on(group)]
-    values: dict[str, Any] = {"t": float(t), **dict(rule.uniform_values(group))}
+    values: dict[str, Any] = {"t": float(t), **dict(rule.option_items(group))}
     values |= {n: torch.rand(7, dtype=torch.float64) for n in ("p", "g", *letters)}
     values |= {s: 0.5 for s in letters if rule.states[s].scalar}
     graph = rule.graph(group)

@@ -77,14 +77,18 @@ def coefficients(
 
 
 def batch_of(
-    graph: Graph, rows: Sequence[Row], numbers: Sequence[Sequence[float]], arithmetic: torch.dtype
+    graph: Graph,
+    rows: Sequence[Row],
+    numbers: Sequence[Sequence[float]],
+    arithmetic: torch.dtype,
+    **values: Any,
 ) -> Batch:
-    """The rows with the coefficients of each."""
+    """The rows with the coefficients of each; ``values`` are other fields of the batch."""
     number = np.float64 if arithmetic == torch.float64 else np.float32
     kinds = [np.bool_ if node.boolean else number for node in graph.coefficients]
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     given = [np.array(c, dtype=k) for c, k in zip(zip(*numbers, strict=True), kinds)]
-    return Batch.of(graph, columns, given, arithmetic=arithmetic)
+    return Batch.of(graph, columns, given, arithmetic=arithmetic, **values)
 
 
 def step_by_kernel(batch: Batch) -> None:

@@ -41,7 +41,7 @@ from tests.native.graphs import (
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
-LARGE = native.SERIAL + 1000  # stepped by more than one thread, if there are
+LARGE = native.PARALLEL_MIN + 1000  # stepped by more than one thread, if there are
 
 
 def stepped(name: str, p: torch.nn.Parameter) -> stepforge.Optimizer:

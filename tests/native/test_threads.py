@@ -32,7 +32,7 @@ from tests.native.graphs import (
     traced,
 )
 
-ENOUGH = native.SERIAL  # for more than one thread
+ENOUGH = native.PARALLEL_MIN  # for more than one thread
 GRAIN = 64
 
 #: Sizes of parameters that are stepped in one call.

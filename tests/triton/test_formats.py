@@ -6,7 +6,6 @@ the comparison with the reference: every optimizer and format.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -151,8 +150,8 @@ def test_columns_and_parts_of_any_names(device: torch.device) -> None:
             for part in formats[name].parts:
                 column = f"{name}.{part.name}" if part.name else name
                 row[column] = torch.full(part.shape((33, 130)), 7, dtype=part.dtype, device=place)
-        batch = batch_of(graph, [row], [[]], torch.float32)
-        step(replace(batch, formats=formats, keys=np.array([5]), starts=np.array([0])))
+        random = {"step_seeds": np.array([5]), "first_indices": np.array([0])}
+        step(batch_of(graph, [row], [[]], torch.float32, formats=formats, **random))
         return on_host(row)
 
     wanted = results(reference.run, torch.device("cpu"))
@@ -170,17 +169,18 @@ def test_keys_and_indices_wrap_around(
     graph = traced(lambda p, g: {"m": g * 2.0, "p": p - g})
 
     def results(step: Callable[..., None], place: torch.device) -> dict[str, torch.Tensor]:
+        # Strided tensors have a table of their own.
         rows = [
-            {"g": normal((size,), dtype, size).to(place)}
-            | {name: torch.ones(size, dtype=torch.bfloat16, device=place) for name in "pm"}
-            for size, dtype in ((BLOCK + 3, torch.float32), (9, torch.float64), (5, torch.float32))
+            {"g": normal((size * step,), torch.float32, size).to(place)[::step]}
+            | {n: torch.ones(size * step, dtype=torch.bfloat16, device=place)[::step] for n in "pm"}
+            for size, step in ((BLOCK + 3, 1), (9, 2), (5, 1))
         ]
-        batch = batch_of(graph, rows, [[]] * 3, torch.float32)
         formats = dict.fromkeys("pm", stochastic(torch.bfloat16))
         keys: Any = np.array([key, key ^ 0x5EED5EED, key ^ 0x60606060])
         keys = torch.from_numpy(keys).to(place) if on_device else keys
         starts = np.array([start, 4, start + 1])
-        step(replace(batch, formats=formats, keys=keys, starts=starts))
+        random = {"step_seeds": keys, "first_indices": starts}
+        step(batch_of(graph, rows, [[]] * 3, torch.float32, formats=formats, **random))
         return {f"{name}{k}": x for k, row in enumerate(rows) for name, x in on_host(row).items()}
 
     wanted = results(reference.run, torch.device("cpu"))
@@ -227,7 +227,7 @@ def test_rows_of_several_tables_have_keys_of_their_own(
                 run(optimizer, params, [[None if step == 0 and k == 2 else g
                                          for k, g in enumerate(given)]])  # fmt: skip
             found = tables(optimizer) if backend == "triton" else []
-        return optimizer, [each.keys.uploads for each in found]
+        return optimizer, [each.step_seeds.uploads for each in found]
 
     optimizer, uploads = results("triton", device)
     on_device = capturable and device.type == "cuda"

@@ -24,8 +24,8 @@ from tests.conformance.table import (
     outcome,
 )
 from tests.conformance.test_backends_agree import GROUPS, gradient
-from tests.contract.twins import assert_params_close, tolerance
 from tests.triton.kernels import by_kernels_only, on_host
+from tests.twins import assert_params_close, tolerance
 
 pytestmark = [
     pytest.mark.gpu,

@@ -32,8 +32,8 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.contract.twins import assert_identical, frozen
 from tests.triton.kernels import by_kernels_only, tables
+from tests.twins import assert_identical, snapshot
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled here")
 
@@ -99,7 +99,7 @@ class Trained:
             kept.step()
             anew._stepper.plan = None
             anew.step()
-            assert_identical(frozen(kept), frozen(anew))
+            assert_identical(snapshot(kept), snapshot(anew))
             self.step += 1
 
 

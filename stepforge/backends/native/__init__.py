@@ -87,6 +87,8 @@ def run(
         table.run(batch, grad_scale)
         return
     kernel = kernel_for(batch.spec)
+    if isinstance(kernel, str):  # states of another dtype than the layout's
+        _warn_once(kernel)
     if is_aliased(batch) or isinstance(kernel, str):
         # The reference reads and writes in a defined order, and needs no compiler.
         reference.run(batch, grad_scale=grad_scale)

@@ -52,8 +52,8 @@ LEVELS = {
     "x86-64-v3": frozenset({"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
     "x86-64-v2": frozenset({"sse4_2", "ssse3", "popcnt"}),
 }
-#: How long a compiler may take for a kernel; it takes a fraction of a second.
-PATIENCE_S = 120.0
+#: Seconds that a compiler may take for a kernel; it takes a fraction of one.
+COMPILE_TIMEOUT_S = 120.0
 #: The age from which a folder of a build belongs to a process that was killed, if nothing holds its
 #: lock: far more than any compiler is given, as not every file system has locks.
 ABANDONED_S = 24 * 3600.0
@@ -66,16 +66,16 @@ PRIVATE, PUBLIC = 0o600, 0o644
 
 
 class BuildError(Exception):
-    """Why a kernel cannot be had, in one sentence."""
+    """A kernel cannot be built; the reason is one sentence."""
 
 
 def on_x86() -> bool:
-    """Whether :data:`LEVELS` are of this machine's kind."""
+    """Return True if :data:`LEVELS` apply to this machine."""
     return platform.machine() in ("x86_64", "AMD64")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The levels that kernels may be of on this processor, the best first; "" is the plain one.
+    """Return the levels that this processor can run, the best first; "" is the plain one.
 
     The environment variable ``STEPFORGE_ISA`` leaves one of them.
 
@@ -94,7 +94,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """The level that kernels are compiled for: the best of :func:`instruction_sets`."""
+    """Return the level to compile for: the best of :func:`instruction_sets`."""
     return instruction_sets()[0]
 
 
@@ -111,7 +111,7 @@ def _processor_features() -> frozenset[str]:
 
 
 def compiler() -> tuple[str, ...]:
-    """The command of the C compiler: what ``CC`` names, or ``cc``, ``gcc`` or ``clang``.
+    """Return the command of the C compiler: ``CC``, or ``cc``, ``gcc`` or ``clang``.
 
     Raises:
         BuildError: there is none.
@@ -130,7 +130,7 @@ def compiler() -> tuple[str, ...]:
 
 
 def compiler_version(command: tuple[str, ...]) -> str:
-    """What a compiler calls itself: the first line of its ``--version``.
+    """Return the first line of a compiler's ``--version``.
 
     Raises:
         BuildError: it cannot be run.
@@ -139,7 +139,7 @@ def compiler_version(command: tuple[str, ...]) -> str:
 
 
 def modified_ns(command: tuple[str, ...]) -> int:
-    """When a compiler's file was last changed: another version may have taken its place.
+    """Return the time of a compiler's last change: another version may have replaced it.
 
     Raises:
         BuildError: it is gone.
@@ -157,7 +157,7 @@ def _version_of(command: tuple[str, ...], modified_ns: int) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept; made with mode 0700 if it is missing.
+    """Return the folder of compiled kernels; made with mode 0700 if it is missing.
 
     ``STEPFORGE_CACHE`` if set, else ``stepforge`` in the user's cache folder.
 
@@ -193,7 +193,7 @@ def cache_folder() -> Path:
 
 
 def _named_cache() -> Path:
-    """The resolved path of the cache.
+    """Return the resolved path of the cache.
 
     Raises:
         BuildError: the user has no home to keep it in.
@@ -212,7 +212,7 @@ def _named_cache() -> Path:
 
 
 def load(source: str) -> ctypes.CDLL:
-    """The library compiled from a source, from the cache if it is there.
+    """Return the library of a source, from the cache or compiled now.
 
     Without a compiler, one that any compiler has built of the same source will do.
 
@@ -244,7 +244,7 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def unwritable(folder: Path, error: OSError) -> BuildError:
-    """What to say of a cache that cannot be written to."""
+    """Return the error for a cache that cannot be written to."""
     return BuildError(
         f"the kernel cache {folder} cannot be written to ({error.strerror}): "
         "set STEPFORGE_CACHE to a folder of yours"
@@ -252,7 +252,7 @@ def unwritable(folder: Path, error: OSError) -> BuildError:
 
 
 def answer(ask: Callable[[], object]) -> object:
-    """What a function returns, or why it fails to."""
+    """Return the result of a function, or the reason of its failure."""
     try:
         return ask()
     except BuildError as error:
@@ -260,13 +260,13 @@ def answer(ask: Callable[[], object]) -> object:
 
 
 def cache_circumstances() -> tuple[object, ...]:
-    """Answers to what can be asked of the cache beforehand: where it is, if it may be written."""
+    """Return what is known of the cache before a build: its folder, its permissions."""
     folder = answer(cache_folder)
     return folder, isinstance(folder, Path) and os.access(folder, os.W_OK)
 
 
 def key_of(source: str, isa: str) -> str:
-    """The hash of all that goes into a kernel but the compiler."""
+    """Return the hash of all inputs of a kernel except the compiler."""
     return _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
 
 
@@ -275,7 +275,7 @@ def _digest(content: bytes) -> str:
 
 
 def intact(folder: Path, name: str) -> Iterator[Path]:
-    """The files of kernels of that name (a pattern) that may be loaded.
+    """Yield the files of kernels with that name (a pattern) that may be loaded.
 
     They hold what the rest of their name says, and nobody else may change them.
     """
@@ -285,7 +285,7 @@ def intact(folder: Path, name: str) -> Iterator[Path]:
 
 
 def opened(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The first kernel of that name (a pattern) that is intact and can be loaded; None if none."""
+    """Return the first kernel of that name (a pattern) that loads; None if there is none."""
     for candidate in _files(folder, name):
         with contextlib.suppress(OSError):
             return _library(candidate)
@@ -298,7 +298,7 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _verified(path: Path) -> Iterator[BinaryIO]:
-    """Opens the file of a kernel.
+    """Open the file of a kernel.
 
     Raises:
         OSError: it cannot be opened, others may change it, or its name is not that of its content.
@@ -310,7 +310,7 @@ def _verified(path: Path) -> Iterator[BinaryIO]:
 
 
 def _library(path: Path) -> ctypes.CDLL:
-    """Loads the file of a kernel, the very one that has been checked.
+    """Load the file of a kernel: the same file that was checked.
 
     Raises:
         OSError: it is not to be loaded, cannot be, or is no kernel.
@@ -333,7 +333,7 @@ _loads = itertools.count(1)
 
 @contextlib.contextmanager
 def _place_to_load(file: BinaryIO, path: Path) -> Iterator[str]:
-    """A path by which an open file can be loaded, that stands for no other file meanwhile.
+    """Yield a path that names exactly an open file until it has been loaded.
 
     It is new each time: to the loader one path is one library, even if the file is another.
     """
@@ -362,7 +362,7 @@ def compile_into(
     *extra: str,
     mode: int = PRIVATE,
 ) -> Path:
-    """Compiles a source into a file whose name begins with that name.
+    """Compile a source into a file whose name begins with ``name``.
 
     Args:
         folder: where, an existing folder.
@@ -394,7 +394,7 @@ def compile_into(
 
 @contextlib.contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
-    """A private folder for a build, in the folder that the result goes to; removed at the end.
+    """Yield a private folder for a build beside its result; removed at the end.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -411,7 +411,7 @@ def work_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, made if it is missing, until the end, that of the process too.
+    """Hold the lock of a file, made if it is missing; released when the process ends.
 
     Raises:
         BlockingIOError: another holds it.
@@ -430,7 +430,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes left that were killed while they built."""
+    """Remove the folders of processes that were killed while they built."""
     for left in folder.glob("build-????????"):
         with contextlib.suppress(OSError):  # it is another's, in use, or just being swept
             old = time.time() - left.stat().st_mtime > ABANDONED_S
@@ -451,19 +451,19 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
             start_new_session=True,  # so that its children can be ended with it
         ) as process:
             try:
-                output, errors = process.communicate(timeout=PATIENCE_S)
+                output, errors = process.communicate(timeout=COMPILE_TIMEOUT_S)
             except BaseException:  # also Ctrl-C, which does not reach another session
                 _kill(process)
                 raise
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not finish within {PATIENCE_S:g} s") from None
+        raise BuildError(f"{command[0]} did not finish within {COMPILE_TIMEOUT_S:g} s") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from None
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:
-    """Ends a process and its children: a compiler's driver runs the compiler proper as one."""
+    """End a process and its children: a compiler's driver runs the compiler as one."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(OSError):  # they have just ended
             os.killpg(process.pid, signal.SIGKILL)
@@ -481,7 +481,7 @@ _OPENMP = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
 @functools.cache
 def thread_pool() -> tuple[int, int, int] | None:
-    """The addresses of three functions of torch's OpenMP runtime, in the order of a kernel's call.
+    """Return the addresses of three functions of torch's OpenMP, in a kernel's order.
 
     They are ``omp_get_thread_num``, ``omp_get_num_threads`` and ``GOMP_parallel``.
 
@@ -500,7 +500,7 @@ def thread_pool() -> tuple[int, int, int] | None:
 
 
 def _openmp_libraries() -> list[str]:
-    """The OpenMP runtimes in this process, torch's own first; torch has loaded it by now."""
+    """Return the OpenMP libraries in this process, torch's own first."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:  # not Linux

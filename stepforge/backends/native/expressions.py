@@ -1,7 +1,7 @@
 """Programs as lines of C, an operation a line.
 
-Numbers are ``float`` (``double`` where rules compute in float64), words ``uint32_t`` and
-comparisons ``int``.
+Numbers are ``float`` (``double`` where rules compute in float64), uint32 is ``uint32_t`` and
+comparisons are ``int``.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from stepforge.program import Program
 
 __all__ = ["OPERATIONS", "computed", "results"]
 
-#: What an operation is in C; operands are names of variables, or numbers. ``{number}`` is the type
-#: of the arithmetic, and ``{f}`` the suffix of its functions: ``f``, or nothing for double.
+#: The C expression of each operation. Operands are names of variables, or numbers. ``{number}`` is
+#: the type of the arithmetic, ``{f}`` the suffix of its functions: ``f``, or nothing for double.
 OPERATIONS: dict[str, str] = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -56,14 +56,14 @@ def computed(
     prefix: str = "f",
     finite: Container[int] = (),
 ) -> list[str]:
-    """The lines that compute the instructions of a program.
+    """Return the lines that compute the instructions of a program.
 
     Args:
-        program: what to compute.
-        given: what its inputs, and then its given values, are called.
-        number: the type of its numbers.
-        double: whether that is double.
-        prefix: what the names of its registers begin with.
+        program: the computation.
+        given: the names of its inputs, then of its given values.
+        number: the C type of its numbers.
+        double: True if that is double.
+        prefix: the prefix of the names of its registers.
         finite: the registers that never hold an infinity.
     """
     names = _registers(program, given, number, prefix, finite)
@@ -71,7 +71,7 @@ def computed(
     lines = []
     for instruction in program.instructions:
         if names[instruction.out] == names[instruction.args[0]]:
-            continue  # there is nothing to be done
+            continue  # nothing to compute
         node = program.nodes[instruction.out]
         kind = "int" if node.boolean else "uint32_t" if node.uint32 else number
         operands = [names[register] for register in instruction.args]
@@ -88,7 +88,7 @@ def results(
     prefix: str = "f",
     finite: Container[int] = (),
 ) -> list[str]:
-    """What the results are called after the lines of :func:`computed`."""
+    """Return the names of the results after the lines of :func:`computed`."""
     names = _registers(program, given, number, prefix, finite)
     return [names[register] for register in program.outputs]
 
@@ -96,7 +96,7 @@ def results(
 def _registers(
     program: Program, given: Sequence[str], number: str, prefix: str, finite: Container[int]
 ) -> list[str]:
-    """What each register is called; a constant is its literal."""
+    """Return the name of each register; a constant is its literal."""
     names = [*given, *(_literal(value, number) for value in program.constants)]
     for position, instruction in enumerate(program.instructions):
         first = instruction.args[0]

@@ -1,4 +1,4 @@
-"""Kernels that were compiled ahead, so that stepping needs no compiler.
+"""Kernels that were compiled ahead, so that a step needs no compiler.
 
 They lie in a folder for each instruction set, named as in the cache by the hash of what went into
 them and the hash of what they hold: one that was made from another source is never found, and one
@@ -26,12 +26,12 @@ _WORTH_IT = ("x86-64-v4", "x86-64-v3", "")
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The levels to compile ahead for on a machine of this kind, whatever its processor."""
+    """Return the levels to compile ahead for, whatever this processor is."""
     return _WORTH_IT if build.on_x86() else ("",)
 
 
 def folder() -> Path | None:
-    """Where kernels are looked for; it need not exist. None if they are not to be.
+    """Return the folder of prebuilt kernels, which need not exist; None if it is disabled.
 
     The environment variable ``STEPFORGE_PREBUILT`` names another than the package's own; none if it
     is empty.
@@ -50,7 +50,7 @@ def folder() -> Path | None:
 
 
 def _trusted(folder: Path) -> Path:
-    """The resolved path of a folder of kernels.
+    """Return the resolved path of a folder of kernels.
 
     Raises:
         BuildError: others may put code there.
@@ -66,12 +66,12 @@ def _trusted(folder: Path) -> Path:
 
 
 def shelf(folder: Path, isa: str) -> Path:
-    """Where a folder keeps the kernels for an instruction set."""
+    """Return the subfolder for an instruction set."""
     return folder / (isa or "plain")
 
 
 def find(folder: Path, source: str, isa: str) -> Iterator[Path]:
-    """The kernels of a source for an instruction set that may be loaded.
+    """Yield the kernels of a source for an instruction set that may be loaded.
 
     Raises:
         BuildError: others may put code there.
@@ -84,7 +84,7 @@ def _opened(folder: Path, source: str, isa: str) -> ctypes.CDLL | None:
 
 
 def load(source: str) -> ctypes.CDLL:
-    """The library of a source: compiled ahead, or else from the cache or compiled now.
+    """Return the library of a source: compiled ahead, from the cache, or compiled now.
 
     What was compiled ahead for a lesser instruction set than the processor's best stores the same
     bits, more slowly: it serves only where none for the best can be had.
@@ -110,7 +110,7 @@ def load(source: str) -> ctypes.CDLL:
 
 
 def circumstances() -> tuple[object, ...]:
-    """Answers to what :func:`load` asks before it runs a compiler: folders, settings, its file."""
+    """Return what :func:`load` looks at before it compiles: folders, settings, compiler."""
     return (build.answer(folder), build.answer(_compiler), *build.cache_circumstances())
 
 
@@ -120,7 +120,7 @@ def _compiler() -> tuple[object, ...]:
 
 
 def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...]) -> Path:
-    """Compiles a source into a folder of kernels; returns the kernel's file.
+    """Compile a source into a folder of kernels; return the kernel's file.
 
     Args:
         folder: of all kernels; made if it is missing.
@@ -140,7 +140,7 @@ def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...])
 
 
 def prune(folder: Path, isa: str, keep: Container[Path]) -> None:
-    """Removes the kernels for an instruction set except some: those of other versions.
+    """Remove the kernels for an instruction set that are not to be kept.
 
     Raises:
         OSError: the folder cannot be written to.

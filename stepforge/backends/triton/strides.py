@@ -1,4 +1,4 @@
-"""How tensors of one shape lie in memory, as seen by what goes through all of them at once."""
+"""The memory layout that the tensors of a parameter have in common."""
 
 from __future__ import annotations
 
@@ -7,21 +7,19 @@ from typing import TypeAlias
 
 import torch
 
-#: Dimensions, the outermost first: the length of each, and for each tensor the distance of
-#: neighbours along it, in elements.
+#: Dimensions, the outermost first: the length of each, and the stride of each tensor, in elements.
 Dimensions: TypeAlias = list[tuple[int, tuple[int, ...]]]
 
 
 def dimensions(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Dimensions:
-    """The fewest dimensions that describe tensors of one shape.
+    """Return the fewest dimensions that describe tensors of one shape.
 
     Args:
         tensors: the tensors.
-        in_order: whether elements are to follow one another as those of a contiguous tensor do,
-            not in any order.
+        in_order: True if the elements must have the order of a contiguous tensor.
 
     Returns:
-        None at all if every tensor has its elements in the same such order without gaps.
+        No dimensions if every tensor has its elements in the same such order without gaps.
 
     Example:
         >>> x = torch.zeros(2, 3, 4)
@@ -50,7 +48,7 @@ def dimensions(tensors: Sequence[torch.Tensor], *, in_order: bool = False) -> Di
 
 
 def may_overlap(tensor: torch.Tensor) -> bool:
-    """Whether two elements of a tensor may share memory."""
+    """Return True if two elements of a tensor may share memory."""
     reach = 1
     for stride, length in sorted(zip(tensor.stride(), tensor.shape)):
         if length > 1 and stride < reach:

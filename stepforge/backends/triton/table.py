@@ -175,10 +175,10 @@ class Table:
 
 
 class Mirror:
-    """A host array as it was last shown to a device: uploaded when it has changed, and only then.
+    """A device copy of a host array, uploaded only when the array has changed.
 
     Attributes:
-        uploads: how often it was.
+        uploads: the number of uploads.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -187,7 +187,7 @@ class Mirror:
         self._shown: tuple[np.ndarray[Any, Any], torch.Tensor] | None = None
 
     def show(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        """The array on the device."""
+        """Return the array on the device."""
         if is_capturing():
             return written(array, self.device)
         if self._shown is None or not _are_equal(self._shown[0], array):
