@@ -21,6 +21,7 @@ __all__ = [
     "is_sharded",
     "local",
     "local_columns",
+    "local_part",
     "place_like",
     "redistribute_gradient",
     "shard_like",
@@ -30,6 +31,12 @@ __all__ = [
 def local(x: torch.Tensor) -> torch.Tensor:
     """Return the local part of a DTensor; any other tensor itself."""
     return x.to_local() if hasattr(x, "to_local") else x
+
+
+def local_part(x: torch.Tensor) -> torch.Tensor:
+    """Return the local part that a DTensor holds, which is no view; any other tensor itself."""
+    part: torch.Tensor = getattr(x, "_local_tensor", x)
+    return part
 
 
 def is_plain(x: object) -> bool:

@@ -128,9 +128,9 @@ def _step(
         )
     rest = iter(states)
     entries = [{key: next(rest) for key in owner.traced.keys[index]} for index in indices]
-    given = zip(indices, params, gradients, [owner.groups[i] for i in groups], entries)
+    of_groups = [owner.groups[index] for index in groups]
     with torch.no_grad():
-        owner.step_given(given)
+        owner.step_given(list(zip(indices, params, gradients, of_groups, entries)))
 
 
 @_step.register_fake

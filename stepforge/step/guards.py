@@ -19,9 +19,9 @@ import torch
 from stepforge.hyperparameter import EXECUTION_FLAGS, is_off
 from stepforge.rule import Rule
 from stepforge.step.launch import StepTensors
-from stepforge.step.params import ParamStep
+from stepforge.step.params import ParamStep, WithGradient
 
-__all__ = ["Guards"]
+__all__ = ["GivenGuards", "Guards"]
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,12 @@ class Guards:
         """
         members = list(itertools.chain.from_iterable(_of_each(groups, "params")))
         stepped = {id(param.p) for params in launches for param in params}
-        param_places, state_places = _places(members), _places(state)
         return cls(
             _GroupGuard.record(rule, groups),
             [id(p) not in stepped for p in members],
             list(map(id, state)),
             _environment(),
-            tuple(
-                _TensorGuard.record(
-                    params,
-                    _take([param_places[id(param.p)] for param in params], len(members)),
-                    _take([state_places[id(param.p)] for param in params], len(state)),
-                )
-                for params in launches
-            ),
+            _tensor_guards(launches, members, list(state)),
         )
 
     def find(
@@ -99,14 +91,89 @@ class Guards:
         gradients = list(map(_grad, params))
         if list(map(operator.is_, gradients, itertools.repeat(None))) != self.without_gradient:
             return "other parameters have a gradient"
-        states = list(state.values())
-        found: list[StepTensors] = []
-        for guard in self.launches:
-            tensors = guard.find(params, gradients, states)
-            if isinstance(tensors, str):
-                return tensors
-            found.append(tensors)
-        return found
+        return _find_tensors(self.launches, params, gradients, list(state.values()))
+
+
+@dataclass(frozen=True)
+class GivenGuards:
+    """The record of a plan whose tensors are given, by the operator of ``torch.compile``.
+
+    Attributes:
+        groups: the param groups.
+        indices: the indices in the optimizer of the parameters that are given.
+        environment: the variables that choose backends.
+        launches: the tensors of each launch.
+    """
+
+    groups: _GroupGuard
+    indices: list[int]
+    environment: tuple[str | None, ...]
+    launches: tuple[_TensorGuard, ...]
+
+    @classmethod
+    def record(
+        cls,
+        rule: Rule,
+        groups: Sequence[Mapping[str, Any]],
+        given: Sequence[WithGradient],
+        launches: Sequence[Sequence[ParamStep]],
+    ) -> GivenGuards:
+        """Record param groups and the given tensors as they are."""
+        params = [p for _, p, *_ in given]
+        return cls(
+            _GroupGuard.record(rule, groups),
+            [index for index, *_ in given],
+            _environment(),
+            _tensor_guards(launches, params, params),
+        )
+
+    def find(
+        self, groups: Sequence[Mapping[str, Any]], given: Sequence[WithGradient]
+    ) -> list[StepTensors] | str:
+        """Return the tensors of each launch; or why the plan is stale."""
+        if self.environment != _environment():
+            return "an environment variable that chooses backends has changed"
+        members = self.groups.find_params(groups)
+        if isinstance(members, str):
+            return members
+        indices, params, gradients, _, states = map(list, zip(*given))
+        if indices != self.indices:
+            return "other parameters have a gradient"
+        return _find_tensors(self.launches, params, gradients, states)
+
+
+def _tensor_guards(
+    launches: Sequence[Sequence[ParamStep]], params: Sequence[Any], owners: Sequence[Any]
+) -> tuple[_TensorGuard, ...]:
+    """Record the tensors of each launch.
+
+    Args:
+        launches: the parameters of each launch.
+        params: all parameters that a step finds, in order.
+        owners: the parameters that its states belong to, in order.
+    """
+    param_places, state_places = _places(params), _places(owners)
+    return tuple(
+        _TensorGuard.record(
+            launch,
+            _take([param_places[id(param.p)] for param in launch], len(params)),
+            _take([state_places[id(param.p)] for param in launch], len(owners)),
+        )
+        for launch in launches
+    )
+
+
+def _find_tensors(
+    launches: Sequence[_TensorGuard], params: list[Any], gradients: list[Any], states: list[Any]
+) -> list[StepTensors] | str:
+    """Return the tensors of each launch; or why the plan is stale."""
+    found: list[StepTensors] = []
+    for guard in launches:
+        tensors = guard.find(params, gradients, states)
+        if isinstance(tensors, str):
+            return tensors
+        found.append(tensors)
+    return found
 
 
 @dataclass(frozen=True)
@@ -165,12 +232,15 @@ _Take: TypeAlias = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True)
 class _TensorGuard:
-    """The addresses and layouts of a launch's tensors.
+    """The addresses and layouts of a launch's tensors; of their local parts if they are DTensors.
 
     Attributes:
         take_params: takes the launch's parameters from those of all groups.
         take_states: takes their states from the values of ``optimizer.state``.
         keys: the keys of a state.
+        scalars: the number of those keys, at the front, that are scalars.
+        specs: the meshes and placements of parameters, gradients and states that are DTensors;
+            None if the parameters are not.
         addresses: the addresses of the parameters, then of the states in the order of ``keys``.
         same_layout: returns True if tensors, these and then the gradients, have the same dtypes,
             shapes, strides and devices.
@@ -179,6 +249,8 @@ class _TensorGuard:
     take_params: _Take
     take_states: _Take
     keys: tuple[str, ...]
+    scalars: int
+    specs: list[Any] | None
     addresses: list[int]
     same_layout: Callable[..., bool]
 
@@ -186,14 +258,22 @@ class _TensorGuard:
     def record(
         cls, params: Sequence[ParamStep], take_params: _Take, take_states: _Take
     ) -> _TensorGuard:
-        keys = params[0].layout.keys
-        tensors = [*(param.p for param in params), *_read([x.state for x in params], keys)]
+        layout = params[0].layout
+        keys, scalars = layout.keys, len(layout.scalars)
+        found = StepTensors.of(params)
+        tensors = [*found.params, *found.states]
+        specs = None
+        if found.sharded:
+            states = _read([x.state for x in params], keys[scalars:])
+            specs = list(map(_spec, [*(x.p for x in params), *(x.g for x in params), *states]))
         return cls(
             take_params,
             take_states,
             keys,
+            scalars,
+            specs,
             _addresses(tensors),
-            _layout_check([*tensors, *(param.g for param in params)]),
+            _layout_check([*tensors, *found.gradients]),
         )
 
     def find(
@@ -207,16 +287,26 @@ class _TensorGuard:
             states: the values of ``optimizer.state``.
         """
         params, gradients = self.take_params(params), self.take_params(gradients)
+        sharded: list[torch.Tensor] = []
         try:
-            tensors = _read(self.take_states(states), self.keys)
+            states = self.take_states(states)
+            tensors = _read(states, self.keys)
+            if self.specs is not None:
+                parts = _read(states, self.keys[self.scalars :])
+                if list(map(_spec, [*params, *gradients, *parts])) != self.specs:
+                    return "a DTensor has another mesh, or other placements"
+                sharded = [*params, *parts]
+                params, gradients = list(map(_local, params)), list(map(_local, gradients))
+                tensors = [x if type(x) is torch.Tensor else x._local_tensor for x in tensors]
             has_moved = _addresses([*params, *tensors]) != self.addresses
-        except (KeyError, TypeError, RuntimeError):  # no dict, no such key, no tensor, no memory
+        # No dict, no such key, no tensor, no DTensor, or no memory.
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             return "a state is missing, or is no tensor"
         if has_moved:
             return "a parameter or state has another address"
         if not self.same_layout(*params, *tensors, *gradients):
             return "a tensor has another dtype, shape, stride or device"
-        return StepTensors(params, gradients, tensors)
+        return StepTensors(params, gradients, tensors, sharded)
 
 
 def _environment() -> tuple[str | None, ...]:
@@ -242,6 +332,8 @@ def _places(keys: Iterable[Any]) -> dict[int, int]:
 
 
 _grad = operator.attrgetter("grad")
+_spec = operator.attrgetter("_spec")
+_local = operator.attrgetter("_local_tensor")
 
 
 def _of_each(groups: Iterable[Mapping[str, Any]], name: str) -> list[Any]:

@@ -15,7 +15,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.rule import Rule
 from stepforge.state.layout import StateLayout
-from stepforge.state.sharding import first_index, is_sharded, local
+from stepforge.state.sharding import first_index, is_sharded, local, local_part
 from stepforge.step.params import ParamStep
 from stepforge.step.signals import Deferred
 from stepforge.step.uniform import (
@@ -55,10 +55,12 @@ class StepTensors:
             for param in params
             for x in (param.p, *(param.state[tensor.key] for tensor in param.layout.tensors))
         ]
+        # Autograd sees through the one, and kernels want the memory of the other.
+        part = local if params[0].group["differentiable"] else local_part
         return cls(
-            [_real(param.p) for param in params],
-            [_real(param.g.resolve_conj()) for param in params],
-            [_real(param.state[key]) for param in params for key in param.layout.keys],
+            [_real(part(param.p)) for param in params],
+            [_real(part(param.g.resolve_conj())) for param in params],
+            [_real(part(param.state[key])) for param in params for key in param.layout.keys],
             [x for x in written if is_sharded(x)],
         )
 
@@ -230,8 +232,7 @@ def run(launches: Iterable[BoundLaunch], grad_scale: GradScale | None = None) ->
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
-    """Return the local part of a DTensor, and the real view of a complex tensor."""
-    x = local(x)
+    """Return the real view of a complex tensor; any other tensor itself."""
     if not x.is_complex():
         return x
     if x.is_sparse:

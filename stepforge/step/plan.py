@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from stepforge.rule import Rule
-from stepforge.state.sharding import is_plain
-from stepforge.step.guards import Guards
+from stepforge.state.sharding import is_plain, is_sharded, local_part
+from stepforge.step.guards import GivenGuards, Guards
 from stepforge.step.launch import Launch, StepTensors
 from stepforge.step.params import ParamStep
 from stepforge.step.uniform import shared_vector
@@ -28,7 +28,7 @@ class Plan:
     """
 
     launches: tuple[Launch, ...]
-    guards: Guards | None = None
+    guards: Guards | GivenGuards | None = None
 
     @classmethod
     def build(
@@ -69,6 +69,7 @@ def grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:
             param.choice.backend.name,
             param.kernel,
             param.layout.keys,
+            is_sharded(param.p),
             param.p.device,
             tuple(param.state[key].dtype for key in param.layout.scalars),
             id(param.group) if alone else None,
@@ -102,7 +103,9 @@ def _has_plain_memory(param: ParamStep) -> bool:
         or param.g.is_sparse
         or step.dtype not in (torch.float32, torch.float64)
         or (param.has_device_scalars and step.device != param.p.device)
-        or not all(map(is_plain, [param.p, param.g, *tensors]))
+        # A redistributed gradient is not the parameter's own.
+        or (is_sharded(param.g) and param.g is not param.p.grad)
+        or not all(map(is_plain, map(local_part, [param.p, param.g, *tensors])))
     )
 
 

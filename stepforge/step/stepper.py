@@ -12,7 +12,7 @@ import torch
 from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
-from stepforge.step.guards import Guards
+from stepforge.step.guards import GivenGuards, Guards
 from stepforge.step.launch import BoundLaunch, run
 from stepforge.step.params import (
     ParamStep,
@@ -40,6 +40,7 @@ class Stepper:
     Attributes:
         number: identifies it to the operator of ``torch.compile``.
         plan: the kept plan; None before the first step and when none can be kept.
+        given_plan: the kept plan of steps whose tensors ``torch.compile`` gives.
         captured: True once a CUDA graph holds the addresses of the step counters.
         traced: the parameters that ``torch.compile`` has seen; None if it has seen none.
     """
@@ -56,6 +57,7 @@ class Stepper:
         self.rule = rule
         self.sparse_problem = sparse_problem
         self.plan: Plan | None = None
+        self.given_plan: Plan | None = None
         self.captured = False
         self.traced: TracedParams | None = None
 
@@ -85,22 +87,40 @@ class Stepper:
         """
         run(self._bind_kept() or self._bind_new(), grad_scale)
 
-    def step_given(self, params: Iterable[WithGradient]) -> None:
-        """Step parameters, gradients and states that are given, and keep no plan.
+    def step_given(self, given: list[WithGradient]) -> None:
+        """Step parameters, gradients and states that are given, as by ``torch.compile``.
 
         Raises:
             RuntimeError: a state is incomplete.
         """
         self.captured |= is_capturing()
-        given = list(params)
-        checked = self.checked(given)
-        if any(param.state is not state for param, (*_, state) in zip(checked, given)):
+        run(self._bind_given_kept(given) or self._bind_given_new(given))
+
+    def _bind_given_kept(self, given: list[WithGradient]) -> list[BoundLaunch] | None:
+        """Bind the kept plan of given tensors to those of this step; None if it does not fit."""
+        if self.given_plan is None or not isinstance(self.given_plan.guards, GivenGuards):
+            return None
+        tensors = self.given_plan.guards.find(self.groups, given)
+        if isinstance(tensors, str):
+            self.given_plan = None
+            return None
+        return [launch.bind(x, self.groups) for launch, x in zip(self.given_plan.launches, tensors)]
+
+    def _bind_given_new(self, given: list[WithGradient]) -> list[BoundLaunch]:
+        """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
+        params = self.checked(given)
+        if any(param.state is not state for param, (*_, state) in zip(params, given)):
             raise RuntimeError(
                 "the options of a param group ask for other states than when the step was "
                 "compiled: call torch.compiler.reset()"
             )
-        plan, tensors = Plan.build(self.rule, checked, self.groups)
-        run([launch.bind(x, self.groups) for launch, x in zip(plan.launches, tensors)])
+        plan, tensors = Plan.build(self.rule, params, self.groups)
+        bound = [launch.bind(x, self.groups) for launch, x in zip(plan.launches, tensors)]
+        # Each parameter has a step count of its own, whose address no vector decides.
+        if can_be_kept(params, captured=False) and not self.captured:
+            guards = GivenGuards.record(self.rule, self.groups, given, grouped(params))
+            self.given_plan = Plan(plan.launches, guards)
+        return bound
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.
@@ -116,7 +136,7 @@ class Stepper:
     def _bind_kept(self) -> list[BoundLaunch] | None:
         """Bind the kept plan to the tensors of this step; None if there is none that fits."""
         self.captured |= is_capturing()
-        if self.plan is None or self.plan.guards is None:
+        if self.plan is None or not isinstance(self.plan.guards, Guards):
             return None
         tensors = self.plan.guards.find(self.groups, self.state)
         if isinstance(tensors, str):
@@ -129,7 +149,9 @@ class Stepper:
         groups, state = self.groups, self.state
         params = self.checked(params_with_gradient(groups, state))
         kept = can_be_kept(params, captured=self.captured)
-        plan, tensors = Plan.build(self.rule, params, groups, vectors=kept)
+        # A compiler may not write to tensors that alias others, such as elements of a vector.
+        vectors = kept and self.traced is None
+        plan, tensors = Plan.build(self.rule, params, groups, vectors=vectors)
         bound = [launch.bind(x, groups) for launch, x in zip(plan.launches, tensors)]
         enter_new_states(params, state)
         if kept:
