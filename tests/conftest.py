@@ -1,18 +1,42 @@
-"""Shared by all tests."""
+"""Setup and fixtures of all tests."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-# Failures inside the shared table are to show the values that were compared, whoever imports it.
-pytest.register_assert_rewrite("tests.conformance.table")
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
-# Tests run in several processes at once; OpenMP threads that wait for a busy core cost more than
-# they bring, and nothing that is tested depends on their number unless a test sets it.
+# A failed assertion inside a shared helper should show the values that it compared.
+pytest.register_assert_rewrite("tests.conformance.table", "tests.twins")
+
+# Tests run in several processes at once. OpenMP threads that wait for a busy core cost more time
+# than they save, and no result depends on their number unless a test sets it.
 torch.set_num_threads(1)
-# What is tested is what the compiler makes of the source, not what lies prebuilt in the checkout.
+# Test kernels that the compiler builds from the source, not kernels prebuilt in the checkout.
 os.environ["STEPFORGE_PREBUILT"] = ""
-# Without a GPU the kernels of Triton run in Python. Triton asks once, when it is imported.
+# Without a GPU, kernels of Triton run in its interpreter. Triton reads this when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="module")
+def single_process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep a process group of this process alone, for the tests of a module."""
+    from tests.process_groups import process_group
+
+    with process_group(tmp_path_factory.mktemp("process_group") / "store"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def mesh(single_process_group: None) -> DeviceMesh:
+    """Return a device mesh of this process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (1,))

@@ -8,7 +8,6 @@ graph rounds twice.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import ParamSpec
-from stepforge.expr import UINT32_OPS
+from stepforge.expr import UNIFORM_ONLY
 from stepforge.ops import VOCABULARY
 from stepforge.state.sharding import is_plain
 
@@ -167,6 +166,8 @@ def _one_by_one(function: Callable[..., torch.Tensor]) -> Callable[..., Tensors]
 
 #: The function of lists for each operation of the vocabulary.
 OPERATIONS: dict[str, Callable[..., Any]] = {
+    # One parameter after the other, for operations that torch has no list form of.
+    **{op: _one_by_one(VOCABULARY[op]) for op in VOCABULARY.keys() - UNIFORM_ONLY},
     "add": torch._foreach_add,
     "sub": _sub,
     "mul": torch._foreach_mul,
@@ -179,11 +180,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "minimum": _with_positive_zeros(torch._foreach_minimum),
     "finite": _finite,
     "where": _where,
-    "lt": _one_by_one(operator.lt),
-    "le": _one_by_one(operator.le),
-    "eq": _one_by_one(operator.eq),
-    "ne": _one_by_one(operator.ne),
-    **{op: _one_by_one(VOCABULARY[op]) for op in (*UINT32_OPS, "bitcast_f32", "i32_to_f32")},
 }
 
 #: The operations that can overwrite their first operand when nothing reads it again.

@@ -4,9 +4,10 @@ The format is torch.optim's, so either library continues what the other began. L
 everything before it changes anything, and never aliases what it was given.
 """
 
-from stepforge.checkpoint.load import Loading, apply, complete_options, examine, unpickled
+from stepforge.checkpoint.check_state import unpickled
+from stepforge.checkpoint.load import apply, complete_options, examine
 from stepforge.checkpoint.reshard import load_distributed
-from stepforge.checkpoint.result import LoadResult
+from stepforge.checkpoint.result import Loading, LoadResult
 from stepforge.checkpoint.save import (
     Lent,
     ParamGroup,

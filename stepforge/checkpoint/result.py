@@ -1,10 +1,13 @@
-"""The result of loading a state dict with ``strict=False``."""
+"""The result of loading a state dict: the changes to make, and the keys that do not fit."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-__all__ = ["LoadResult"]
+import torch
+
+__all__ = ["LoadResult", "Loading"]
 
 
 class LoadResult(NamedTuple):
@@ -28,3 +31,26 @@ class LoadResult(NamedTuple):
             return "<All keys matched successfully>"
         fields = ", ".join(f"{name}={keys!r}" for name, keys in self._asdict().items())
         return f"LoadResult({fields})"
+
+
+@dataclass
+class Loading:
+    """The changes that loading a state dict will make, fully checked.
+
+    Attributes:
+        state: the new state of each parameter that gets one; None removes what it has.
+        extra: the keys of ``state`` that are no parameters, with their values.
+        groups: for each param group, the options to change.
+        in_place: for each param group, the new values of options that are tensors.
+        names: for each param group, the parameters' names to adopt, or None.
+        result: the keys that do not fit.
+        reasons: for some of those keys, the reason.
+    """
+
+    state: dict[torch.Tensor, dict[str, Any] | None] = field(default_factory=dict)
+    extra: dict[Any, Any] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    in_place: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    names: list[list[str] | None] = field(default_factory=list)
+    result: LoadResult = field(default_factory=lambda: LoadResult([], [], []))
+    reasons: dict[str, str] = field(default_factory=dict)

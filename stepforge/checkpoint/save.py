@@ -54,6 +54,10 @@ class ParamGroup(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.keys() if name not in self.local)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A plain dict, so that a pickle depends on no module of this library.
+        return dict, (list(self.items()),)
+
 
 def local_options(cls: type) -> frozenset[str]:
     """Return the options of param groups that are not saved.

@@ -33,9 +33,9 @@ class Adagrad(Optimizer, rule=adagrad):
         weight_decay: the L2 penalty, from 0 up.
         initial_accumulator_value: the initial ``sum``, from 0 up; of a group, if it has its own.
         eps: added to the root, from 0 up.
-        foreach, maximize, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`; ``foreach`` may
-            be given by position.
+        foreach: as for :class:`stepforge.Optimizer`; here it may be given by position.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range.

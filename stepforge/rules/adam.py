@@ -43,8 +43,8 @@ class Adam(Optimizer, rule=adam):
         amsgrad: divide by the largest average squared gradient so far.
         decoupled_weight_decay: take the decay off the parameter instead of adding it to the
             gradient, as :class:`AdamW` does.
-        maximize, foreach, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range; ``foreach=True`` with a tensor ``lr`` or tensor
@@ -98,8 +98,8 @@ class AdamW(Adam):
         eps: added to the root, from 0 up.
         weight_decay: ``lr * weight_decay`` of the parameter is taken off it in each step.
         amsgrad: divide by the largest average squared gradient so far.
-        maximize, foreach, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: as for :class:`Adam`.

@@ -44,8 +44,8 @@ class RAdam(Optimizer, rule=radam):
         weight_decay: from 0 up.
         decoupled_weight_decay: take the decay off the parameter instead of adding it to the
             gradient.
-        maximize, foreach, capturable, differentiable, fused, state_format, master_weight_bits,
-            stochastic_rounding, rounding_seed: as for :class:`stepforge.Optimizer`.
+
+    The other keyword arguments are those of :class:`stepforge.Optimizer`.
 
     Raises:
         ValueError: a value is out of its range.

@@ -1,12 +1,13 @@
-"""The table that drives the conformance tests: optimizer x backend x dtype x format x layout.
+"""The dimensions of the conformance tests: optimizer, backend, dtype, format and layout.
 
-A new optimizer, backend, dtype, format or layout is one more entry here; a backend of the library
-joins by itself.
+The optimizers are those of ``stepforge.rules.ALL`` and the backends those of
+``stepforge.backends.BACKENDS``. A new dtype, format or layout is one more line here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import math
 import os
@@ -20,52 +21,54 @@ import torch
 import stepforge
 from stepforge import backends
 from stepforge.backends.triton.kernel import is_interpreted
+from stepforge.rules import ALL
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An optimizer of this library.
+class Twins:
+    """A built-in optimizer and its twin in torch.optim.
 
     Attributes:
-        ours: its class.
-        theirs: its twin in torch.optim.
-        flags: the options, all False by default, that choose between forms of its rule.
+        ours: the class of this library.
+        theirs: the class of torch.optim.
+        flags: the options, all False by default, that choose between forms of the rule.
     """
 
     ours: type[stepforge.Optimizer]
     theirs: type[torch.optim.Optimizer]
     flags: tuple[str, ...]
 
+    @classmethod
+    def of(cls, ours: type[stepforge.Optimizer]) -> Twins:
+        """Return an optimizer and its twin, with the flags that the twin's constructor has."""
+        theirs = getattr(torch.optim, ours.__name__)
+        accepted = inspect.signature(theirs).parameters
+        return cls(ours, theirs, tuple(flag for flag in RULE_FLAGS if flag in accepted))
 
-OPTIMIZERS = {
-    "Adagrad": Entry(stepforge.Adagrad, torch.optim.Adagrad, ("maximize",)),
-    "Adam": Entry(
-        stepforge.Adam, torch.optim.Adam, ("amsgrad", "decoupled_weight_decay", "maximize")
-    ),
-    "AdamW": Entry(stepforge.AdamW, torch.optim.AdamW, ("amsgrad", "maximize")),
-    "NAdam": Entry(stepforge.NAdam, torch.optim.NAdam, ("decoupled_weight_decay", "maximize")),
-    "RAdam": Entry(stepforge.RAdam, torch.optim.RAdam, ("decoupled_weight_decay", "maximize")),
-}
+
+#: The flags that choose between forms of a rule.
+RULE_FLAGS = ("amsgrad", "decoupled_weight_decay", "maximize")
+OPTIMIZERS = {name: Twins.of(cls) for name, cls in ALL.items()}
 
 #: The environment in which a backend serves every parameter.
 BACKENDS = {
     name: {"STEPFORGE_BACKEND": name}
     for name in backends.BACKENDS
-    # Its compiled kernels serve no CPU, where this table is; tests/backends/triton takes it to
-    # their device.
+    # Compiled kernels of Triton serve no CPU, and these tests run on the CPU. tests/backends/triton
+    # runs such cases on a GPU.
     if name != "triton" or is_interpreted()
 }
-#: Those that take microseconds for a small step. Triton's interpreter takes milliseconds, so Triton
-#: is in samples of the tests only, here, in tests/backends/triton and among the examples.
+#: The backends that take microseconds for a small step. Triton's interpreter takes milliseconds, so
+#: only samples of the tests run it: here, in tests/backends/triton and among the examples.
 FAST = [name for name in BACKENDS if name != "triton"]
-#: What a user may write to choose a backend, beside writing nothing.
+#: The arguments by which a user chooses a backend, or none.
 FLAGS: dict[str, dict[str, bool]] = {
     "default": {},
     "for-loop": {"foreach": False},
     "foreach": {"foreach": True},
 }
 
-#: How weights and states are stored: the dtype of a parameter, and the options.
+#: Formats of weights and states: the dtype of a parameter, and the options.
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32, int8 states": (torch.float32, {"state_format": "int8"}),
     "float32, bfloat16 states": (torch.float32, {"state_format": "bfloat16"}),
@@ -105,12 +108,12 @@ DTYPES = {
 }
 
 
-def variants(entry: Entry) -> dict[str, dict[str, Any]]:
-    """The options of every form of the rule: each flag off and on, weight decay off and on."""
+def variants(twins: Twins) -> dict[str, dict[str, Any]]:
+    """Return the options of each form of a rule: each flag and weight decay, off and on."""
     found = {}
     for decay in (0.0, 0.1):
-        for values in itertools.product((False, True), repeat=len(entry.flags)):
-            flags = dict(zip(entry.flags, values, strict=True))
+        for values in itertools.product((False, True), repeat=len(twins.flags)):
+            flags = dict(zip(twins.flags, values, strict=True))
             words = [name for name, value in flags.items() if value] + ["decay"] * bool(decay)
             found["+".join(words) or "plain"] = flags | {"weight_decay": decay}
     return found
@@ -119,61 +122,61 @@ def variants(entry: Entry) -> dict[str, dict[str, Any]]:
 #: (name of an optimizer, options) for every form of every rule, by id.
 VARIANTS = {
     f"{name}-{variant}": (name, options)
-    for name, entry in OPTIMIZERS.items()
-    for variant, options in variants(entry).items()
+    for name, twins in OPTIMIZERS.items()
+    for variant, options in variants(twins).items()
 }
 
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Has that backend serve every step inside."""
+    """Make one backend serve every step, for the length of a ``with`` statement."""
     with mock.patch.dict(os.environ, STEPFORGE_BACKEND=backend):
         yield
 
 
-# Layouts: the same values in other memory. Only a gradient may have one of the later three, whose
-# elements share memory or are not what memory holds.
+# Layouts: the same values in other memory. Only a gradient may have one of the last three: their
+# elements share memory, or are negated or conjugated on reading.
 
 
 def contiguous(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy, with nothing left to be negated or conjugated."""
+    """Return a contiguous copy, with lazy negation and conjugation resolved."""
     return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def unaligned(x: torch.Tensor) -> torch.Tensor:
-    """One element past the beginning of its memory."""
+    """Return a copy that starts one element past the beginning of its memory."""
     return x.new_full((x.numel() + 1,), 7)[1:].view(x.shape).copy_(x)
 
 
 def with_gaps(x: torch.Tensor) -> torch.Tensor:
-    """A slice of a larger tensor in every dimension, and every other element of the last."""
+    """Return a slice of a larger tensor, with unused memory between all elements."""
     buffer = x.new_full((*(size + 1 for size in x.shape), 2), 7)
     return buffer[(*(slice(size) for size in x.shape), 0)].copy_(x)
 
 
 def transposed(x: torch.Tensor) -> torch.Tensor:
-    """The first dimension is the one whose neighbours are neighbours in memory."""
+    """Return a copy whose first dimension has stride 1."""
     backwards = tuple(reversed(range(x.dim())))
     return contiguous(x.permute(backwards)).permute(backwards)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """The second dimension is the one whose neighbours are neighbours in memory."""
+    """Return a copy whose second dimension has stride 1."""
     return contiguous(x.movedim(1, -1)).movedim(-1, 1) if x.dim() > 1 else contiguous(x)
 
 
 def expanded(x: torch.Tensor) -> torch.Tensor:
-    """One value, that of the first element, for all elements."""
+    """Return a view in which all elements share the memory of one value, the first."""
     return contiguous(x).flatten()[:1].sum().expand(x.shape)
 
 
 def repeated_rows(x: torch.Tensor) -> torch.Tensor:
-    """The last dimension shares the memory of its first element."""
+    """Return a view in which the elements along the last dimension share the memory of one."""
     return contiguous(x[..., :1]).expand(x.shape) if x.dim() and x.numel() else contiguous(x)
 
 
 def lazily_negated(x: torch.Tensor) -> torch.Tensor:
-    """Memory holds the negative; torch negates (for complex numbers conjugates) on reading."""
+    """Return a view that torch negates on reading, or conjugates if the dtype is complex."""
     if x.is_complex():
         return contiguous(x.conj()).conj()
     return torch._neg_view(contiguous(-x))
@@ -190,14 +193,14 @@ GRADIENT_LAYOUTS: dict[str, Layout] = LAYOUTS | {
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Numbers from the standard normal distribution."""
+    """Return values from the standard normal distribution."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.complex128 if dtype.is_complex else torch.float64
     return torch.randn(tuple(shape), dtype=wide, generator=generator).to(dtype)
 
 
 def extreme(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Finite numbers of every magnitude from float32's smallest to its largest, and zeros."""
+    """Return finite values of every magnitude from float32's smallest to its largest, and zeros."""
     if dtype.is_complex:
         parts = [extreme(shape, dtype.to_real(), 2 * seed + part) for part in (0, 1)]
         return torch.complex(*parts)
@@ -210,11 +213,11 @@ def extreme(shape: Sequence[int], dtype: torch.dtype, seed: int) -> torch.Tensor
 
 
 def parameter(values: torch.Tensor, layout: str = "contiguous") -> torch.nn.Parameter:
-    """A new parameter of those values."""
+    """Return a new parameter with these values in a layout."""
     return torch.nn.Parameter(LAYOUTS[layout](values))
 
 
-#: One step's gradients, one for each parameter; None where a parameter has none.
+#: The gradients of one step, one per parameter, None for a parameter without one.
 Gradients = Sequence["torch.Tensor | None"]
 
 
@@ -223,7 +226,7 @@ def run(
     parameters: Sequence[torch.nn.Parameter],
     steps: Sequence[Gradients],
 ) -> None:
-    """Steps once for each row of gradients."""
+    """Step with each of the gradients in turn."""
     for gradients in steps:
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
@@ -236,7 +239,7 @@ def alone(
     values: torch.Tensor,
     gradients: Gradients,
 ) -> dict[str, torch.Tensor]:
-    """What the reference makes of one contiguous parameter, as :func:`outcome` has it."""
+    """Return the :func:`outcome` of one contiguous parameter, stepped alone by the reference."""
     p = parameter(values)
     with forced("reference"):
         optimizer = cls([p], **options)
@@ -245,29 +248,35 @@ def alone(
 
 
 def outcome(optimizer: torch.optim.Optimizer, p: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A parameter, as ``p``, and its states by name."""
+    """Return a parameter, as ``p``, and its states by name."""
     return {"p": p.detach(), **optimizer.state.get(p, {})}
 
 
 def assert_same_bits(
     got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str = ""
 ) -> None:
-    """Fails unless names, shapes, dtypes and bits agree; any NaN is as good as any other."""
+    """Assert that names, shapes, dtypes and bits are equal. A NaN equals any other NaN.
+
+    Args:
+        got: the tensors to check.
+        wanted: the oracle's tensors.
+        where: the beginning of the message of a failure.
+    """
     assert list(got) == list(wanted), where
     for name, tensor in wanted.items():
         assert got[name].dtype == tensor.dtype, (where, name)
         assert got[name].shape == tensor.shape, (where, name)
-        mine, theirs = bits(got[name]), bits(tensor)
-        differing = (mine != theirs).nonzero()
+        got_bits, wanted_bits = bits(got[name]), bits(tensor)
+        differing = (got_bits != wanted_bits).nonzero()
         assert not len(differing), (
-            f"{where} {name}: {len(differing)} of {theirs.numel()} elements differ, first at "
+            f"{where} {name}: {len(differing)} of {wanted_bits.numel()} elements differ, first at "
             f"{differing[0].tolist()}: {real(got[name])[tuple(differing[0])]} instead of "
             f"{real(tensor)[tuple(differing[0])]}"
         )
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
-    """The bit patterns of a tensor as integers, with one pattern for all NaNs."""
+    """Return the bit patterns of a tensor as integers, with one pattern for all NaNs."""
     x = contiguous(real(x))
     if not x.is_floating_point():
         return x
@@ -276,6 +285,6 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def real(x: torch.Tensor) -> torch.Tensor:
-    """The real view of a complex tensor; any other as it is."""
+    """Return the real view of a complex tensor; any other tensor itself."""
     x = x.detach()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -1,7 +1,7 @@
-"""A differentiable step can be differentiated, and is a step like any other.
+"""A differentiable step has correct derivatives, and the values of any other step.
 
-Oracle: finite differences (torch.autograd.gradcheck, in float64, with its default tolerances) for
-the derivatives; the plain step for the values.
+Oracle of the derivatives: finite differences (torch.autograd.gradcheck, in float64, with its
+default tolerances). Oracle of the values: the plain step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIZE = 3
 #: Half a unit in the last place of 1.
 U = 2.0**-53
 
-#: Options for which a step is large enough to be seen by finite differences.
+#: Options that make steps large enough for finite differences.
 OPTIONS: dict[str, Any] = {"lr": 0.1, "eps": 1e-3}
 
 
@@ -28,19 +28,19 @@ def scalar(value: float) -> torch.Tensor:
 
 
 def slope(p: torch.Tensor) -> torch.Tensor:
-    """The gradient, from 1 to 3, of a loss with curvature: p enters every later step through it."""
+    """Return the gradient of a loss with curvature, from 1 to 3: every later step depends on p."""
     return 2 + torch.sin(3 * p)
 
 
 def train(
     name: str, p: torch.Tensor, options: dict[str, Any], *, differentiable: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Takes ``STEPS`` steps from ``p``, each on the slope where it stands."""
+    """Take ``STEPS`` steps from ``p``, each with the :func:`slope` at the current value."""
     p = p.clone()
     p.retain_grad() if differentiable else p.requires_grad_()
     optimizer = OPTIMIZERS[name].ours([p], **options, differentiable=differentiable)
     for _ in range(STEPS):
-        p.grad = slope(p.clone())  # as the step overwrites what autograd keeps of p
+        p.grad = slope(p.clone())  # a clone, as the step overwrites what autograd saves of p
         p.grad = p.grad if differentiable else p.grad.detach()
         optimizer.step()
     return outcome(optimizer, p) | {"p": p}  # the parameter as autograd knows it
@@ -49,7 +49,7 @@ def train(
 def assert_differentiable(
     results: Callable[..., dict[str, torch.Tensor]], *inputs: torch.Tensor
 ) -> None:
-    """Checks the derivatives of the parameter and of every state that has one."""
+    """Assert that the derivatives of the parameter and of every state that has one are correct."""
 
     def smooth(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(x for x in results(*values).values() if x.requires_grad)
@@ -61,7 +61,7 @@ def assert_differentiable(
 
 
 every_variant = pytest.mark.parametrize(("name", "form"), VARIANTS.values(), ids=VARIANTS)
-#: Finite differences are dear, and `maximize` changes a sign.
+#: The variants without `maximize`, which only changes a sign: finite differences are expensive.
 DOWNHILL = {key: case for key, case in VARIANTS.items() if not case[1]["maximize"]}
 every_descent = pytest.mark.parametrize(("name", "form"), DOWNHILL.values(), ids=DOWNHILL)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -103,7 +103,7 @@ def test_with_respect_to_the_weight_decay(name: str, form: dict[str, Any]) -> No
 def test_with_respect_to_the_betas(
     name: str, form: dict[str, Any], betas: tuple[float, float]
 ) -> None:
-    """On both sides of one half, where the average changes its form."""
+    """The betas are on both sides of one half, where the average changes its form."""
     start = normal((SIZE,), torch.float64, 0)
 
     def results(beta1: torch.Tensor, beta2: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -115,7 +115,7 @@ def test_with_respect_to_the_betas(
 
 @pytest.fixture
 def float64_states() -> Iterator[None]:
-    """Scalar states in float64: float32 would round what gradcheck moves by 1e-6."""
+    """Make scalar states in float64: float32 would round the 1e-6 by which gradcheck moves them."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -123,7 +123,7 @@ def float64_states() -> Iterator[None]:
 
 
 def nadam_from(cls: Any, mu_product: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-    """Steps of NAdam, after a first one, from that product of its momenta."""
+    """Return the outcome of steps of NAdam from this ``mu_product``, after a first step."""
     p = normal((SIZE,), torch.float64, 0)
     optimizer = cls([p], differentiable=True, **OPTIONS)
     for step in range(1 + steps):
@@ -146,7 +146,7 @@ def test_with_respect_to_a_scalar_state_as_in_torch() -> None:
         mu_product = scalar(0.7)
         results = nadam_from(cls, mu_product, 1).values()
         derivatives.append(torch.autograd.grad(sum(x.sum() for x in results), mu_product))
-    # A dozen operations in float64.
+    # The tolerance is for a dozen operations in float64.
     torch.testing.assert_close(*derivatives, rtol=1e-12, atol=0)
 
 
@@ -168,20 +168,20 @@ def test_with_respect_to_everything_at_once(name: str) -> None:
 
 @every_variant
 def test_the_values_are_those_of_a_plain_step(name: str, form: dict[str, Any]) -> None:
-    """To the roundings of a step, of which there are fewer than 20, over all steps.
+    """The tolerance is the roundings of all steps, fewer than 20 in each, with their growth.
 
-    Under autograd torch takes the root, which may be one unit off, and that acts on all later
-    gradients: the slope's derivative is at most 3, an L2 decay's 0.1, the learning rate 0.1 and
-    gradients are not divided by less than 1, so that in 8 steps an error becomes no more than
-    1.31 ** 8 < 9 times as large.
+    Under autograd torch computes the root, which may be one unit off. The error acts on all later
+    gradients: the slope's derivative is at most 3, that of an L2 decay 0.1, the learning rate is
+    0.1, and gradients are not divided by less than 1. So in 8 steps an error grows to at most
+    1.31 ** 8 < 9 times its size.
     """
     start = normal((SIZE,), torch.float64, 0)
     plain = train(name, start, OPTIONS | form, differentiable=False)
-    seen = train(name, start.clone().requires_grad_(), OPTIONS | form)
-    assert set(seen) == set(plain)
+    differentiable = train(name, start.clone().requires_grad_(), OPTIONS | form)
+    assert set(differentiable) == set(plain)
     for key, wanted in plain.items():
-        off = (seen[key] - wanted).abs().max()
-        assert off <= 9 * 20 * STEPS * U * wanted.abs().max().clamp(min=1), key
+        error = (differentiable[key] - wanted).abs().max()
+        assert error <= 9 * 20 * STEPS * U * wanted.abs().max().clamp(min=1), key
 
 
 @every_optimizer
@@ -198,7 +198,7 @@ def test_no_other_backend_may_be_asked_for(name: str, flag: str) -> None:
 
 
 @every_optimizer
-def test_a_step_number_that_asks_for_a_gradient_is_refused(name: str) -> None:
+def test_a_step_count_that_requires_a_gradient_is_refused(name: str) -> None:
     p = torch.ones(SIZE, requires_grad=True).clone()
     p.retain_grad()
     optimizer = OPTIMIZERS[name].ours([p], differentiable=True)

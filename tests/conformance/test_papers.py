@@ -1,10 +1,10 @@
-"""The rules are those of the papers.
+"""The rules follow the papers.
 
-Oracle: each paper's algorithm, transcribed here in Python's own floats. Where torch.optim, and so
-this library, computes something else, the line says so.
+Oracle: each paper's algorithm, transcribed here in Python floats. Where torch.optim, and so this
+library, computes something else, a comment on that line says so.
 
-The tolerance: both sides round in float64. In each step the parameter and the update each pick up
-fewer than `ROUNDINGS` roundings, relative to themselves; the averages carry theirs on, so that the
+The tolerance: both sides round in float64. In each step the parameter and the update each have
+fewer than `ROUNDINGS` roundings, relative to their own size. The averages keep their errors, so the
 update of step t may have t times as many.
 """
 
@@ -22,7 +22,7 @@ from tests.conformance.table import BACKENDS, FAST, OPTIMIZERS, forced, normal
 
 STEPS = 60
 SIZE = 5
-#: Of one step: test_torch_database.py counts 42 for both sides together and the coarser torch.
+#: The roundings of a step. test_torch_database.py counts 42 for both sides, with the coarser torch.
 ROUNDINGS = 42
 #: Half a unit in the last place of 1.
 U = 2.0**-53
@@ -31,7 +31,7 @@ Gradients = Iterator[float]
 
 
 def adagrad(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Duchi, Hazan and Singer 2011, Figure 1 with a diagonal matrix, X all space and phi = 0."""
+    """Run Duchi, Hazan and Singer 2011, Figure 1: diagonal matrix, X all space, phi = 0."""
     total = h["initial_accumulator_value"]  # the paper's sum begins at 0
     for t, g in enumerate(gradients, 1):
         g = g + h["weight_decay"] * p  # not in the paper
@@ -42,7 +42,7 @@ def adagrad(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float
 
 
 def adam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Kingma and Ba 2015, Algorithm 1."""
+    """Run Kingma and Ba 2015, Algorithm 1."""
     beta1, beta2 = h["betas"]
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
@@ -56,7 +56,7 @@ def adam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
 
 
 def amsgrad(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Reddi, Kale and Kumar 2018, Algorithm 2, with X all space and a constant alpha."""
+    """Run Reddi, Kale and Kumar 2018, Algorithm 2, with X all space and a constant alpha."""
     beta1, beta2 = h["betas"]
     m = v = v_max = 0.0
     for t, g in enumerate(gradients, 1):
@@ -70,7 +70,7 @@ def amsgrad(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float
 
 
 def adamw(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Loshchilov and Hutter 2019, Algorithm 2, with eta_t = 1."""
+    """Run Loshchilov and Hutter 2019, Algorithm 2, with eta_t = 1."""
     beta1, beta2 = h["betas"]
     m = v = 0.0
     for t, g in enumerate(gradients, 1):
@@ -84,7 +84,7 @@ def adamw(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
 
 
 def nadam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Dozat 2016, Algorithm 2, with the schedule of mu that section 3 proposes."""
+    """Run Dozat 2016, Algorithm 2, with the schedule of mu that section 3 proposes."""
     beta1, beta2 = h["betas"]
     m = v = 0.0
     product = 1.0
@@ -102,7 +102,7 @@ def nadam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
 
 
 def radam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
-    """Liu et al. 2020, Algorithm 2."""
+    """Run Liu et al. 2020, Algorithm 2."""
     beta1, beta2 = h["betas"]
     m = v = 0.0
     rho_inf = 2 / (1 - beta2) - 1
@@ -122,6 +122,7 @@ def radam(p: float, gradients: Gradients, h: dict[str, Any]) -> Iterator[float]:
 
 
 def float32(x: float) -> float:
+    """Round a Python float to float32."""
     return struct.unpack("f", struct.pack("f", x))[0]
 
 
@@ -153,7 +154,7 @@ SCHEDULES = {
 }
 WITHOUT_L2 = {key: {**h, "weight_decay": 0.0} for key, h in OF_ADAM.items()}
 
-#: (paper, optimizer, options that choose the paper's form, further options), by id.
+#: By id: paper, optimizer, options that choose the paper's form, other options.
 CASES: dict[str, tuple[Algorithm, str, dict[str, Any], dict[str, Any]]] = {
     f"{paper.__name__}-{key}": (paper, name, form, h)
     for paper, name, form, options in (
@@ -176,13 +177,13 @@ def assert_follows(
     initial: Sequence[float],
     gradients: Sequence[Sequence[float]],
 ) -> None:
-    """Compares the parameter after every step with what the paper makes of each element."""
+    """Compare the parameter after every step with the paper's result for each element."""
     p = torch.nn.Parameter(torch.tensor(initial, dtype=torch.float64))
     optimizer = OPTIMIZERS[name].ours([p], **options)
     h = optimizer.param_groups[0]
     papers = [
-        paper(start, iter(of_element), h)
-        for start, of_element in zip(initial, zip(*gradients, strict=True), strict=True)
+        paper(start, iter(element_gradients), h)
+        for start, element_gradients in zip(initial, zip(*gradients, strict=True), strict=True)
     ]
     size = largest_update = 0.0
     before = list(initial)
@@ -224,7 +225,7 @@ def test_a_rule_follows_its_paper(
 def test_maximize_follows_the_paper_uphill(
     paper: Algorithm, name: str, form: dict[str, Any], backend: str
 ) -> None:
-    """The paper is given the negated gradients."""
+    """Oracle: the paper with negated gradients."""
     initial = normal((SIZE,), torch.float64, 2).tolist()
     gradients = normal((STEPS, SIZE), torch.float64, 3)
 
@@ -237,13 +238,13 @@ def test_maximize_follows_the_paper_uphill(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_radam_without_eps_stays_a_number_where_gradients_are_zero(backend: str) -> None:
-    """Unrectified steps do not divide, so that 0 / 0 may not come of them."""
+    """Unrectified steps do not divide, so they must not compute 0 / 0."""
     gradients = [[0.0, 1.0]] * 5
     assert_follows(radam, "RAdam", {"lr": 0.1, "eps": 0.0}, backend, [1.0, 1.0], gradients)
 
 
 def test_radam_rectifies_from_its_sixth_step_and_not_before() -> None:
-    """An eps far above every root all but stops the steps that divide."""
+    """An eps far above every root nearly stops the steps that divide."""
     p = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
     optimizer = OPTIMIZERS["RAdam"].ours([p], lr=0.5, eps=1e6)
     moved = []
@@ -256,7 +257,7 @@ def test_radam_rectifies_from_its_sixth_step_and_not_before() -> None:
 
 
 def test_adamw_decays_decoupled_and_adam_does_not() -> None:
-    """With a gradient of 0 a decoupled decay is all there is; an L2 decay is a gradient."""
+    """With a gradient of 0 only a decoupled decay changes p. An L2 decay acts as a gradient."""
     for name, form, wanted in (
         ("AdamW", {}, 1 - 0.25 * 0.5),
         ("Adam", {"decoupled_weight_decay": True}, 1 - 0.25 * 0.5),
@@ -268,4 +269,4 @@ def test_adamw_decays_decoupled_and_adam_does_not() -> None:
         optimizer = OPTIMIZERS[name].ours([p], lr=0.25, weight_decay=0.5, **form)
         p.grad = torch.zeros((), dtype=torch.float64)
         optimizer.step()
-        assert abs(p.item() - wanted) <= 4 * U, name  # decay, product, sum; all below 1
+        assert abs(p.item() - wanted) <= 4 * U, name  # decay, product and sum, all below 1

@@ -1,4 +1,4 @@
-"""Whatever is stepped together, each parameter comes out as it would alone.
+"""Parameters stepped together have the same results as each of them stepped alone.
 
 Oracle: the reference on contiguous copies, one parameter at a time. No tolerance: equal bits.
 """
@@ -32,7 +32,7 @@ from tests.conformance.table import (
 
 EXAMPLES = 60
 
-#: Values of the options that are numbers: usual ones, and the ends of their ranges.
+#: Values of the numeric options: usual ones, and the ends of their ranges.
 NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "lr": st.sampled_from([0.0, 1e-3, 0.1, 1e10]) | st.floats(0, 1),
     "betas": st.tuples(*[st.sampled_from([0.0, 0.5, 0.9, 0.9999]) | st.floats(0, 0.9999)] * 2),
@@ -45,13 +45,22 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
 
 
 @dataclass(frozen=True)
-class Member:
-    """A parameter and the gradients that it meets; None in steps in which it has none."""
+class ParamCase:
+    """A parameter and its gradients, None in steps without one.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        layout: the name of its memory layout.
+        extreme_gradients: True for gradients of every magnitude, False for normal ones.
+        seed: the seed of its values and its gradients.
+        gradient_layouts: the name of the layout of each step's gradient.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: str
-    wild: bool
+    extreme_gradients: bool
     seed: int
     gradient_layouts: tuple[str | None, ...]
 
@@ -59,7 +68,7 @@ class Member:
         return normal(self.shape, self.dtype, self.seed)
 
     def gradients(self) -> list[torch.Tensor | None]:
-        draw = extreme if self.wild else normal
+        draw = extreme if self.extreme_gradients else normal
         return [
             None
             if layout is None
@@ -69,29 +78,29 @@ class Member:
 
 
 def options(name: str) -> st.SearchStrategy[dict[str, Any]]:
-    """Options of one optimizer; all are set."""
-    taken = OPTIMIZERS[name].theirs([torch.ones(())]).defaults
-    numbers = {option: values for option, values in NUMBERS.items() if option in taken}
+    """Draw the options of an optimizer, all of them."""
+    accepted = OPTIMIZERS[name].theirs([torch.ones(())]).defaults
+    numbers = {option: values for option, values in NUMBERS.items() if option in accepted}
     return st.fixed_dictionaries(numbers | {flag: st.booleans() for flag in OPTIMIZERS[name].flags})
 
 
-def members(steps: int) -> st.SearchStrategy[Member]:
+def param_cases(steps: int) -> st.SearchStrategy[ParamCase]:
     return st.builds(
-        Member,
+        ParamCase,
         shape=st.lists(st.integers(0, 5), max_size=4).map(tuple),
         dtype=st.sampled_from(list(DTYPES.values())),
         layout=st.sampled_from(list(LAYOUTS)),
-        wild=st.booleans(),
+        extreme_gradients=st.booleans(),
         seed=st.integers(0, 10_000),
         gradient_layouts=st.tuples(*[st.none() | st.sampled_from(list(GRADIENT_LAYOUTS))] * steps),
     )
 
 
-def groups(name: str) -> st.SearchStrategy[list[tuple[dict[str, Any], list[Member]]]]:
-    """Options and members of each param group. One group at least has a parameter."""
+def groups(name: str) -> st.SearchStrategy[list[tuple[dict[str, Any], list[ParamCase]]]]:
+    """Draw the options and the parameters of each param group."""
     return st.integers(1, 7).flatmap(
         lambda steps: st.lists(
-            st.tuples(options(name), st.lists(members(steps), min_size=1, max_size=4)),
+            st.tuples(options(name), st.lists(param_cases(steps), min_size=1, max_size=4)),
             min_size=1,
             max_size=3,
         )
@@ -105,24 +114,24 @@ def test_together_is_as_alone(name: str, backend: str) -> None:
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
     @given(groups(name))
-    def check(drawn: list[tuple[dict[str, Any], list[Member]]]) -> None:
+    def check(drawn: list[tuple[dict[str, Any], list[ParamCase]]]) -> None:
         described = [
-            {"params": [parameter(m.values(), m.layout) for m in members], **chosen}
-            for chosen, members in drawn
+            {"params": [parameter(x.values(), x.layout) for x in cases], **group_options}
+            for group_options, cases in drawn
         ]
         parameters = [p for group in described for p in group["params"]]
-        gradients = [m.gradients() for _, members in drawn for m in members]
-        originals = [[None if g is None else contiguous(g) for g in row] for row in gradients]
-        chosen = [chosen for chosen, members in drawn for _ in members]
+        gradients = [x.gradients() for _, cases in drawn for x in cases]
+        originals = [[None if g is None else contiguous(g) for g in of_p] for of_p in gradients]
+        param_options = [group_options for group_options, cases in drawn for _ in cases]
         values = [contiguous(p) for p in parameters]
         with forced(backend):
             optimizer = cls(described)
             run(optimizer, parameters, list(zip(*gradients, strict=True)))
-        for p, initial, row, own in zip(parameters, values, originals, chosen, strict=True):
-            wanted = alone(cls, own, initial, row)
+        for p, initial, of_p, own in zip(parameters, values, originals, param_options, strict=True):
+            wanted = alone(cls, own, initial, of_p)
             assert_same_bits(outcome(optimizer, p), wanted, f"{tuple(p.shape)}, {p.dtype}:")
-        for row, untouched in zip(gradients, originals, strict=True):
-            for g, original in zip(row, untouched, strict=True):
+        for of_p, originals_of_p in zip(gradients, originals, strict=True):
+            for g, original in zip(of_p, originals_of_p, strict=True):
                 assert g is None or torch.equal(g, original)
 
     check()
@@ -135,7 +144,7 @@ def test_together_is_as_alone(name: str, backend: str) -> None:
 def test_an_average_of_equal_numbers_is_that_number(
     name: str, backend: str, betas: tuple[float, float], eighths: list[int]
 ) -> None:
-    """Whatever the weights round to. The gradients have so few digits that squares are exact."""
+    """The rounding of the weights must not matter. The squares of these gradients are exact."""
     g = torch.tensor(eighths, dtype=torch.float32) / 8
     p = parameter(torch.zeros_like(g))
     with forced(backend):

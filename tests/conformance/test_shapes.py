@@ -1,4 +1,4 @@
-"""Shapes and memory layouts change nothing: not one bit of a result, not one byte beside it.
+"""Shapes and memory layouts change no bit of a result, and no byte around it.
 
 Oracle: the reference on contiguous parameters of the same values, one at a time. No tolerance: a
 rule computes each element by itself.
@@ -44,7 +44,7 @@ DTYPES = {
     "complex64": torch.complex64,
 }
 STEPS = 2
-#: Those that make every form of an access: an L2 decay reads the parameter, amsgrad a third state.
+#: Options with every kind of access: an L2 decay reads the parameter, amsgrad a third state.
 OPTIONS = {name: {"lr": 0.1, "weight_decay": 0.1} for name in OPTIMIZERS}
 OPTIONS["Adam"] |= {"amsgrad": True}
 
@@ -54,16 +54,16 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 
 def whole_memory(x: torch.Tensor) -> torch.Tensor:
-    """All of the memory that a tensor is a view of."""
+    """Return all of the memory that a tensor is a view of."""
     count = x.untyped_storage().nbytes() // x.element_size()
     return torch.as_strided(x.detach(), (count,), (1,), 0)
 
 
-def own_places(x: torch.Tensor) -> torch.Tensor:
-    """Where in its memory a tensor's own elements are."""
-    places = torch.arange(len(whole_memory(x)))
-    own = torch.as_strided(places, x.shape, x.stride(), x.storage_offset())
-    return torch.isin(places, own)
+def is_own_element(x: torch.Tensor) -> torch.Tensor:
+    """Return a mask of a tensor's own elements in its whole memory."""
+    offsets = torch.arange(len(whole_memory(x)))
+    own = torch.as_strided(offsets, x.shape, x.stride(), x.storage_offset())
+    return torch.isin(offsets, own)
 
 
 def assert_as_if_alone(
@@ -72,16 +72,16 @@ def assert_as_if_alone(
     parameters: Sequence[torch.nn.Parameter],
     steps: Sequence[Gradients],
 ) -> None:
-    """Steps parameters together, and fails if
+    """Step parameters together, and compare them with the reference.
 
-    a parameter or state is not what the reference makes of it alone and contiguous; the memory
-    around one has changed; a gradient has been written; or a state's strides are not those that
-    torch gives a tensor made like its parameter.
+    Parameters and states must have the bits that the reference gives to each parameter alone and
+    contiguous. The memory around them and the gradients must be unchanged. States must have the
+    strides of ``torch.empty_like`` of the parameter.
     """
     cls, options = OPTIMIZERS[name].ours, OPTIONS[name]
     values = [contiguous(p) for p in parameters]
     memories = [whole_memory(p).clone() for p in parameters]
-    gradients = [g for row in steps for g in row if g is not None]
+    gradients = [g for step_gradients in steps for g in step_gradients if g is not None]
     versions = [g._version for g in gradients]
     originals = [contiguous(g) for g in gradients]
     with forced(backend):
@@ -89,10 +89,10 @@ def assert_as_if_alone(
         run(optimizer, parameters, steps)
     for index, (p, initial, memory) in enumerate(zip(parameters, values, memories, strict=True)):
         got = outcome(optimizer, p)
-        wanted = alone(cls, options, initial, [row[index] for row in steps])
+        wanted = alone(cls, options, initial, [gradients[index] for gradients in steps])
         assert_same_bits(got, wanted, f"parameter {index} of {tuple(p.shape)}:")
-        beside = ~own_places(p)
-        assert torch.equal(whole_memory(p)[beside], memory[beside])
+        around = ~is_own_element(p)
+        assert torch.equal(whole_memory(p)[around], memory[around])
         for key in set(got) - {"step", "mu_product"}:
             assert got[key].stride() == torch.empty_like(p).stride() or key == "p", key
     assert [g._version for g in gradients] == versions
@@ -107,15 +107,15 @@ def assert_as_if_alone(
 def test_every_shape_in_every_layout(
     name: str, layout: str, dtype: torch.dtype, backend: str
 ) -> None:
-    """Each shape is there once for every layout that its gradient may have."""
-    members = list(itertools.product(SHAPES.values(), GRADIENT_LAYOUTS.values()))
+    """Each shape occurs once for every layout that its gradient may have."""
+    cases = list(itertools.product(SHAPES.values(), GRADIENT_LAYOUTS.values()))
     parameters = [
-        parameter(normal(shape, dtype, seed), layout) for seed, (shape, _) in enumerate(members)
+        parameter(normal(shape, dtype, seed), layout) for seed, (shape, _) in enumerate(cases)
     ]
     steps = [
         [
-            relaid(normal(shape, dtype, 100 * step + index))
-            for index, (shape, relaid) in enumerate(members)
+            gradient_layout(normal(shape, dtype, 100 * step + index))
+            for index, (shape, gradient_layout) in enumerate(cases)
         ]
         for step in range(STEPS)
     ]
@@ -127,7 +127,7 @@ def test_the_layouts_are_what_they_are_called() -> None:
     for layout in (*LAYOUTS.values(), GRADIENT_LAYOUTS["lazily_negated"]):
         assert torch.equal(layout(x), x)
     assert LAYOUTS["unaligned"](x).data_ptr() % 64 == 4
-    assert not own_places(LAYOUTS["with_gaps"](x)).all()
+    assert not is_own_element(LAYOUTS["with_gaps"](x)).all()
     assert LAYOUTS["transposed"](x).stride() == (1, 2, 6, 24)
     assert LAYOUTS["channels_last"](x).is_contiguous(memory_format=torch.channels_last)
     assert GRADIENT_LAYOUTS["expanded"](x).stride() == (0, 0, 0, 0)
@@ -167,7 +167,7 @@ def test_a_parameter_that_never_has_a_gradient_stays_as_it_is(name: str, backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @every_optimizer
 def test_bfloat16_gradients_on_float32_parameters(name: str, layout: str, backend: str) -> None:
-    """torch.optim raises. The oracle gets the same gradients in float32, which holds them all."""
+    """torch.optim raises. Oracle: the same gradients in float32, which represents them exactly."""
     cls, options = OPTIMIZERS[name].ours, OPTIONS[name]
     values = normal((5, 7), torch.float32, 0)
     gradients = [normal((5, 7), torch.bfloat16, step + 1) for step in range(STEPS)]
@@ -186,7 +186,7 @@ def test_bfloat16_gradients_on_float32_parameters(name: str, layout: str, backen
 @every_backend
 @every_optimizer
 def test_three_thousand_parameters_are_as_one(name: str, backend: str) -> None:
-    """The oracle is one parameter of all their elements."""
+    """Oracle: one parameter with all their elements."""
     cls, options = OPTIMIZERS[name].ours, OPTIONS[name]
     values = normal((3000, 3), torch.float32, 0)
     gradients = [normal((3000, 3), torch.float32, step + 1) for step in range(2)]

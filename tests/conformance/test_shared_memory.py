@@ -1,7 +1,7 @@
-"""Tensors that share memory: every backend stores what stepping one parameter after another does.
+"""Tensors that share memory: every backend gives the result of one parameter after another.
 
-Oracles: the reference backend, bit for bit, which steps one parameter after another; and where
-torch.optim says what that is, its for-loop, within the rounding of a few float64 operations.
+Oracles: the reference backend, bit for bit, which steps one parameter after another; and the
+for-loop of torch.optim, within the rounding of a few float64 operations.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from tests.conformance.table import (
 )
 
 STEPS = 4
-SHAPE = (64, 65)  # large enough for codes
-PLAIN = {"float32": (torch.float32, {})}
-STORED = PLAIN | {
+SHAPE = (64, 65)  # large enough for int8 states
+SOME_FORMATS = {"float32": (torch.float32, {})} | {
     name: FORMATS[name]
     for name in (
         "float32, int8 states",
@@ -40,44 +39,42 @@ Params = list[torch.nn.Parameter]
 
 
 def tied_parameters(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """Two parameters are one memory."""
+    """Give two parameters the same memory."""
     params[1].data = params[0].data
 
 
 def overlapping_parameters(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """The second half of one is the first half of the other."""
+    """Make the second half of one parameter the first half of another."""
     buffer = torch.cat([params[0].data, params[1].data[32:]])
     params[0].data, params[1].data = buffer[:64], buffer[32:]
 
 
 def transposed_tie(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """Two square parameters are one memory, read in two orders."""
+    """Give two square parameters the same memory, one as the transpose of the other."""
     square = params[0].data[:, :64].contiguous()
     params[0].data, params[1].data = square, square.t()
 
 
 def shared_states(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """Two parameters have the moments of one, and each its own step count."""
+    """Give two parameters the same moments, and each its own step count."""
     first, second = (optimizer.state[p] for p in params[:2])
     second.update({key: x for key, x in first.items() if key not in ("step", "mu_product")})
 
 
 def gradient_is_a_parameter(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """The gradient of one is another, as it is when its turn comes."""
+    """Make one parameter the gradient of another, with its values at the time of that step."""
     params[1].grad = params[0].detach()
 
 
 def gradient_is_its_own_parameter(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """The gradient of one is itself, as by weight decay."""
+    """Make a parameter its own gradient, as weight decay would."""
     params[0].grad = params[0].detach()
 
 
 def gradient_is_a_state(params: Params, optimizer: torch.optim.Optimizer) -> None:
-    """The gradient of one is a state of another."""
-    entry = optimizer.state[params[0]]
-    shared = [
-        x for x in entry.values() if x.shape == params[1].shape and x.dtype == params[1].dtype
-    ]
+    """Make a state of one parameter the gradient of another."""
+    states = optimizer.state[params[0]].values()
+    shared = [x for x in states if x.shape == params[1].shape and x.dtype == params[1].dtype]
     if shared:
         params[1].grad = shared[0]
 
@@ -91,7 +88,7 @@ TIES: list[Callable[[Params, torch.optim.Optimizer], None]] = [
     gradient_is_its_own_parameter,
     gradient_is_a_state,
 ]
-#: What lasts; a gradient is tied anew in each step.
+#: The ties that last for all later steps. A gradient is tied in each step.
 LASTING = TIES[:4]
 
 
@@ -101,7 +98,7 @@ def trained(
     dtype: torch.dtype,
     **options: Any,
 ) -> list[dict[str, torch.Tensor]]:
-    """Three parameters, of which the first two are tied after a first step."""
+    """Return the outcomes of three parameters. The first two are tied after a first step."""
     params = [torch.nn.Parameter(normal(SHAPE, dtype, seed)) for seed in range(3)]
     optimizer = cls(params, lr=0.05, **options)
     for step in range(STEPS):
@@ -119,29 +116,30 @@ def trained(
     return [outcome(optimizer, p) for p in params]
 
 
-@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("format_", SOME_FORMATS)
 @pytest.mark.parametrize("tie", TIES, ids=lambda tie: tie.__name__)
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 def test_shared_memory_gives_the_same_bits_on_every_backend(
-    backend: str, tie: Any, stored: str
+    backend: str, tie: Any, format_: str
 ) -> None:
-    dtype, options = STORED[stored]
+    dtype, options = SOME_FORMATS[format_]
     for cls in (stepforge.AdamW, stepforge.NAdam):
         with forced(backend):
             got = trained(cls, tie, dtype, **options)
         with forced("reference"):
             wanted = trained(cls, tie, dtype, **options)
-        for mine, theirs in zip(got, wanted):
-            assert_same_bits(mine, theirs, f"{cls.__name__}, {tie.__name__}, {stored}")
+        for ours, reference in zip(got, wanted):
+            assert_same_bits(ours, reference, f"{cls.__name__}, {tie.__name__}, {format_}")
 
 
 @pytest.mark.parametrize("tie", TIES, ids=lambda tie: tie.__name__)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_shared_memory_is_stepped_as_by_torchs_for_loop(name: str, tie: Any) -> None:
-    entry = OPTIMIZERS[name]
-    # With decay torch's AdamW writes to a parameter before it reads the gradient that is the same.
-    got = trained(entry.ours, tie, torch.float64, weight_decay=0)
-    wanted = trained(entry.theirs, tie, torch.float64, weight_decay=0, foreach=False)
-    for mine, theirs in zip(got, wanted):
-        # A lost update is 0.05. Roundings of 1e-16 grow where an element crosses 0, to below 1e-10.
-        torch.testing.assert_close(mine["p"], theirs["p"], rtol=1e-9, atol=1e-9)
+    twins = OPTIMIZERS[name]
+    # With decay torch's AdamW writes to a parameter before it reads a gradient in the same memory.
+    got = trained(twins.ours, tie, torch.float64, weight_decay=0)
+    wanted = trained(twins.theirs, tie, torch.float64, weight_decay=0, foreach=False)
+    for ours, theirs in zip(got, wanted):
+        # A lost update would be 0.05. Roundings of 1e-16 grow where an element crosses 0, to less
+        # than 1e-10.
+        torch.testing.assert_close(ours["p"], theirs["p"], rtol=1e-9, atol=1e-9)

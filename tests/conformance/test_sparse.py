@@ -1,7 +1,8 @@
-"""Sparse gradients: Adagrad takes them and touches only what they name; the others refuse.
+"""Sparse gradients: Adagrad takes them and steps only their elements. The others refuse.
 
-Oracles: the same optimizer on the dense form of the gradient, to the bit (a rule computes each
-element by itself, and to Adagrad a zero says nothing); torch.optim.Adagrad on the sparse one.
+Oracles: the same optimizer with the dense form of the gradient, bit for bit (a rule computes each
+element by itself, and a gradient of zero changes nothing in Adagrad); and torch.optim.Adagrad with
+the sparse gradient.
 """
 
 from __future__ import annotations
@@ -26,40 +27,41 @@ from tests.conformance.table import (
 ROWS = 6
 STEPS = 4
 
-Place = Sequence[Sequence[int]]
+#: The indices of a sparse gradient's values, a list for each sparse dimension.
+Indices = Sequence[Sequence[int]]
 
 
-def sparse(places: Place, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """A gradient with random values at those places; dimensions that they do not name are dense."""
-    indices = torch.tensor(places, dtype=torch.int64)
-    values = normal((indices.shape[1], *shape[len(places) :]), dtype, seed)
-    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True)
+def sparse(indices: Indices, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Return a gradient with random values at the indices. The other dimensions are dense."""
+    index_tensor = torch.tensor(indices, dtype=torch.int64)
+    values = normal((index_tensor.shape[1], *shape[len(indices) :]), dtype, seed)
+    return torch.sparse_coo_tensor(index_tensor, values, shape, check_invariants=True)
 
 
-def by_row(step: int) -> Place:
+def by_row(step: int) -> Indices:
     return [[(step + 1) % ROWS, (step + 3) % ROWS]]
 
 
-def by_element(step: int) -> Place:
+def by_element(step: int) -> Indices:
     return [[step % ROWS, 1, 2], [0, 1, (step + 1) % 3]]
 
 
-def with_duplicates(step: int) -> Place:
+def with_duplicates(step: int) -> Indices:
     return [[2, step % ROWS, 2, 2]]
 
 
-def nothing(step: int) -> Place:
+def nothing(step: int) -> Indices:
     return [[]]
 
 
-def now_and_then(step: int) -> Place:
+def now_and_then(step: int) -> Indices:
     return nothing(step) if step % 2 else by_row(step)
 
 
-Places = Callable[[int], Place]
-PLACES: dict[str, Places] = {
-    places.__name__: places
-    for places in (by_row, by_element, with_duplicates, nothing, now_and_then)
+IndicesOfStep = Callable[[int], Indices]
+INDICES: dict[str, IndicesOfStep] = {
+    indices.__name__: indices
+    for indices in (by_row, by_element, with_duplicates, nothing, now_and_then)
 }
 DTYPES = {
     "float32": torch.float32,
@@ -67,8 +69,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "complex64": torch.complex64,
 }
-#: Those for which torch.optim.Adagrad computes as here: it rounds bfloat16 after every operation,
-#: and divides complex numbers as such instead of each part by its own root.
+#: The dtypes in which torch.optim.Adagrad computes as here. It rounds bfloat16 after every
+#: operation, and divides complex numbers as such instead of each part by its own root.
 DTYPES_OF_TORCH = {name: DTYPES[name] for name in ("float32", "float64")}
 OPTIONS: dict[str, dict[str, Any]] = {
     "usual": {},
@@ -78,7 +80,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 SHAPE = (ROWS, 3)
 
-every_place = pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+every_index = pytest.mark.parametrize("indices", INDICES.values(), ids=INDICES)
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 every_flag = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 
@@ -89,46 +91,48 @@ def trained(
     dtype: torch.dtype,
     gradients: Sequence[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
+    """Return the outcome of one parameter after steps with these gradients."""
     p = parameter(normal(SHAPE, dtype, 0))
     optimizer = cls([p], **options)
     run(optimizer, [p], [[g] for g in gradients])
     return outcome(optimizer, p)
 
 
-def gradients_at(places: Places, dtype: torch.dtype) -> list[torch.Tensor]:
-    return [sparse(places(step), SHAPE, dtype, step + 1) for step in range(STEPS)]
+def gradients_at(indices: IndicesOfStep, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [sparse(indices(step), SHAPE, dtype, step + 1) for step in range(STEPS)]
 
 
 @every_flag
-@every_place
+@every_index
 @every_option
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_a_sparse_gradient_does_what_its_dense_form_does(
-    options: dict[str, Any], dtype: torch.dtype, places: Places, flags: dict[str, Any]
+    options: dict[str, Any], dtype: torch.dtype, indices: IndicesOfStep, flags: dict[str, Any]
 ) -> None:
     cls = OPTIMIZERS["Adagrad"].ours
-    gradients = gradients_at(places, dtype)
+    gradients = gradients_at(indices, dtype)
     got = trained(cls, options | flags, dtype, gradients)
     dense = [contiguous(g.coalesce().to_dense()) for g in gradients]
     assert_same_bits(got, trained(cls, options | {"foreach": False}, dtype, dense))
 
 
 @every_flag
-@every_place
+@every_index
 @every_option
 @pytest.mark.parametrize("dtype", DTYPES_OF_TORCH.values(), ids=DTYPES_OF_TORCH)
 def test_a_sparse_gradient_does_what_it_does_in_torch(
-    options: dict[str, Any], dtype: torch.dtype, places: Places, flags: dict[str, Any]
+    options: dict[str, Any], dtype: torch.dtype, indices: IndicesOfStep, flags: dict[str, Any]
 ) -> None:
-    """Tolerances, in halves of a unit in the last place of the largest number involved.
+    """Tolerances are in half units in the last place of the largest number involved.
 
-    Of the sum: each side squares and adds, 2 roundings a step. Of the parameter: each side adds
-    once a step, and its update has half the sum's roundings, a root (2 in torch), eps and its sum,
-    a quotient, a factor and its product: below 20 in all, of at most the largest update.
+    The sum: each side squares and adds, 2 roundings a step. The parameter: each side adds once a
+    step. Its update has half the sum's roundings, a root (2 in torch), eps and its sum, a quotient,
+    a factor and its product: fewer than 20 in all, each at most of the size of the largest update.
     """
-    gradients = gradients_at(places, dtype)
+    gradients = gradients_at(indices, dtype)
     got = trained(OPTIMIZERS["Adagrad"].ours, options | flags, dtype, gradients)
-    with torch.sparse.check_sparse_tensor_invariants(enable=False):  # torch.optim does not say
+    # torch.optim makes sparse tensors with implicit checks. Some versions warn about that.
+    with torch.sparse.check_sparse_tensor_invariants(enable=False):
         theirs = OPTIMIZERS["Adagrad"].theirs
         wanted = trained(theirs, options | {"foreach": False}, dtype, gradients)
     u = torch.finfo(dtype).eps / 2
@@ -148,10 +152,10 @@ def test_a_sparse_gradient_does_what_it_does_in_torch(
 
 @every_flag
 @every_option
-def test_what_a_gradient_does_not_name_is_not_even_read(
+def test_elements_without_a_gradient_are_not_even_read(
     options: dict[str, Any], flags: dict[str, Any]
 ) -> None:
-    """Rows that would not survive being computed with keep their bits."""
+    """Rows keep their bits where any computation would change them."""
     values = normal(SHAPE, torch.float32, 0)
     values[0], values[5] = float("nan"), -0.0
     p = parameter(values)
@@ -162,14 +166,14 @@ def test_what_a_gradient_does_not_name_is_not_even_read(
     untouched = [0, 2, 4, 5]
     after = outcome(optimizer, p)
     for key in ("p", "sum"):
-        kept = before[key][untouched].view(torch.int32)
-        assert torch.equal(after[key][untouched].view(torch.int32), kept)
+        bits = before[key][untouched].view(torch.int32)
+        assert torch.equal(after[key][untouched].view(torch.int32), bits)
         assert (after[key][[1, 3]] != before[key][[1, 3]]).all()
 
 
 @every_flag
-def test_a_gradient_that_names_nothing_counts_as_a_step(flags: dict[str, Any]) -> None:
-    """As in torch.optim; the learning rate decays."""
+def test_a_gradient_without_elements_counts_as_a_step(flags: dict[str, Any]) -> None:
+    """torch.optim counts it too: the learning rate decays."""
     got = trained(
         OPTIMIZERS["Adagrad"].ours, flags, torch.float32, gradients_at(nothing, torch.float32)
     )
@@ -231,7 +235,7 @@ def test_every_optimizer_is_either_tested_or_refused() -> None:
 
 
 def assert_refused(name: str, options: dict[str, Any], words: str) -> None:
-    """Fails unless a step with one sparse gradient among dense ones raises before all changes."""
+    """Assert that a step with one sparse gradient among dense ones raises before any change."""
     parameters = [parameter(normal(SHAPE, torch.float32, seed)) for seed in range(3)]
     optimizer = OPTIMIZERS[name].ours(parameters, **options)
     dense = normal(SHAPE, torch.float32, 9)

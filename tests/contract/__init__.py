@@ -1,1 +1,1 @@
-"""What a drop-in for torch.optim must satisfy beyond numbers."""
+"""Tests of the interface of torch.optim, which a drop-in replacement must have."""

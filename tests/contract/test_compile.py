@@ -1,6 +1,6 @@
-"""``torch.compile`` over a step: one operator, no graph break, compiled once.
+"""``torch.compile`` of a step: one operator, no graph break, compiled once.
 
-The oracle is the same optimizer stepped plainly: the operator runs the same kernels, so parameters
+Oracle: the same optimizer without compilation. The operator runs the same kernels, so parameters
 and states are equal bit for bit.
 """
 
@@ -13,21 +13,20 @@ import pytest
 import torch
 
 import stepforge
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     SHAPES,
     assert_identical,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
 )
 
-# What modules of torch say of themselves when they are imported.
+# Modules of torch warn that they are deprecated when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
@@ -39,7 +38,7 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 class Pair:
-    """An optimizer whose step is compiled, and its copy that runs plainly."""
+    """An optimizer with a compiled step, and an equal one without compilation."""
 
     def __init__(
         self,
@@ -55,11 +54,12 @@ class Pair:
         self.step = torch.compile(self.compiled.step, backend=backend, fullgraph=True)
 
     def advance(self, steps: range, *, uneven: bool = False) -> None:
+        """Step both optimizers, and assert that they are equal after each step."""
         for step in steps:
             give_gradients(self.params, step, uneven=uneven)
             self.step()
             run(self.plain, self.plain_params, range(step, step + 1), uneven=uneven)
-            assert_identical(frozen(self.compiled), frozen(self.plain))
+            assert_identical(snapshot(self.compiled), snapshot(self.plain))
 
 
 COMPILED = [(cls, "aot_eager") for cls in OPTIMIZERS] + [(stepforge.AdamW, "inductor")]
@@ -76,7 +76,7 @@ def test_a_compiled_step_is_the_plain_one_and_compiles_once(cls: type, backend: 
         for optimizer in (pair.compiled, pair.plain):
             optimizer.param_groups[0]["lr"] = LR / 2  # as a scheduler does
         pair.advance(range(4, 7))
-    assert {float(entry["step"]) for entry in pair.compiled.state.values()} == {7.0}
+    assert {float(state["step"]) for state in pair.compiled.state.values()} == {7.0}
 
 
 def test_the_graph_holds_the_operator_and_nothing_else() -> None:
@@ -105,7 +105,7 @@ def test_hooks_fire_once_at_each_compiled_step(overridden: bool) -> None:
             def step(self, closure: Any = None) -> Any:
                 return super().step(closure)
 
-    stepforge.AdamW(make_params()).step()  # its class is the first whose step gets hooks
+    stepforge.AdamW(make_params()).step()  # the parent class's step gets its hooks first
     pair = Pair(Stepped, lr=LR)
     fired: list[str] = []
     pair.compiled.register_step_pre_hook(lambda *_: fired.append("pre"))
@@ -135,7 +135,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "32 bits": {"master_weight_bits": 32, "dtype": BFLOAT16},
     "stochastic rounding": {"stochastic_rounding": True, "dtype": BFLOAT16},
 }
-#: The first has codes with ``state_format="int8"``.
+#: The first shape is large enough for int8 states.
 LARGE = ((33, 130), *SHAPES)
 
 
@@ -149,12 +149,12 @@ def test_states_and_weights_may_have_formats(cls: type, options: dict[str, Any])
 
 
 @pytest.mark.parametrize("change", [{"state_format": "int8"}, {"amsgrad": True}], ids=str)
-def test_options_that_ask_for_other_states_are_noticed(change: dict[str, Any]) -> None:
+def test_options_that_need_other_states_raise(change: dict[str, Any]) -> None:
     pair = Pair(stepforge.AdamW, shapes=LARGE, lr=LR)
     pair.advance(range(1))
     give_gradients(pair.params, 1)
     pair.compiled.param_groups[0].update(change)
-    before = frozen(pair.compiled)
+    before = snapshot(pair.compiled)
     with pytest.raises(RuntimeError, match=r"other states than when .*call .*reset\(\)"):
         pair.step()
     assert_unchanged(pair.compiled, before)
@@ -164,7 +164,7 @@ def test_options_that_ask_for_other_states_are_noticed(change: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("options", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
-def test_the_operator_keeps_its_promises_to_the_compiler(options: dict[str, Any]) -> None:
+def test_the_operator_passes_opcheck(options: dict[str, Any]) -> None:
     """Oracle: torch's own check of schema, mutation and fake implementation."""
     params = make_params(LARGE)
     optimizer = stepforge.Adam(params, **options)
@@ -218,10 +218,10 @@ def test_compiled_and_plain_steps_may_alternate() -> None:
         else:
             run(pair.compiled, pair.params, range(step, step + 1))
             run(pair.plain, pair.plain_params, range(step, step + 1))
-    assert_identical(frozen(pair.compiled), frozen(pair.plain))
+    assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
 
 
-def test_a_parameter_swapped_behind_the_compilers_back_is_noticed() -> None:
+def test_a_parameter_replaced_without_recompilation_raises() -> None:
     pair = Pair(stepforge.Adam, lr=LR)
     pair.advance(range(1))
     before = [p.detach().clone() for p in pair.params]
@@ -242,15 +242,15 @@ def test_a_learning_rate_may_be_a_tensor(cls: type) -> None:
 
 @each_optimizer
 def test_a_differentiable_step_is_taken_outside_of_the_graph(cls: type) -> None:
-    slopes = []
+    derivatives = []
     for compiling in (True, False):
         start = torch.ones(3, requires_grad=True)
         p = start.clone()
         p.grad = torch.tensor([1.0, -2.0, 3.0], requires_grad=True)
         optimizer = cls([p], lr=LR, differentiable=True)
         (torch.compile(optimizer.step, backend="aot_eager") if compiling else optimizer.step)()
-        slopes.append(torch.autograd.grad(p.sum(), (start, p.grad)))
-    assert_identical(slopes[0], slopes[1])
+        derivatives.append(torch.autograd.grad(p.sum(), (start, p.grad)))
+    assert_identical(derivatives[0], derivatives[1])
 
 
 def test_a_sparse_gradient_is_stepped_outside_of_the_graph() -> None:
@@ -264,18 +264,18 @@ def test_a_sparse_gradient_is_stepped_outside_of_the_graph() -> None:
     assert torch.equal(*results)
 
 
-def test_an_option_that_no_state_can_have_is_said_as_without_compilation() -> None:
+def test_a_bad_state_format_raises_as_without_compilation() -> None:
     pair = Pair(stepforge.Adam, lr=LR)
     pair.advance(range(1))
     pair.compiled.param_groups[0]["state_format"] = "int4"
-    before = frozen(pair.compiled)
+    before = snapshot(pair.compiled)
     step = torch.compile(pair.compiled.step, backend="aot_eager")
     with pytest.raises(ValueError, match=r"Invalid state_format value: 'int4'.*'int8'"):
         step()
     assert_unchanged(pair.compiled, before)
 
 
-def test_a_mistake_is_said_as_without_compilation() -> None:
+def test_a_sparse_gradient_raises_as_without_compilation() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.ones(3).to_sparse()
     step = torch.compile(stepforge.Adam([p]).step, backend="aot_eager")
@@ -303,4 +303,4 @@ def test_a_compiled_training_step_may_hold_the_optimizer(cls: type) -> None:
         inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
         compiled_step(*compiled, inputs)
         training_step(*plain, inputs)
-    assert_identical(frozen(compiled[1]), frozen(plain[1]))
+    assert_identical(snapshot(compiled[1]), snapshot(plain[1]))

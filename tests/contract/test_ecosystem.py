@@ -1,7 +1,6 @@
-"""What uses optimizers: schedulers, gradient scaling, compilation, distribution, trainers.
+"""Users of optimizers: schedulers, gradient scalers, torch.nn, copies, process groups, trainers.
 
-The oracle is the torch.optim twin under the same use; for ``torch.compile``, pickling and copying
-it is the same optimizer run plainly.
+Oracle: the torch.optim twin in the same use. For pickles and copies: the same optimizer itself.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,31 +17,30 @@ from torch.optim import lr_scheduler
 
 import stepforge
 from stepforge.hyperparameter import EXECUTION_FLAGS
-
-from .twins import (
+from tests.twins import (
     LR,
     SHAPES,
     assert_identical,
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
-    through_a_file,
+    save_and_load,
+    snapshot,
     tolerance,
     twin_of,
 )
 
 Params = list[torch.nn.Parameter]
 
-# What modules of torch say of themselves when they are imported.
-torch_scripts = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# Modules of torch warn that they are deprecated when they are imported.
+ignore_torch_jit = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 def make_model(seed: int = 3) -> torch.nn.Module:
-    """A model that is the same at every call."""
+    """Return a new model, with the same weights at every call."""
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -71,10 +68,10 @@ def train(
 
 
 def assert_models_close(model: torch.nn.Module, other: torch.nn.Module, steps: int) -> None:
-    """Asserts that two models were trained alike.
+    """Assert that two models are close after training.
 
-    Unlike given gradients, gradients of a model carry the differences of the parameters on, here
-    by less than a factor of 10.
+    The gradients of a model depend on its parameters, so they amplify differences, here by less
+    than a factor of 10.
     """
     bounds = tolerance(torch.float32, 10 * steps)
     assert_params_close(list(model.parameters()), list(other.parameters()), **bounds)
@@ -121,7 +118,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 def scheduled(
     make: type, schedule: Callable[..., Any], lr: Any
 ) -> tuple[torch.optim.Optimizer, Params, list[tuple[float, Any]]]:
-    """A scheduled run, and the options of its steps."""
+    """Run an optimizer with a scheduler; return it, its parameters, and the options by step."""
     params = make_params()
     optimizer = make(params, lr=lr)
     scheduler = schedule(optimizer)
@@ -178,7 +175,8 @@ def test_a_scheduler_sees_that_the_step_came_first(cls: type) -> None:
 # Gradient scaling
 
 
-def scaled(make: type, clip: bool, **flags: bool) -> torch.nn.Module:
+def train_scaled(make: type, clip: bool, **flags: bool) -> torch.nn.Module:
+    """Return a model trained with a gradient scaler."""
     model = make_model()
     optimizer = make(model.parameters(), lr=LR, **flags)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
@@ -197,14 +195,14 @@ def scaled(make: type, clip: bool, **flags: bool) -> torch.nn.Module:
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
 @each_optimizer
 def test_a_gradient_scaler_trains_as_with_the_twin(cls: type, clip: bool) -> None:
-    assert_models_close(scaled(cls, clip), scaled(twin_of(cls), clip), 8)
+    assert_models_close(train_scaled(cls, clip), train_scaled(twin_of(cls), clip), 8)
 
 
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "clipped"])
 @each_optimizer
 def test_unscaling_in_the_step_is_as_exact_as_before_it(cls: type, clip: bool) -> None:
-    """Equal bits, as the scaler multiplies by powers of two."""
-    within, before = scaled(cls, clip, fused=True), scaled(cls, clip)
+    """The bits are equal, as the scaler multiplies by powers of two."""
+    within, before = train_scaled(cls, clip, fused=True), train_scaled(cls, clip)
     assert all(map(torch.equal, within.parameters(), before.parameters()))
 
 
@@ -222,12 +220,12 @@ def test_an_overflow_leaves_everything_untouched(
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     scaler.scale(loss_of(model, steps)).backward()
     next(model.parameters()).grad[0, 0] = float("inf")
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     if unscale:
         scaler.unscale_(optimizer)
     scaler.step(optimizer)
     scaler.update()
-    after = frozen(optimizer)
+    after = snapshot(optimizer)
     assert_identical({**after, "grads": None}, {**before, "grads": None})
     assert scaler.get_scale() == 2.0**7
     assert not hasattr(optimizer, "grad_scale")
@@ -235,15 +233,15 @@ def test_an_overflow_leaves_everything_untouched(
     optimizer.zero_grad()
     scaler.scale(loss_of(model, steps)).backward()
     scaler.step(optimizer)
-    assert {float(entry["step"]) for entry in optimizer.state.values()} == {steps + 1.0}
+    assert {float(state["step"]) for state in optimizer.state.values()} == {steps + 1.0}
 
 
 @each_optimizer
 def test_only_a_fused_step_claims_to_unscale(cls: type) -> None:
     for fused in (None, False, True):
         optimizer = cls(make_params(), fused=fused)
-        for held in (optimizer, pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-            assert bool(held._step_supports_amp_scaling) == bool(fused)
+        for one in (optimizer, pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
+            assert bool(one._step_supports_amp_scaling) == bool(fused)
 
 
 @pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
@@ -267,7 +265,7 @@ def test_every_backend_divides_by_the_scale(
 
 
 def test_a_scale_that_is_no_power_of_two_is_rounded_once() -> None:
-    """Oracle: the product with the float32 reciprocal, as unscale_ of a GradScaler does."""
+    """Oracle: the product with the float32 reciprocal, as in ``GradScaler.unscale_``."""
     params, plain = make_params(), make_params()
     optimizer, twin = stepforge.Adam(params, fused=True), stepforge.Adam(plain)
     give_gradients(params, 0)
@@ -279,8 +277,8 @@ def test_a_scale_that_is_no_power_of_two_is_rounded_once() -> None:
     assert all(map(torch.equal, params, plain))
 
 
-def test_a_step_that_raises_forgets_what_the_scaler_said() -> None:
-    """Else the scaler would multiply its next scale with the one it finds."""
+def test_a_step_that_raises_removes_the_attributes_of_the_scaler() -> None:
+    """GradScaler would multiply its next scale into a leftover one."""
     model = make_model()
     optimizer = stepforge.Adam(model.parameters(), fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
@@ -414,11 +412,11 @@ def test_a_copy_continues_identically(cls: type, steps: int, duplicate: Callable
     assert not any(p is q for p, q in zip(own, params, strict=True))
     run(optimizer, params, range(steps, steps + 4))
     run(copied, own, range(steps, steps + 4))
-    assert_identical(frozen(copied), frozen(optimizer))
+    assert_identical(snapshot(copied), snapshot(optimizer))
 
 
 def _no_hook(*_: Any) -> None:
-    """A hook that does nothing, and that pickle can find."""
+    """Do nothing. This hook is at module level, where pickle can find it."""
 
 
 @pytest.mark.parametrize("duplicate", [_pickled, copy.deepcopy])
@@ -454,7 +452,7 @@ def test_a_scheduled_optimizer_can_be_pickled(cls: type) -> None:
     copied = _pickled(optimizer)
     run(copied, copied.param_groups[0]["params"], range(1, 2))
     run(optimizer, params, range(1, 2))
-    assert_identical(frozen(copied)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(copied)["params"], snapshot(optimizer)["params"])
 
 
 @each_optimizer
@@ -465,13 +463,13 @@ def test_a_pickle_of_an_older_version_is_completed(cls: type) -> None:
     old = copy.deepcopy(optimizer.__getstate__())
     for name in (*EXECUTION_FLAGS, "maximize"):
         del old["param_groups"][0][name]
-    for entry in old["state"].values():
-        entry.update({key: float(x) for key, x in entry.items() if key in ("step", "mu_product")})
+    for state in old["state"].values():
+        state.update({key: float(x) for key, x in state.items() if key in ("step", "mu_product")})
     restored = cls.__new__(cls)
     restored.__setstate__(old)
     run(restored, restored.param_groups[0]["params"], range(3, 6))
     run(optimizer, params, range(3, 6))
-    assert_identical(frozen(restored)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(restored)["params"], snapshot(optimizer)["params"])
 
 
 # Tensors without data
@@ -484,7 +482,7 @@ def test_meta_parameters_can_be_stepped(cls: type) -> None:
     for p in params:
         p.grad = torch.empty_like(p)
     optimizer.step()
-    moments = [x for entry in optimizer.state.values() for x in entry.values() if x.is_meta]
+    moments = [x for state in optimizer.state.values() for x in state.values() if x.is_meta]
     assert {x.shape for x in moments} == {torch.Size(shape) for shape in SHAPES}
 
 
@@ -508,17 +506,8 @@ def test_fake_parameters_can_be_stepped(cls: type, capturable: bool) -> None:
 # Several processes
 
 
-@pytest.fixture(scope="module")
-def _process_group() -> Iterator[None]:
-    with tempfile.NamedTemporaryFile() as file:
-        store = torch.distributed.FileStore(file.name, 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        yield
-        torch.distributed.destroy_process_group()
-
-
-@torch_scripts
-@pytest.mark.usefixtures("_process_group")
+@ignore_torch_jit
+@pytest.mark.usefixtures("single_process_group")
 @each_optimizer
 def test_zero_redundancy_optimizer_takes_the_class(cls: type) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -531,7 +520,7 @@ def test_zero_redundancy_optimizer_takes_the_class(cls: type) -> None:
     optimizer.consolidate_state_dict()
     fresh_model = make_model()
     fresh = ZeroRedundancyOptimizer(fresh_model.parameters(), optimizer_class=cls, lr=LR)
-    fresh.load_state_dict(through_a_file(optimizer.state_dict()))  # it aliases what it loads
+    fresh.load_state_dict(save_and_load(optimizer.state_dict()))  # its load aliases tensors
     fresh_model.load_state_dict(model.state_dict())
     train(model, optimizer, range(4, 6))
     train(fresh_model, fresh, range(4, 6))
@@ -540,7 +529,7 @@ def test_zero_redundancy_optimizer_takes_the_class(cls: type) -> None:
     )
 
 
-@pytest.mark.usefixtures("_process_group")
+@pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
 @each_optimizer
 def test_distributed_state_dicts_restore_by_name(cls: type, flatten: bool) -> None:
@@ -554,7 +543,7 @@ def test_distributed_state_dicts_restore_by_name(cls: type, flatten: bool) -> No
     model = make_model()
     optimizer = cls(model.parameters(), lr=LR)
     train(model, optimizer, range(3))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     saved = get_optimizer_state_dict(model, optimizer, options=options)
     assert_unchanged(optimizer, before)
     resumed_model = make_model()
@@ -569,7 +558,7 @@ def test_distributed_state_dicts_restore_by_name(cls: type, flatten: bool) -> No
     )
 
 
-@pytest.mark.usefixtures("_process_group")
+@pytest.mark.usefixtures("single_process_group")
 @each_optimizer
 def test_gradients_that_are_views_of_a_bucket(cls: type) -> None:
     models = []
@@ -589,14 +578,14 @@ def test_the_sums_of_adagrad_can_be_shared() -> None:
     run(optimizer, params, range(3))
     run(private, alone, range(3))
     assert all(optimizer.state[p]["sum"].is_shared() for p in params)
-    assert_identical(frozen(optimizer)["params"], frozen(private)["params"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(private)["params"])
 
 
 # Trainers
 
 
 class Wrapper:
-    """Wraps an optimizer as a trainer does: its class is made at run time from both."""
+    """A wrapper of an optimizer, as trainers make: its class is derived from both at run time."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -635,12 +624,12 @@ def test_a_wrapper_of_a_class_made_at_run_time(cls: type) -> None:
         scheduler.step()
         plain_scheduler.step()
     wrapped.load_state_dict(copy.deepcopy(wrapped.state_dict()))
-    assert_identical(frozen(optimizer)["params"], frozen(plain)["params"])
-    assert_identical(frozen(optimizer)["state"], frozen(plain)["state"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(plain)["params"])
+    assert_identical(snapshot(optimizer)["state"], snapshot(plain)["state"])
 
 
 class Counting:
-    """A mix-in with a constructor of its own, which calls the optimizer's."""
+    """A mix-in whose own constructor calls the optimizer's."""
 
     def __init__(self, *args: Any, start: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

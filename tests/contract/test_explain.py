@@ -1,9 +1,9 @@
 """``stepforge.explain``, and the choice between backends that it reports.
 
-The oracle is the documented rule: ``foreach=True`` asks for the foreach path, either flag False
-(and the other not True) for the reference, both unset for the fastest that serves, and
-``STEPFORGE_BACKEND`` overrides all of them. That a step runs what is explained is seen by watching
-the backends run; that the bytes are right, by asking the tensors after a step.
+Oracle of the choice: the documentation. ``foreach=True`` asks for the foreach backend. Either flag
+False, and the other not True, asks for the reference. Both unset ask for the fastest backend that
+serves. ``STEPFORGE_BACKEND`` overrides all of them. Oracle of the report: a record of the backends
+that run in a step. Oracle of the bytes: the sizes of the tensors after a step.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ import stepforge
 from stepforge import backends
 from stepforge.accounting import Account
 from stepforge.explain import Frozen, InFull
-
-from .twins import (
+from tests.twins import (
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     twin_of,
 )
 
@@ -42,7 +41,7 @@ def _no_backend_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the backends that run, in turn."""
+    """Return a list to which each backend appends its name when it runs."""
     record: list[str] = []
 
     def watched(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +114,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(
         stepforge.explain(optimizer)
 
 
-def test_what_is_forced_and_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_backend_that_cannot_serve_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     (p,) = make_params([(3, 2)])
     p.grad = sparse_gradient(p)
     optimizer = stepforge.Adagrad([p])
@@ -209,7 +208,7 @@ def test_explaining_changes_nothing(cls: type) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     stepforge.explain(optimizer)
     assert_unchanged(optimizer, before)
 
@@ -220,10 +219,10 @@ def test_optimizers_of_torch_are_refused_by_name(cls: type) -> None:
         stepforge.explain(twin_of(cls)(make_params()))
 
 
-# Bytes. -------------------------------------------------------------------------------------------
+# Bytes
 
-#: A matrix, a vector, one without dimensions, a matrix whose rows end in part of a block, an empty
-#: one, and one that is too narrow for codes.
+#: A matrix, a vector, a tensor without dimensions, one whose rows end within a block, an empty one,
+#: and one whose rows are too short for int8 states.
 MANY_SHAPES = ((64, 128), (5000,), (), (65, 5, 41), (0, 3), (500, 10))
 
 FORMATS: list[dict[str, Any]] = [
@@ -241,12 +240,12 @@ every_format = pytest.mark.parametrize(
 
 
 def bytes_of(optimizer: stepforge.Optimizer) -> dict[str, int]:
-    """The bytes of all tensors of an optimizer, told apart by their names."""
+    """Return the bytes of all tensors of an optimizer, by the fields of an ``Account``."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    found = dict.fromkeys(("states", "scales", "low_bits", "numbers"), 0)
+    total = dict.fromkeys(("states", "scales", "low_bits", "numbers"), 0)
     for p in params:
         for key, x in optimizer.state[p].items():
-            kind = (
+            field = (
                 "numbers"
                 if key in ("step", "mu_product")
                 else "scales"
@@ -255,8 +254,8 @@ def bytes_of(optimizer: stepforge.Optimizer) -> dict[str, int]:
                 if key.startswith("low_bits_")
                 else "states"
             )
-            found[kind] += x.nbytes
-    return found | {
+            total[field] += x.nbytes
+    return total | {
         "weights": sum(p.nbytes for p in params),
         "gradients": sum(p.grad.nbytes for p in params if p.grad is not None),
         "elements": sum(p.numel() for p in params),
@@ -264,9 +263,10 @@ def bytes_of(optimizer: stepforge.Optimizer) -> dict[str, int]:
 
 
 def assert_bytes(account: Account, expected: dict[str, int]) -> None:
+    """Assert that an account, its total and its checkpoint have the expected bytes."""
     assert {name: getattr(account, name) for name in expected} == expected
-    kinds = ("weights", "gradients", "states", "scales", "low_bits")
-    assert account.total == sum(expected[kind] for kind in kinds)
+    fields = ("weights", "gradients", "states", "scales", "low_bits")
+    assert account.total == sum(expected[field] for field in fields)
     assert account.checkpoint == account.total - expected["gradients"]
 
 
@@ -277,7 +277,7 @@ def assert_bytes(account: Account, expected: dict[str, int]) -> None:
 def test_bytes_are_those_of_the_tensors(
     cls: type, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Before a step they are already those after it."""
+    """The account is the same before the first step, which makes the states."""
     params = make_params(MANY_SHAPES, dtype)
     optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **options)
     before = stepforge.explain(optimizer).account
@@ -285,8 +285,8 @@ def test_bytes_are_those_of_the_tensors(
     explained = stepforge.explain(optimizer)
     assert_bytes(explained.account, bytes_of(optimizer))
     assert explained.account == before
-    of_groups = [served.account for served in explained.served]
-    assert sum(account.total for account in of_groups) == before.total
+    accounts = [served.account for served in explained.served]
+    assert sum(account.total for account in accounts) == before.total
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -295,8 +295,8 @@ def test_a_flag_that_adds_a_state_adds_its_bytes(amsgrad: bool) -> None:
     assert stepforge.explain(optimizer).account.states == (120 if amsgrad else 80)
 
 
-def test_what_a_step_reads_and_writes() -> None:
-    """By hand: 8192 elements of a bfloat16, its low bits and two codes, in 64 blocks of 128."""
+def test_bytes_that_a_step_reads_and_writes() -> None:
+    """By hand: 8192 elements, each a bfloat16, its low bits and two codes, in 64 blocks of 128."""
     params = make_params([(64, 128)], torch.bfloat16)
     optimizer = stepforge.AdamW(params, state_format="int8", master_weight_bits=24)
     account = stepforge.explain(optimizer).account
@@ -305,22 +305,22 @@ def test_what_a_step_reads_and_writes() -> None:
     assert account.moved == account.read + account.written
 
 
-def test_a_gradient_of_another_dtype_counts_as_it_is() -> None:
+def test_a_gradient_of_another_dtype_counts_its_own_bytes() -> None:
     p = torch.zeros(10)
     p.grad_dtype = None  # any
     p.grad = torch.zeros(10, dtype=torch.bfloat16)
     assert stepforge.explain(stepforge.Adam([p])).account.gradients == 20
 
 
-def test_a_sparse_gradient_counts_what_it_holds() -> None:
-    """Two indices of two int64 each, and two float32 values."""
+def test_a_sparse_gradient_counts_its_indices_and_values() -> None:
+    """By hand: two indices of two int64 each, and two float32 values."""
     (p,) = make_params([(100, 3)])
     p.grad = torch.sparse_coo_tensor([[0, 1], [2, 2]], [1.0, 2.0], (100, 3), check_invariants=True)
     assert stepforge.explain(stepforge.Adagrad([p])).account.gradients == 4 * 8 + 2 * 4
 
 
-def test_states_that_stay_as_they_are_found() -> None:
-    """Those of a parameter that has become shorter than they are, as torch.optim keeps them."""
+def test_states_of_a_longer_dtype_than_the_parameter_stay() -> None:
+    """torch.optim keeps states in float32 too if a parameter becomes a bfloat16."""
     (p,) = params = make_params([(64, 128)])
     optimizer = stepforge.Adam(params)
     run(optimizer, params, range(1))
@@ -335,7 +335,7 @@ def test_states_that_stay_as_they_are_found() -> None:
         assert stepforge.explain(optimizer).account == explained
 
 
-def test_a_format_that_the_next_step_changes_to() -> None:
+def test_a_change_of_format_counts_before_the_next_step_makes_it() -> None:
     params = make_params(MANY_SHAPES)
     optimizer = stepforge.Adam(params)
     run(optimizer, params, range(1))
@@ -346,7 +346,7 @@ def test_a_format_that_the_next_step_changes_to() -> None:
     assert_bytes(before, bytes_of(optimizer))
 
 
-def test_numbers_in_another_dtype() -> None:
+def test_scalar_states_under_another_default_dtype() -> None:
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
@@ -367,7 +367,7 @@ def test_a_parameter_that_is_listed_twice_counts_once() -> None:
     assert (served.tensors, served.elements, served.account.weights) == (1, 10, 40)
 
 
-def test_parameters_in_full_precision_and_why() -> None:
+def test_parameters_left_in_full_precision_have_their_reason() -> None:
     params = make_params(MANY_SHAPES)
     optimizer = stepforge.Adam(params, state_format="int8", foreach=True)
     (served,) = stepforge.explain(optimizer).served
@@ -376,8 +376,8 @@ def test_parameters_in_full_precision_and_why() -> None:
         InFull("fewer than 4,096 elements", 2, 1),
     )
     with pytest.warns(UserWarning, match="no effect"):
-        complex_one = stepforge.Adam(make_params([(64, 128)], torch.complex64), state_format="int8")
-    (served,) = stepforge.explain(complex_one).served
+        optimizer = stepforge.Adam(make_params([(64, 128)], torch.complex64), state_format="int8")
+    (served,) = stepforge.explain(optimizer).served
     assert served.in_full == (InFull("complex numbers have no codes of 8 bits", 1, 8192),)
 
 
@@ -390,7 +390,7 @@ def test_parameters_in_full_precision_and_why() -> None:
     ],
     ids=["24 bits", "32 bits", "stochastic"],
 )
-def test_weights_that_options_leave_alone_and_why(
+def test_weights_on_which_an_option_has_no_effect_have_their_reason(
     options: dict[str, Any], asked: str, reason: str
 ) -> None:
     params = [
@@ -408,13 +408,13 @@ def test_weights_that_options_leave_alone_and_why(
 
 
 @pytest.mark.parametrize("options", [{}, {"state_format": "bfloat16"}])
-def test_nothing_is_in_full_that_was_not_to_be_in_int8(options: dict[str, Any]) -> None:
+def test_full_precision_is_not_reported_without_int8(options: dict[str, Any]) -> None:
     optimizer = stepforge.Adam(make_params(MANY_SHAPES), **options)
     assert [served.in_full for served in stepforge.explain(optimizer).served] == [()]
 
 
-def test_the_text_tells_bytes_an_element() -> None:
-    """By hand: 8 + 2 of codes and 2 * 4 / 128 of scales, and 8 + 8 of the vectors in full."""
+def test_the_text_has_bytes_per_element() -> None:
+    """By hand: 8 + 2 of codes and 2 * 4 / 128 of scales, and 8 + 8 of the vectors in float32."""
     matrix, *vectors = make_params([(1024, 128), (128,), (128,)])
     optimizer = stepforge.AdamW(
         [{"params": [matrix]}, {"params": vectors, "weight_decay": 0.0}],
@@ -432,19 +432,19 @@ def test_the_text_tells_bytes_an_element() -> None:
     ]
 
 
-def test_the_text_tells_no_bytes_of_nothing() -> None:
+def test_the_text_has_no_bytes_per_element_without_elements() -> None:
     text = str(stepforge.explain(stepforge.Adam(make_params([(0, 3)]), foreach=True)))
     assert text == "Adam\ngroup 0: foreach (1 parameter, 0 elements, float32 on cpu)"
 
 
-# What is not trained. -----------------------------------------------------------------------------
+# Frozen parameters
 
 
 @each_optimizer
-def test_frozen_parameters_count_with_what_they_have(cls: type) -> None:
-    """The bytes are those of all tensors there are after a step; Adagrad's have states at once."""
-    frozen_one, *trained = params = make_params([(64, 128), (500, 10), (5,)])
-    frozen_one.requires_grad_(False)
+def test_frozen_parameters_count_with_the_tensors_that_they_have(cls: type) -> None:
+    """Oracle: the sizes of all tensors after a step. Adagrad gives frozen parameters states too."""
+    frozen_param, *trained = params = make_params([(64, 128), (500, 10), (5,)])
+    frozen_param.requires_grad_(False)
     optimizer = cls(params, foreach=True)
     before = stepforge.explain(optimizer)
     give_gradients(trained, 0)
@@ -461,8 +461,8 @@ def test_frozen_parameters_count_with_what_they_have(cls: type) -> None:
     assert frozen.account.moved == frozen.account.gradients == 0
 
 
-def test_the_text_tells_what_is_frozen() -> None:
-    """By hand, for a frozen matrix of bfloat16 under a trained layer of float32: 2 and 16 bytes."""
+def test_the_text_has_frozen_parameters() -> None:
+    """By hand: a frozen matrix of bfloat16 and a trained layer of float32 have 2 and 16 bytes."""
     base, *adapter = (*make_params([(100, 90)], torch.bfloat16), *make_params([(100, 5), (500,)]))
     base.requires_grad_(False)
     groups = [{"params": [base]}, {"params": adapter}]

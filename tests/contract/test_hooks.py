@@ -1,7 +1,7 @@
 """Step hooks, closures, profiler records and ``zero_grad``.
 
-The oracle is torch's documentation of hooks; where it says nothing, the torch.optim twin, which
-runs through the same tests.
+Oracle: torch's documentation of hooks. Where it says nothing: the torch.optim twin, which runs
+through the same tests.
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from torch.optim.optimizer import (
 )
 
 import stepforge
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     assert_identical,
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
     run,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -45,7 +44,7 @@ either_library = pytest.mark.parametrize(
 
 @pytest.fixture
 def calls() -> Iterator[list[str]]:
-    """A record that global hooks write to for the length of a test."""
+    """Return a list to which global hooks append during a test."""
     record: list[str] = []
     handles = [
         register_optimizer_step_pre_hook(lambda *_: record.append("global pre")),
@@ -113,7 +112,7 @@ def test_a_pre_hook_that_returns_something_else_is_refused(make: type) -> None:
     optimizer = make(params)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: 3)
     give_gradients(params, 0)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
         optimizer.step()
     assert_unchanged(optimizer, before)
@@ -139,7 +138,7 @@ def test_hooks_belong_to_one_optimizer(make: type) -> None:
     assert record == ["local pre", "local post"]
 
 
-# torch.optim itself fires hooks twice here, so it is no oracle for the rest of the subclasses.
+# torch.optim itself fires hooks twice in a subclass, so it is no oracle for these tests.
 
 
 def _subclass(cls: type) -> type:
@@ -203,7 +202,7 @@ def test_hooks_fire_again_after_a_step_that_raised(cls: type, calls: list[str]) 
 
 
 def test_hooks_fire_again_after_an_interrupt_at_any_line_before_them(calls: list[str]) -> None:
-    """Oracle: the hooks of the step that follows. Ctrl-C is an exception between two lines."""
+    """Oracle: the hooks of the next step. Ctrl-C is an exception between two lines."""
     optimizer = stepforge.AdamW(make_params())
     wrapper = type(optimizer).step.__code__  # type: ignore[attr-defined]
     interrupted: list[int] = []
@@ -306,7 +305,7 @@ def test_a_closure_that_raises_changes_nothing(cls: type) -> None:
     params = make_params()
     optimizer = cls(params)
     run(optimizer, params, range(2))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
 
     def failing() -> float:
         raise ArithmeticError("diverged")
@@ -326,7 +325,7 @@ def test_a_step_without_gradients_does_nothing(make: type, steps: int) -> None:
     optimizer = make(params, weight_decay=0.5)
     run(optimizer, params, range(steps))
     optimizer.zero_grad()
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     assert optimizer.step() is None
     assert_unchanged(optimizer, before)
 
@@ -337,10 +336,10 @@ def test_gradients_are_not_written(make: type) -> None:
     optimizer = make(params, weight_decay=0.5, maximize=True)
     give_gradients(params, 0)
     gradients = [p.grad for p in params]
-    before = frozen(optimizer)["grads"]
+    before = snapshot(optimizer)["grads"]
     optimizer.step()
     assert all(p.grad is g for p, g in zip(params, gradients, strict=True))
-    assert_identical(frozen(optimizer)["grads"], before)
+    assert_identical(snapshot(optimizer)["grads"], before)
 
 
 @pytest.mark.parametrize("foreach", [True, False])

@@ -1,7 +1,7 @@
-"""Ctrl-C leaves weights, states and step counts of one step.
+"""Ctrl-C leaves each parameter, its states and its step count after the same step.
 
-Oracle: an uninterrupted twin after as many steps as the interrupted optimizer counts. All bits must
-be equal, those of each parameter after the number of steps that its own ``step`` tells.
+Oracle: an equal optimizer that is never interrupted. Each parameter must have the bits that it has
+there after as many steps as its own ``step`` counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stepforge.step.signals import Deferred
 RUNS = 100
 SHAPES = [(64, 64), (3, 5), (7,), ()]
 BFLOAT16 = {"dtype": torch.bfloat16}
-#: A class with its options; the dtype is the parameters'.
+#: A class with its options. ``dtype`` is the dtype of the parameters.
 SETTINGS: dict[str, tuple[type[stepforge.Optimizer], dict[str, Any]]] = {
     "float32": (stepforge.AdamW, {}),
     "scalar state": (stepforge.NAdam, {}),
@@ -43,7 +43,7 @@ SETTINGS: dict[str, tuple[type[stepforge.Optimizer], dict[str, Any]]] = {
 
 
 class InterruptError(Exception):
-    """Raised by the handler of a signal."""
+    """An error that the signal handler raises."""
 
 
 @pytest.fixture(autouse=True)
@@ -58,12 +58,12 @@ def raising_handler() -> Iterator[None]:
 
 
 def built(setting: str) -> stepforge.Optimizer:
-    """An optimizer of two groups, with gradients."""
+    """Return an optimizer of two groups, with gradients."""
     cls, options = SETTINGS[setting]
     dtype = options.get("dtype", torch.float32)
     generator = torch.Generator().manual_seed(0)
-    made = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
-    params = [torch.nn.Parameter(x) for x in made]
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    params = [torch.nn.Parameter(x) for x in values]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(dtype)
     given = {name: value for name, value in options.items() if name != "dtype"}
@@ -71,53 +71,57 @@ def built(setting: str) -> stepforge.Optimizer:
 
 
 def tensors_of(optimizer: stepforge.Optimizer) -> list[tuple[int, dict[str, torch.Tensor]]]:
-    """For each parameter its count of steps, and copies of all that a step changes."""
-    found = []
+    """Return each parameter's step count, and copies of all tensors that a step changes."""
+    results = []
     for group in optimizer.param_groups:
         for p in group["params"]:
-            entry = optimizer.state[p]
-            copies = {key: x.clone() for key, x in entry.items()}
+            copies = {key: x.clone() for key, x in optimizer.state[p].items()}
             count = int(copies["step"]) if "step" in copies else 0
-            found.append((count, {"p": p.detach().clone(), **copies}))
-    return found
+            results.append((count, {"p": p.detach().clone(), **copies}))
+    return results
 
 
-def twins_after(setting: str, steps: int) -> list[list[dict[str, torch.Tensor]]]:
-    """For each number of steps the tensors of each parameter of an uninterrupted twin."""
-    twin = built(setting)
+def uninterrupted(setting: str, steps: int) -> list[list[dict[str, torch.Tensor]]]:
+    """Return the tensors of each parameter after each step of an uninterrupted run."""
+    optimizer = built(setting)
     history = []
     for step in range(steps + 1):
         if step:
-            twin.step()
-        history.append([tensors for _, tensors in tensors_of(twin)])
+            optimizer.step()
+        history.append([tensors for _, tensors in tensors_of(optimizer)])
     return history
 
 
-def assert_of_one_step(
+def assert_consistent(
     optimizer: stepforge.Optimizer, history: list[list[dict[str, torch.Tensor]]]
 ) -> None:
+    """Assert that each parameter has the tensors of the uninterrupted run after its step count."""
     assert torch.is_grad_enabled(), "autograd was left off"
-    for number, (count, tensors) in enumerate(tensors_of(optimizer)):
-        expected = history[count][number]
+    for index, (count, tensors) in enumerate(tensors_of(optimizer)):
+        expected = history[count][index]
         for key, tensor in tensors.items():
-            # States that a first step has made, but not stepped yet, the twin does not have.
+            # An interrupted first step may leave new states that the oracle does not have yet.
             if key in expected:
                 assert torch.equal(tensor, expected[key]), f"{key} is not that of step {count}"
 
 
-#: The instructions at which Python looks for signals: as a function begins, in a loop, ...
+#: The instructions before which Python handles signals: the start of a function, and a loop.
 BEFORE = {"RESUME", "JUMP_BACKWARD"}
-#: ... and after a call.
+#: The instructions after which Python handles signals: calls.
 AFTER = {"CALL", "CALL_FUNCTION_EX", "CALL_KW"}
 
 
 def interrupt_at(point: int, optimizer: stepforge.Optimizer) -> int:
-    """Steps, with a signal at one of the points where Python looks for signals in the library.
+    """Step, and raise a signal at one of the points where Python handles signals in the library.
 
-    Those within expressions are left out: they change nothing, and are most of all.
+    Points within expressions are left out: they change nothing, and are the majority.
+
+    Args:
+        point: the number of the point, from 1; 0 for no signal.
+        optimizer: the optimizer.
 
     Returns:
-        How many such points there were, up to the interruption.
+        The number of points up to the interruption.
     """
     seen = 0
     previous: dict[FrameType, str] = {}
@@ -152,29 +156,29 @@ def assert_interrupted(
     before: int,
     history: list[list[dict[str, torch.Tensor]]],
 ) -> bool:
-    """Interrupts a step there; returns whether it was done before the signal was heard."""
+    """Interrupt a step; return True if the step was complete before the signal was handled."""
     with pytest.raises(InterruptError):
         interrupt_at(point, optimizer)
-    assert_of_one_step(optimizer, history)
-    (count,) = {count for count, _ in tensors_of(optimizer)}  # that of all parameters
+    assert_consistent(optimizer, history)
+    (count,) = {count for count, _ in tensors_of(optimizer)}  # the same for all parameters
     return count > before
 
 
 @pytest.mark.parametrize("setting", ["fused", "int8", "24 bits", "reference"])
 def test_a_first_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: str) -> None:
-    history = twins_after(setting, 1)
+    history = uninterrupted(setting, 1)
     points = interrupt_at(0, built(setting))
     done = [
         assert_interrupted(built(setting), 1 + run * points // RUNS, 0, history)
         for run in range(RUNS)
     ]
-    assert done == sorted(done)  # from one point on, which is neither the first nor the last
+    assert done == sorted(done)  # complete from one point on, neither the first nor the last
     assert len(set(done)) == 2
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_later_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: str) -> None:
-    history = twins_after(setting, RUNS + 3)
+    history = uninterrupted(setting, RUNS + 3)
     optimizer = built(setting)
     optimizer.step()
     points = interrupt_at(0, optimizer)
@@ -190,7 +194,7 @@ def test_a_later_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: 
 def test_a_hundred_runs_interrupted_by_a_timer(setting: str) -> None:
     generator = random.Random(0)
     limit = 40
-    history = twins_after(setting, limit)
+    history = uninterrupted(setting, limit)
     interrupted = 0
     for _ in range(RUNS):
         optimizer = built(setting)
@@ -202,31 +206,36 @@ def test_a_hundred_runs_interrupted_by_a_timer(setting: str) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
         except InterruptError:
             interrupted += 1
-        assert_of_one_step(optimizer, history)
+        assert_consistent(optimizer, history)
     assert interrupted > RUNS / 2
 
 
-def deferred(*actions: Callable[[], Any]) -> None:
+def run_deferred(*actions: Callable[[], Any]) -> None:
+    """Run actions while signals are deferred."""
     with Deferred():
         for action in actions:
             action()
 
 
-def alarm() -> None:
+def raise_alarm() -> None:
     signal.raise_signal(signal.SIGALRM)
 
 
-def test_signals_are_handled_at_the_end_and_handlers_given_back() -> None:
+def test_signals_are_handled_at_the_end_and_handlers_are_restored() -> None:
     seen: list[str] = []
-    numbers = signal.SIGUSR1, signal.SIGALRM, signal.SIGINT
+    signals = signal.SIGUSR1, signal.SIGALRM, signal.SIGINT
     before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append("handled"))
     try:
-        handlers = list(map(signal.getsignal, numbers))
-        actions = (lambda: signal.raise_signal(signal.SIGUSR1), alarm, lambda: seen.append("done"))
+        handlers = list(map(signal.getsignal, signals))
+        actions = (
+            lambda: signal.raise_signal(signal.SIGUSR1),
+            raise_alarm,
+            lambda: seen.append("done"),
+        )
         with pytest.raises(InterruptError):
-            deferred(*actions)
+            run_deferred(*actions)
         assert seen == ["done", "handled"]
-        assert handlers == list(map(signal.getsignal, numbers))
+        assert handlers == list(map(signal.getsignal, signals))
     finally:
         signal.signal(signal.SIGUSR1, before)
 
@@ -236,7 +245,7 @@ def test_an_error_within_comes_with_the_signal() -> None:
         raise ValueError("of the step")
 
     with pytest.raises(InterruptError) as caught:
-        deferred(alarm, fail)
+        run_deferred(raise_alarm, fail)
     assert isinstance(caught.value.__context__, ValueError)
 
 

@@ -1,6 +1,6 @@
-"""Param groups: what the constructor and ``add_param_group`` take, keep and refuse.
+"""Param groups: arguments that the constructor and ``add_param_group`` accept, keep and refuse.
 
-The oracle is the torch.optim twin: its signature, its groups and the parameters it arrives at.
+Oracle: the torch.optim twin, its signature, its groups, and its parameters after steps.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import torch
 
 import stepforge
 from tests.old_torch import adagrad_takes_later_groups
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     assert_identical,
     assert_params_close,
     assert_unchanged,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
+    named_params,
     run,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -35,6 +35,7 @@ STEPS = 6
 
 
 def _arguments(cls: type, kind: Any) -> list[tuple[str, Any]]:
+    """Return the names and defaults of the constructor's arguments of a kind of ``inspect``."""
     parameters = inspect.signature(cls).parameters.values()
     return [(p.name, p.default) for p in parameters if p.kind is kind]
 
@@ -103,24 +104,20 @@ def test_adamw_does_not_take_what_it_fixes() -> None:
         stepforge.AdamW([{"params": make_params(), "decoupled_weight_decay": False}])
 
 
-def _named(params: list[torch.nn.Parameter]) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(f"layer{index}", p) for index, p in enumerate(params)]
-
-
 FORMS: dict[str, Callable[[list[torch.nn.Parameter]], Any]] = {
     "list": list,
     "tuple": tuple,
     "generator": lambda params: (p for p in params),
     "dict values": lambda params: dict(enumerate(params)).values(),
-    "dict keys": lambda params: dict.fromkeys(params).keys(),  # a set that is ordered
+    "dict keys": lambda params: dict.fromkeys(params).keys(),  # an ordered set
     "ParameterList": torch.nn.ParameterList,
     "one group": lambda params: [{"params": params}],
     "a group with a generator": lambda params: [{"params": (p for p in params)}],
     "a group a tensor": lambda params: [{"params": p} for p in params],
     "generator of groups": lambda params: ({"params": [p]} for p in params),
-    "named": _named,
-    "named generator": lambda params: (pair for pair in _named(params)),
-    "named groups": lambda params: [{"params": [pair]} for pair in _named(params)],
+    "named": named_params,
+    "named generator": lambda params: (pair for pair in named_params(params)),
+    "named groups": lambda params: [{"params": [pair]} for pair in named_params(params)],
 }
 
 
@@ -182,7 +179,7 @@ def test_each_group_has_its_own_options(cls: type, options: dict[str, Any]) -> N
 
 
 def test_a_group_of_adagrad_has_its_own_initial_accumulator_value() -> None:
-    # torch.optim ignores it; what is documented here is that it holds.
+    # torch.optim ignores it. Oracle: the documentation of this library, which says that it counts.
     p, q = make_params([(2,), (2,)])
     optimizer = stepforge.Adagrad(
         [{"params": [p]}, {"params": [q], "initial_accumulator_value": 4.0}],
@@ -193,7 +190,7 @@ def test_a_group_of_adagrad_has_its_own_initial_accumulator_value() -> None:
 
 
 @each_optimizer
-def test_what_the_user_changes_in_a_group_takes_effect(cls: type) -> None:
+def test_options_changed_in_a_group_take_effect(cls: type) -> None:
     params, twins = make_params(), make_params()
     optimizer, twin = cls(params, lr=LR), twin_of(cls)(twins, lr=LR)
     for opt, owned in ((optimizer, params), (twin, twins)):
@@ -273,9 +270,9 @@ def test_a_duplicate_within_a_group_warns_and_is_stepped_once(cls: type) -> None
     run(twin_of(cls)([q], lr=LR), [q], range(STEPS))
     assert float(optimizer.state[p]["step"]) == STEPS
     assert_params_close([p], [q], **tolerance(torch.float32, STEPS))
-    state = frozen(optimizer)["state"]
+    state = snapshot(optimizer)["state"]
     optimizer.load_state_dict(optimizer.state_dict())
-    assert_identical(frozen(optimizer)["state"], state)
+    assert_identical(snapshot(optimizer)["state"], state)
 
 
 @each_optimizer
@@ -284,7 +281,7 @@ def test_a_parameter_in_two_groups_is_refused(cls: type) -> None:
     with pytest.raises(ValueError, match="more than one parameter group"):
         cls([{"params": params}, {"params": params[:1]}])
     optimizer = cls(params)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="more than one parameter group"):
         optimizer.add_param_group({"params": params[2]})
     assert_unchanged(optimizer, before)
@@ -296,11 +293,11 @@ def test_names_are_for_all_or_for_none(cls: type) -> None:
     with pytest.raises(ValueError, match="Some param names are missing"):
         cls([("first", params[0]), params[1]])
     with pytest.raises(ValueError, match=r"with/without names.*without names"):
-        cls([{"params": _named(params[:1])}, {"params": params[1:]}])
+        cls([{"params": named_params(params[:1])}, {"params": params[1:]}])
     with pytest.raises(ValueError, match=r"with/without names.*with names"):
-        cls([{"params": params[:1]}, {"params": _named(params[1:])}])
-    optimizer = cls(_named(params[:1]))
-    before = frozen(optimizer)
+        cls([{"params": params[:1]}, {"params": named_params(params[1:])}])
+    optimizer = cls(named_params(params[:1]))
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="with/without names"):
         optimizer.add_param_group({"params": params[1:]})
     assert_unchanged(optimizer, before)
@@ -309,7 +306,7 @@ def test_names_are_for_all_or_for_none(cls: type) -> None:
 @each_optimizer
 def test_names_of_every_group_are_saved(cls: type) -> None:
     params = make_params()
-    optimizer = cls(_named(params[:1]))
+    optimizer = cls(named_params(params[:1]))
     optimizer.add_param_group({"params": [("added", params[1])]})
     saved = optimizer.state_dict()["param_groups"]
     assert [group["param_names"] for group in saved] == [["layer0"], ["added"]]

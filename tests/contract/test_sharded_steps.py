@@ -1,12 +1,10 @@
-"""A step of DTensors stores what a step of whole tensors does, by every backend.
+"""A step of DTensors gives the results of a step of whole tensors, in every backend.
 
-Oracle: the same parameters whole, in one process, bit for bit.
+Oracle: the same parameters as whole tensors in one process, bit for bit.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,28 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import stepforge
+from tests.contract.sharded_step_ranks import CASES, Case, placed, stepped
+from tests.process_groups import run_ranks
+from tests.twins import assert_identical
 
-from .processes import run_ranks
-from .sharded_step_ranks import CASES, Case, placed, stepped
-from .twins import assert_identical
-
-# What modules of torch say of themselves when they are used.
+# Modules of torch warn that they are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
-    with tempfile.NamedTemporaryFile() as file:
-        store = torch.distributed.FileStore(file.name, 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        yield init_device_mesh("cpu", (1,))
-        torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """What two processes have found in each case."""
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """Run two processes; return the results of each case."""
     module = "tests.contract.sharded_step_ranks"
     folder = run_ranks(module, (2,), lambda: tmp_path_factory.mktemp("steps"))
     results: dict[str, Any] = torch.load(folder / "results.pt", weights_only=True)
@@ -52,20 +39,22 @@ def expected() -> dict[str, torch.Tensor]:
 def test_one_process_steps_sharded_parameters_as_whole_ones(
     name: str, mesh: DeviceMesh, expected: dict[str, torch.Tensor]
 ) -> None:
-    assert_identical(values_of(stepped(CASES[name], mesh), expected), list(expected.values()))
+    assert_identical(in_order_of(expected, stepped(CASES[name], mesh)), list(expected.values()))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_step_sharded_parameters_as_whole_ones(
-    name: str, of_two: Any, expected: dict[str, torch.Tensor]
+    name: str, by_two: Any, expected: dict[str, torch.Tensor]
 ) -> None:
-    assert_identical(values_of(of_two[name], expected), list(expected.values()))
+    assert_identical(in_order_of(expected, by_two[name]), list(expected.values()))
 
 
-def values_of(found: dict[str, torch.Tensor], like: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """All tensors, in that order."""
-    assert set(found) == set(like)
-    return [found[key] for key in like]
+def in_order_of(
+    expected: dict[str, torch.Tensor], results: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the results in the order of the expected ones."""
+    assert set(results) == set(expected)
+    return [results[key] for key in expected]
 
 
 def sharded(mesh: DeviceMesh) -> torch.nn.Parameter:
@@ -104,8 +93,8 @@ def test_a_gradient_on_another_mesh_is_refused_and_changes_nothing(mesh: DeviceM
     assert torch.equal(q, torch.ones(4, 6))
 
 
-def test_a_gradient_of_terms_is_summed_once(mesh: DeviceMesh) -> None:
-    """And stays as it was for its owner."""
+def test_a_partial_gradient_is_summed_once(mesh: DeviceMesh) -> None:
+    """It stays ``Partial`` for the user."""
     p = sharded(mesh)
     p.grad = DTensor.from_local(torch.ones(4, 6), mesh, [Partial()], run_check=False)
     stepforge.AdamW([p]).step()

@@ -1,6 +1,6 @@
-"""Tensors and contexts that few programs have, in which torch.optim steps too.
+"""Unusual tensors and contexts, which torch.optim supports too.
 
-Oracle: the same numbers in plain tensors, or outside of the context, bit for bit.
+Oracle: the same values in plain tensors, or outside of the context, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,55 +13,54 @@ import pytest
 import torch
 
 import stepforge
+from tests.twins import assert_identical
 
-from .twins import assert_identical
-
-WAYS: dict[str, dict[str, Any]] = {
+FLAGS: dict[str, dict[str, Any]] = {
     "default": {},
     "fused": {"fused": True},
     "foreach": {"foreach": True},
     "for-loop": {"foreach": False},
 }
-every_way = pytest.mark.parametrize("way", WAYS)
+every_flag = pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 SHAPE = (64, 64)
 
 
-def numbers(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def normal(seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def held(optimizer: stepforge.Optimizer, p: torch.Tensor) -> list[torch.Tensor]:
+def outcome(optimizer: stepforge.Optimizer, p: torch.Tensor) -> list[torch.Tensor]:
+    """Return copies of a parameter and its states."""
     return [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
 
 
-@every_way
-def test_a_negative_view_is_a_parameter_like_any_other(way: str) -> None:
-    negated = torch.nn.Parameter(torch._neg_view(-numbers(0)))
-    plain = torch.nn.Parameter(numbers(0))
+@every_flag
+def test_a_negative_view_is_a_parameter_like_any_other(flags: dict[str, Any]) -> None:
+    negated = torch.nn.Parameter(torch._neg_view(-normal(0)))
+    plain = torch.nn.Parameter(normal(0))
     assert negated.is_neg()
-    found = []
+    results = []
     for p in (negated, plain):
-        optimizer = stepforge.NAdam([p], **WAYS[way])
+        optimizer = stepforge.NAdam([p], **flags)
         for step in range(3):
-            p.grad = numbers(1 + step)
+            p.grad = normal(1 + step)
             optimizer.step()
-        found.append([x.resolve_neg() for x in held(optimizer, p)])
-    assert_identical(*found)
+        results.append([x.resolve_neg() for x in outcome(optimizer, p)])
+    assert_identical(*results)
 
 
-@every_way
+@every_flag
 @pytest.mark.parametrize("first", [0, 1], ids=["at first", "in between"])
-def test_zeros_that_autograd_has_nowhere_in_memory_are_a_gradient(way: str, first: int) -> None:
-    nowhere = torch._efficientzerotensor(SHAPE)
-    found = []
-    for zeros in (nowhere, torch.zeros(SHAPE)):
-        p = torch.nn.Parameter(numbers(0))
-        optimizer = stepforge.AdamW([p], **WAYS[way])
+def test_zeros_without_memory_are_a_gradient(flags: dict[str, Any], first: int) -> None:
+    results = []
+    for zeros in (torch._efficientzerotensor(SHAPE), torch.zeros(SHAPE)):
+        p = torch.nn.Parameter(normal(0))
+        optimizer = stepforge.AdamW([p], **flags)
         for step in range(5):
-            p.grad = zeros if (step + first) % 2 == 0 else numbers(step)
+            p.grad = zeros if (step + first) % 2 == 0 else normal(step)
             optimizer.step()
-        found.append(held(optimizer, p))
-    assert_identical(*found)
+        results.append(outcome(optimizer, p))
+    assert_identical(*results)
 
 
 @pytest.mark.parametrize(
@@ -74,18 +73,18 @@ def test_zeros_that_autograd_has_nowhere_in_memory_are_a_gradient(way: str, firs
     ],
     ids=["float32", "int8", "24 bits", "stochastic"],
 )
-@every_way
+@every_flag
 @pytest.mark.parametrize("cls", [stepforge.Adagrad, stepforge.NAdam])
-def test_the_default_device_is_of_no_matter(
-    cls: Any, way: str, dtype: torch.dtype, options: dict[str, Any]
+def test_the_default_device_changes_nothing(
+    cls: Any, flags: dict[str, Any], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """First steps, steps with a loss scale and loads, as within ``torch.device("meta")``."""
-    found = []
+    """First steps, steps with a gradient scale, and loads, within ``torch.device("meta")``."""
+    results = []
     for context in (torch.device("meta"), contextlib.nullcontext()):
-        p = torch.nn.Parameter(numbers(0, dtype))
-        p.grad = numbers(1, dtype)
+        p = torch.nn.Parameter(normal(0, dtype))
+        p.grad = normal(1, dtype)
         with context:
-            optimizer = cls([p], **options, **WAYS[way])
+            optimizer = cls([p], **options, **flags)
             optimizer.step()
             optimizer.grad_scale = torch.full((), 4.0, device="cpu")
             optimizer.found_inf = torch.zeros((), device="cpu")
@@ -93,24 +92,24 @@ def test_the_default_device_is_of_no_matter(
             del optimizer.grad_scale, optimizer.found_inf
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             optimizer.step()
-        found.append(held(optimizer, p))
-    assert_identical(*found)
+        results.append(outcome(optimizer, p))
+    assert_identical(*results)
 
 
 @pytest.mark.parametrize("cls", [stepforge.Adagrad, stepforge.AdamW, stepforge.NAdam])
 def test_fused_and_capturable_on_a_cpu_run_the_native_kernel(cls: Any) -> None:
-    """Oracle: the for-loop, whose numbers are on the device as well."""
-    found = []
+    """Oracle: the for-loop, which has its scalars on the device too."""
+    results = []
     for options in ({"fused": True}, {"foreach": False}):
-        p = torch.nn.Parameter(numbers(0))
+        p = torch.nn.Parameter(normal(0))
         optimizer = cls([p], capturable=True, **options)
         for step in range(4):
-            p.grad = numbers(1 + step)
+            p.grad = normal(1 + step)
             optimizer.step()
         backends = [served.backend for served in stepforge.explain(optimizer).served]
         assert backends == ["native" if "fused" in options else "reference"]
-        found.append(held(optimizer, p))
-    assert_identical(*found)
+        results.append(outcome(optimizer, p))
+    assert_identical(*results)
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["default", "fused"])
@@ -118,29 +117,29 @@ def test_a_plan_is_kept_under_a_default_dtype_of_float64(options: dict[str, Any]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        p = torch.nn.Parameter(numbers(0))
-        p.grad = numbers(1)
+        p = torch.nn.Parameter(normal(0))
+        p.grad = normal(1)
         optimizer = stepforge.NAdam([p], **options)
         optimizer.step()
-        made = optimizer._stepper.plan
+        plan = optimizer._stepper.plan
         optimizer.step()
     finally:
         torch.set_default_dtype(before)
-    assert made is not None
-    assert optimizer._stepper.plan is made
+    assert plan is not None
+    assert optimizer._stepper.plan is plan
 
 
 @pytest.mark.parametrize("step", [torch.tensor(3), torch.tensor(3.0), 3, 3.0], ids=repr)
-def test_a_step_number_of_any_kind_is_loaded_as_torch_writes_it(step: Any) -> None:
-    found = []
+def test_a_step_count_of_any_type_loads_as_a_float32_tensor(step: Any) -> None:
+    results = []
     for given in (step, torch.tensor(3.0)):
-        p = torch.nn.Parameter(numbers(0))
-        p.grad = numbers(1)
+        p = torch.nn.Parameter(normal(0))
+        p.grad = normal(1)
         optimizer = stepforge.AdamW([p])
         optimizer.step()
         saved = copy.deepcopy(optimizer.state_dict())
         saved["state"][0]["step"] = given
         optimizer.load_state_dict(saved)
         optimizer.step()
-        found.append(held(optimizer, p))
-    assert_identical(*found)
+        results.append(outcome(optimizer, p))
+    assert_identical(*results)

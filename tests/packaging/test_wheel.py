@@ -1,4 +1,7 @@
-"""Wheels, installed where there is no compiler. Oracle: the reference, asked over there."""
+"""Wheels, installed where there is no compiler.
+
+Oracle: the reference backend in the same environment.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,13 @@ from stepforge.cli.variants import sources
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("stepforge", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 ISA = build.instruction_set()
-#: Forms of the rules (Adagrad's flag makes 2, Adam's three 8, those of the others 4 each), times
-#: weight decay on and off, times dtypes.
+#: The number of comparisons: forms of the rules (2 by Adagrad's flag, 8 by Adam's three flags, 4 by
+#: two flags of each other rule), times 2 for weight decay, times 5 dtypes.
 FORMS = (2 + 8 + 4 + 4 + 4) * 2 * 5
 
 
 def needs_compiler() -> None:
+    """Skip the test if there is no compiler."""
     try:
         build.compiler()
     except build.BuildError as error:
@@ -36,7 +40,7 @@ def needs_compiler() -> None:
 
 
 def run(command: list[Any], **environment: str) -> str:
-    """Runs a command to its end; its output. Fails if it fails."""
+    """Run a command, assert that it succeeds, and return its output."""
     done = subprocess.run(
         list(map(str, command)),
         cwd=ROOT,
@@ -50,8 +54,8 @@ def run(command: list[Any], **environment: str) -> str:
     return done.stdout
 
 
-def made_wheel(folder: Path, **environment: str) -> Path:
-    """The wheel of this checkout, made as ``make wheel`` makes it, but in a copy."""
+def make_wheel(folder: Path, **environment: str) -> Path:
+    """Return a wheel of this checkout, made as ``make wheel`` makes it, but in a copy."""
     checkout = folder / "checkout"
     checkout.mkdir()
     for name in SHIPPED:
@@ -60,37 +64,40 @@ def made_wheel(folder: Path, **environment: str) -> Path:
             shutil.copytree(ROOT / name, checkout / name, ignore=unwanted)
         else:
             shutil.copy(ROOT / name, checkout / name)
-    # As ``stepforge prebuild`` leaves it, which must not change what a plain install is.
+    # A kernel left by ``stepforge prebuild``. A plain install must not include it.
     stray = checkout / "stepforge" / "backends" / "native" / "kernels" / "plain" / "stray.so"
     stray.parent.mkdir(parents=True)
     stray.touch()
     pip_wheel = [sys.executable, "-m", "pip", "wheel", "--disable-pip-version-check", "--no-deps"]
-    to = ["--no-build-isolation", "--no-index", "--wheel-dir", folder, checkout]
-    run([*pip_wheel, *to], **environment)
+    arguments = ["--no-build-isolation", "--no-index", "--wheel-dir", folder, checkout]
+    run([*pip_wheel, *arguments], **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def installed(wheel: Path, folder: Path) -> Path:
-    """The Python of a new environment that has a wheel, and torch and numpy from ours."""
+def install(wheel: Path, folder: Path) -> Path:
+    """Install a wheel in a new environment, with our torch and numpy; return its Python."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     run([*pip, "install", "--no-deps", "--no-index", wheel])
     (site,) = folder.glob("lib/python*/site-packages")
-    # Folders that a .pth file names are searched last, and their own .pth files, such as that of an
-    # editable stepforge, are not read.
+    # Python searches the folders of a .pth file last, and does not read their own .pth files, such
+    # as that of an editable stepforge.
     parents = {Path(package.__file__).parents[1] for package in (torch, np)}
     (site / "torch.pth").write_text("".join(f"{parent}\n" for parent in parents))
     return python
 
 
-def run_without_compiler(python: Path, question: str, cache: Path) -> dict[str, Any]:
-    """What ``steps.py`` finds, with nothing on the PATH and no variable set but the cache's."""
+def run_without_compiler(python: Path, function: str, cache: Path) -> dict[str, Any]:
+    """Run a function of ``steps.py`` with an empty PATH, and return its results.
+
+    No environment variable is set but HOME and the cache's.
+    """
     empty = cache.with_name("empty")
     empty.mkdir()
     done = subprocess.run(
-        [python, "-I", "-W", "error", Path(__file__).with_name("steps.py"), question],
+        [python, "-I", "-W", "error", Path(__file__).with_name("steps.py"), function],
         cwd=empty,
         env={"PATH": str(empty), "HOME": str(empty), "STEPFORGE_CACHE": str(cache)},
         capture_output=True,
@@ -99,22 +106,23 @@ def run_without_compiler(python: Path, question: str, cache: Path) -> dict[str, 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert Path(found["file"]).is_relative_to(python.parents[1]), "not the installed one"
-    return found
+    results: dict[str, Any] = json.loads(done.stdout)
+    assert Path(results["file"]).is_relative_to(python.parents[1]), "not the installed one"
+    return results
 
 
 def libraries(wheel: Path) -> list[str]:
+    """Return the names of the shared libraries in a wheel."""
     return [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
-    """Of this processor's best instruction set alone; ``make wheel`` takes the others too."""
+    """Only kernels of this processor's best instruction set; ``make wheel`` makes all of them."""
     needs_compiler()
     kernels = tmp_path / "kernels"
     cli = [sys.executable, "-c", "from stepforge.cli import main; main()"]
     run([*cli, "prebuild", "--output", kernels, "--isa", ISA or "plain"])
-    wheel = made_wheel(tmp_path, STEPFORGE_KERNELS=str(kernels))
+    wheel = make_wheel(tmp_path, STEPFORGE_KERNELS=str(kernels))
 
     assert re.fullmatch(r"stepforge-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     inside = f"stepforge/backends/native/kernels/{ISA or 'plain'}/"
@@ -122,20 +130,20 @@ def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
     assert all(name.startswith(inside) for name in libraries(wheel))
 
     cache = tmp_path / "cache"
-    found = run_without_compiler(installed(wheel, tmp_path / "env"), "compare", cache)
-    assert found["differing"] == []
-    assert found["compared"] == FORMS
-    assert found["served"] == ["native"]
-    assert not cache.exists(), "nothing was left to compile"
+    results = run_without_compiler(install(wheel, tmp_path / "env"), "compare", cache)
+    assert results["differing"] == []
+    assert results["compared"] == FORMS
+    assert results["served"] == ["native"]
+    assert not cache.exists(), "a kernel was compiled"
 
 
-def test_kernels_of_a_wheel_can_be_written_by_one_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_only_the_owner_can_write_kernels_of_a_wheel_whatever_the_umask(tmp_path: Path) -> None:
     kernel = tmp_path / "kernels" / "plain" / "kernel.so"
     kernel.parent.mkdir(parents=True)
     kernel.write_bytes(b"any")
     before = os.umask(0o000)
     try:
-        wheel = made_wheel(tmp_path, STEPFORGE_KERNELS=str(kernel.parents[1]))
+        wheel = make_wheel(tmp_path, STEPFORGE_KERNELS=str(kernel.parents[1]))
     finally:
         os.umask(before)
     (name,) = libraries(wheel)
@@ -143,24 +151,26 @@ def test_kernels_of_a_wheel_can_be_written_by_one_alone_whatever_the_umask(tmp_p
 
 
 def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path) -> None:
-    wheel = made_wheel(tmp_path)
+    wheel = make_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert libraries(wheel) == []
     assert "stepforge/cli/selftest/hashes.json" in zipfile.ZipFile(wheel).namelist()
 
-    found = run_without_compiler(installed(wheel, tmp_path / "env"), "refused", tmp_path / "cache")
-    assert found["refused"].startswith("fused=True cannot serve a parameter of shape (1000,)")
-    why = "no C compiler is on the PATH: install gcc or clang"
-    assert found["refused"].endswith(why)
-    assert found["served"] == "foreach"
-    (warning,) = found["warnings"]
-    assert warning.endswith(why)
+    results = run_without_compiler(
+        install(wheel, tmp_path / "env"), "without_kernel", tmp_path / "cache"
+    )
+    assert results["error"].startswith("fused=True cannot serve a parameter of shape (1000,)")
+    reason = "no C compiler is on the PATH: install gcc or clang"
+    assert results["error"].endswith(reason)
+    assert results["served"] == "foreach"
+    (warning,) = results["warnings"]
+    assert warning.endswith(reason)
 
 
-def test_a_wheel_that_is_to_carry_kernels_and_has_none_is_not_made(tmp_path: Path) -> None:
+def test_a_wheel_without_the_kernels_asked_for_is_not_made(tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(AssertionError, match="which holds no kernels: stepforge prebuild"):
-        made_wheel(tmp_path, STEPFORGE_KERNELS=str(tmp_path / "nothing"))
+        make_wheel(tmp_path, STEPFORGE_KERNELS=str(tmp_path / "nothing"))
 
 
 @pytest.mark.skipif(
@@ -168,7 +178,7 @@ def test_a_wheel_that_is_to_carry_kernels_and_has_none_is_not_made(tmp_path: Pat
 )
 @pytest.mark.parametrize("isa", sorted({ISA, ""}), ids=lambda isa: isa or "plain")
 def test_a_kernel_needs_nothing_of_the_system(tmp_path: Path, isa: str) -> None:
-    """So that it runs on older systems than the one that made it. Oracle: objdump."""
+    """Then it runs on older systems than the one that compiled it. Oracle: objdump."""
     needs_compiler()
     for source in sources()[::19]:
         kernel = build.compile_into(tmp_path, "kernel", source, isa, build.compiler())

@@ -33,7 +33,7 @@ from tests.conformance.table import (
     parameter,
     run,
 )
-from tests.contract.twins import assert_identical, frozen
+from tests.twins import assert_identical, snapshot
 
 pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled here")
 
@@ -107,7 +107,7 @@ class Trained:
             with_kept_plan.step()
             with_new_plans._stepper.plan = None
             with_new_plans.step()
-            assert_identical(frozen(with_kept_plan), frozen(with_new_plans))
+            assert_identical(snapshot(with_kept_plan), snapshot(with_new_plans))
             self.step += 1
 
 

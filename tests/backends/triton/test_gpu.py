@@ -25,7 +25,7 @@ from tests.conformance.table import (
     outcome,
 )
 from tests.conformance.test_backends_agree import GROUPS, gradient
-from tests.contract.twins import assert_params_close, tolerance
+from tests.twins import assert_params_close, tolerance
 
 pytestmark = [
     pytest.mark.gpu,

@@ -1,8 +1,9 @@
-"""Checkpoints of optimizers that keep states and weights in few bits.
+"""Checkpoints of optimizers with low-precision states and weights.
 
-The oracle of a round trip is the run that was never interrupted, bit for bit. That of a change of
-format is what the codes say by their definition, written out below in float64; that of an export is
-the torch.optim twin, given those numbers by hand; that of joined weights a run in float32.
+Oracle of a round trip: the run without a break, bit for bit. Oracle of a change of format: the
+values of the codes by their definition, in float64 (``tests/decoding.py``). Oracle of an export:
+the torch.optim twin, given those values by hand. Oracle of full-precision weights: a run in
+float32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import io
 import itertools
 import math
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,27 +24,28 @@ from stepforge.checkpoint import full_precision_weights, to_torch
 from stepforge.declare import NonNegative
 from stepforge.ops import bitcast_f32, bitcast_u32
 from stepforge.state.layout import LOW_BITS
-
-from .codes import numbers
-from .twins import (
+from tests.decoding import decode_state
+from tests.twins import (
     LR,
     assert_identical,
     assert_unchanged,
+    copy_params,
     each_optimizer,
-    frozen,
     make_params,
+    named_params,
     run,
-    through_a_file,
+    save_and_load,
+    snapshot,
     twin_of,
 )
 
 Params = list[torch.nn.Parameter]
 BFLOAT16 = torch.bfloat16
 
-#: Two parameters that have codes, with blocks that rows cut short, and three that are too small.
+#: Two parameters that have int8 states, in rows that end within a block, and three too small ones.
 SHAPES = ((32, 130), (3, 8, 200), (5,), (), (64, 16))
-#: Ways to store a run: the dtype of its parameters, and its options.
-STORED: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+#: The dtype of a run's parameters, and its options.
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "plain": (torch.float32, {}),
     "float32": (BFLOAT16, {"state_format": "float32"}),
     "bfloat16": (torch.float32, {"state_format": "bfloat16"}),
@@ -53,53 +54,50 @@ STORED: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "32 bits": (torch.float16, {"state_format": "bfloat16", "master_weight_bits": 32}),
     "stochastic": (BFLOAT16, {"state_format": "int8", "stochastic_rounding": True}),
 }
-every_way = pytest.mark.parametrize(("dtype", "options"), STORED.values(), ids=STORED)
+every_format = pytest.mark.parametrize(("dtype", "options"), FORMATS.values(), ids=FORMATS)
 ADAMS = pytest.mark.parametrize("cls", [stepforge.Adam, stepforge.AdamW])
 
 
 def trained(
     cls: type, options: dict[str, Any], dtype: torch.dtype = torch.float32, steps: int = 3
 ) -> tuple[Any, Params]:
+    """Return an optimizer and its parameters after some steps."""
     params = make_params(SHAPES, dtype)
     optimizer = cls(params, **{"lr": LR, "rounding_seed": 5, **options})
     run(optimizer, params, range(steps))
     return optimizer, params
 
 
-def copies(params: Params) -> Params:
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def moments(entry: dict[str, Any]) -> list[str]:
-    """The keys of an entry that name states with an element for each element."""
+def moments(param_state: dict[str, Any]) -> list[str]:
+    """Return the keys of the states that have an element for each element of the parameter."""
     known = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sum")
-    return [key for key in known if key in entry or f"{key}_codes" in entry]
+    return [key for key in known if key in param_state or f"{key}_codes" in param_state]
 
 
 # Round trips
 
 
-@every_way
+@every_format
 @each_optimizer
 def test_a_round_trip_continues_bit_for_bit(
     cls: type, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     optimizer, params = trained(cls, options, dtype)
-    own = copies(params)
+    own = copy_params(params)
     resumed = cls(own, lr=0.7, rounding_seed=5, **options)
-    assert not any(resumed.load_state_dict(through_a_file(optimizer.state_dict())))
-    assert_identical(frozen(resumed)["state"], frozen(optimizer)["state"])
+    assert not any(resumed.load_state_dict(save_and_load(optimizer.state_dict())))
+    assert_identical(snapshot(resumed)["state"], snapshot(optimizer)["state"])
     run(optimizer, params, range(3, 6), uneven=True)
     run(resumed, own, range(3, 6), uneven=True)
-    assert_identical(frozen(resumed)["state"], frozen(optimizer)["state"])
-    assert_identical(frozen(resumed)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(resumed)["state"], snapshot(optimizer)["state"])
+    assert_identical(snapshot(resumed)["params"], snapshot(optimizer)["params"])
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "int8", "stochastic"])
-def test_random_bits_follow_from_seed_parameter_and_step(way: str) -> None:
-    dtype, options = STORED[way]
+@pytest.mark.parametrize("format_", ["bfloat16", "int8", "stochastic"])
+def test_random_bits_depend_on_seed_parameter_and_step(format_: str) -> None:
+    dtype, options = FORMATS[format_]
 
-    def stored(shapes: Any, seed: int) -> list[dict[str, Any]]:
+    def after_two_steps(shapes: Any, seed: int) -> list[dict[str, Any]]:
         params = make_params(shapes, dtype)
         optimizer = stepforge.Adam(params, lr=LR, rounding_seed=seed, **options)
         for _ in range(2):
@@ -109,25 +107,27 @@ def test_random_bits_follow_from_seed_parameter_and_step(way: str) -> None:
         return [{"p": p.detach(), **optimizer.state[p]} for p in params]
 
     shape = (32, 130)
-    ((first, second), (again, _), (other, _)) = (stored([shape] * 2, seed) for seed in (0, 0, 1))
-    rounded = {"stochastic": "p", "int8": "exp_avg_sq_codes"}.get(way, "exp_avg_sq")
+    ((first, second), (again, _), (other, _)) = (
+        after_two_steps([shape] * 2, seed) for seed in (0, 0, 1)
+    )
+    rounded = {"stochastic": "p", "int8": "exp_avg_sq_codes"}.get(format_, "exp_avg_sq")
     assert_identical(again, first)
     assert not torch.equal(other[rounded], first[rounded])
-    if rounded != "p":  # the weights began apart
+    if rounded != "p":  # the weights differ from the start
         assert not torch.equal(second[rounded], first[rounded])
 
 
-@every_way
+@every_format
 @each_optimizer
 def test_nothing_is_aliased(cls: type, dtype: torch.dtype, options: dict[str, Any]) -> None:
     source, source_params = trained(cls, options, dtype)
     params = make_params(SHAPES, dtype)
     loaded = cls(params, **options)
     loaded.load_state_dict(source.state_dict())
-    before = frozen(loaded)
+    before = snapshot(loaded)
     run(source, source_params, range(3, 5))
     assert_unchanged(loaded, before)
-    before = frozen(source)
+    before = snapshot(source)
     run(loaded, params, range(3, 5))
     assert_unchanged(source, before)
 
@@ -135,7 +135,7 @@ def test_nothing_is_aliased(cls: type, dtype: torch.dtype, options: dict[str, An
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"]
 )
-@every_way
+@every_format
 def test_a_copy_continues_identically(
     dtype: torch.dtype, options: dict[str, Any], duplicate: Callable[[Any], Any]
 ) -> None:
@@ -144,18 +144,18 @@ def test_a_copy_continues_identically(
     own = copied.param_groups[0]["params"]
     run(optimizer, params, range(3, 6))
     run(copied, own, range(3, 6))
-    assert_identical(frozen(copied), frozen(optimizer))
+    assert_identical(snapshot(copied), snapshot(optimizer))
 
 
 def test_a_file_is_as_compact_as_the_state() -> None:
-    """Two codes of 8 bits, and of float32 scales two for each 128 elements: 2.0625 bytes."""
+    """By hand, per element: two codes of 8 bits, two float32 scales per 128: 2.0625 bytes."""
     params = [torch.nn.Parameter(torch.ones(256, 1024))]
     optimizer = stepforge.AdamW(params, state_format="int8")
     run(optimizer, params, range(1))
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
-    beside = 4096  # names, options and the frame of the file
-    assert params[0].numel() * 2.0625 <= file.tell() <= params[0].numel() * 2.0625 + beside
+    overhead = 4096  # names, options and the archive itself
+    assert params[0].numel() * 2.0625 <= file.tell() <= params[0].numel() * 2.0625 + overhead
 
 
 # From any format into any other
@@ -170,20 +170,21 @@ def test_states_of_any_format_load_into_any(
     saved, _ = trained(stepforge.Adam, {"state_format": source, "amsgrad": amsgrad})
     params = make_params(SHAPES)
     loaded = stepforge.Adam(params, state_format=target, amsgrad=amsgrad)
-    assert not any(loaded.load_state_dict(through_a_file(saved.state_dict())))
-    for p, entry in zip(params, saved.state_dict()["state"].values(), strict=True):
-        found = loaded.state[p]
-        assert set(moments(found)) == set(moments(entry))
-        for key in moments(entry):
-            before, after = numbers(entry, key), numbers(found, key)
-            if key in found and found[key].dtype == BFLOAT16:
+    assert not any(loaded.load_state_dict(save_and_load(saved.state_dict())))
+    for p, saved_state in zip(params, saved.state_dict()["state"].values(), strict=True):
+        loaded_state = loaded.state[p]
+        assert set(moments(loaded_state)) == set(moments(saved_state))
+        for key in moments(saved_state):
+            before, after = decode_state(saved_state, key), decode_state(loaded_state, key)
+            if key in loaded_state and loaded_state[key].dtype == BFLOAT16:
                 assert_identical(after, before.float().bfloat16().double())
-            elif key in found or source == "int8":
-                # Codes that have become numbers are the same numbers in codes.
+            elif key in loaded_state or source == "int8":
+                # The values of codes are exact in float32, and become the same codes again.
                 assert_identical(after, before)
             else:
-                # Half of the eighth of an octave between two codes; first moments below 1.0625 *
-                # 2**-15 of the scale, of which the largest of a block is at least 0.9375, are 0.
+                # Two codes differ by an eighth of an octave; rounding errs by half of that. First
+                # moments below 1.0625 * 2**-15 of the scale become 0. A block's largest element is
+                # at least 0.9375 of its scale.
                 lost = 2.0**-14 * before.abs().max() if key == "exp_avg" else 0.0
                 assert ((after - before).abs() <= before.abs() / 16 + lost).all()
                 assert (after.sign() == before.sign()).all() or key == "exp_avg"
@@ -191,26 +192,26 @@ def test_states_of_any_format_load_into_any(
     assert all(float(loaded.state[p]["step"]) == 5 for p in params)
 
 
-@pytest.mark.parametrize("way", ["bfloat16", "int8", "24 bits"])
+@pytest.mark.parametrize("format_", ["bfloat16", "int8", "24 bits"])
 @each_optimizer
-def test_a_checkpoint_of_torch_optim_loads_and_returns(cls: type, way: str) -> None:
-    dtype, options = STORED[way]
+def test_a_checkpoint_of_torch_optim_loads_and_returns(cls: type, format_: str) -> None:
+    dtype, options = FORMATS[format_]
     params = make_params(SHAPES, dtype)
     twin = twin_of(cls)(params, lr=LR)
     run(twin, params, range(3))
-    checkpoint = through_a_file(twin.state_dict())
-    own = copies(params)
+    checkpoint = save_and_load(twin.state_dict())
+    own = copy_params(params)
     optimizer = cls(own, **options)
     assert not any(optimizer.load_state_dict(checkpoint))
     run(optimizer, own, range(3, 5))
-    returned = twin_of(cls)(copies(own))
-    returned.load_state_dict(through_a_file(to_torch(optimizer)))
+    returned = twin_of(cls)(copy_params(own))
+    returned.load_state_dict(save_and_load(to_torch(optimizer)))
     assert_identical(returned.param_groups[0]["lr"], LR)
     run(returned, returned.param_groups[0]["params"], range(5, 6))
 
 
-def test_states_in_fewer_bits_than_the_parameter_become_its_own() -> None:
-    """As torch.optim casts them; averages that are rounded to nearest would stand still."""
+def test_states_in_fewer_bits_than_the_parameter_get_its_dtype() -> None:
+    """torch.optim casts them too. Rounded to nearest, averages in few bits would stand still."""
     saved, _ = trained(stepforge.Adam, {"state_format": "bfloat16"})
     params = make_params(SHAPES)
     optimizer = stepforge.Adam(params)
@@ -222,13 +223,13 @@ def test_states_in_fewer_bits_than_the_parameter_become_its_own() -> None:
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, torch.float16], ids=str)
 @pytest.mark.parametrize(("source", "target"), [(24, 32), (32, 24), (24, None), (None, 32)])
-def test_lower_bits_of_any_width_load_into_any(
+def test_low_bits_of_any_width_load_into_any(
     dtype: torch.dtype, source: int | None, target: int | None
 ) -> None:
     saved, params = trained(stepforge.Adam, {"master_weight_bits": source}, dtype)
-    own = copies(params)
+    own = copy_params(params)
     optimizer = stepforge.Adam(own, master_weight_bits=target)
-    assert not any(optimizer.load_state_dict(through_a_file(saved.state_dict())))
+    assert not any(optimizer.load_state_dict(save_and_load(saved.state_dict())))
     for p, q in zip(params, own, strict=True):
         before, after = (weight_of(*pair) for pair in ((saved, p), (optimizer, q)))
         if target is None:
@@ -236,14 +237,27 @@ def test_lower_bits_of_any_width_load_into_any(
         elif source is None or source < target:
             assert_identical(after, before)
         else:
-            # One of the last of its 16 bits of fraction (a float16's 19): half of one to round it,
-            # and another where rounding up would leave 8 bits.
+            # One unit in the last of 16 bits of fraction (a float16's 19): half a unit to round,
+            # and another half where rounding up would exceed 8 bits.
             assert ((after - before).abs() <= before.abs() * 2.0**-15 + 2.0**-32).all()
     run(optimizer, own, range(3, 5))
 
 
+def test_low_bits_of_a_weight_that_has_become_longer_are_dropped_on_loading() -> None:
+    optimizer, params = trained(stepforge.AdamW, {"master_weight_bits": 24}, BFLOAT16)
+    own = [torch.nn.Parameter(p.detach().float()) for p in params]
+    own.append(torch.nn.Parameter(torch.ones(3, dtype=BFLOAT16)))
+    named = named_params(own)
+    resumed = stepforge.AdamW(named, master_weight_bits=24)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"] = [name for name, _ in named[: len(params)]]
+    resumed.load_state_dict(saved, strict=False)
+    assert all("exp_avg" in resumed.state[p] for p in own[:-1])
+    assert not any(LOW_BITS.keys() & x.keys() for x in resumed.state.values())
+
+
 def weight_of(optimizer: Any, p: torch.nn.Parameter) -> torch.Tensor:
-    """The weight that is stepped, by :func:`full_precision_weights`."""
+    """Return the weight that a step reads, by :func:`full_precision_weights`."""
     model = torch.nn.Module()
     model.register_parameter("p", p)
     return full_precision_weights(model, optimizer)["p"].detach().float()
@@ -252,31 +266,29 @@ def weight_of(optimizer: Any, p: torch.nn.Parameter) -> torch.Tensor:
 @ADAMS
 def test_amsgrad_begins_in_a_format_when_it_is_turned_on(cls: type) -> None:
     saved, params = trained(cls, {"state_format": "int8"})
-    own = copies(params)
+    own = copy_params(params)
     optimizer = cls(own, amsgrad=True, state_format="int8")
     assert not any(optimizer.load_state_dict(saved.state_dict()))
     run(optimizer, own, range(3, 4))
     for p in own:
-        entry = optimizer.state[p]
-        assert ("max_exp_avg_sq_codes" in entry) == ("exp_avg_sq_codes" in entry)
-        # Begun at 0, the largest so far is the newest; each is rounded by bits of its own, by
-        # less than an eighth of it.
-        newest, largest = numbers(entry, "exp_avg_sq"), numbers(entry, "max_exp_avg_sq")
+        state = optimizer.state[p]
+        assert ("max_exp_avg_sq_codes" in state) == ("exp_avg_sq_codes" in state)
+        # The maximum starts at 0, so it equals the newest value. The two are rounded with random
+        # bits of their own, each by less than an eighth of the value.
+        newest, largest = decode_state(state, "exp_avg_sq"), decode_state(state, "max_exp_avg_sq")
         assert ((largest - newest).abs() <= newest / 8).all()
 
 
 @pytest.mark.parametrize("target", ["int8", "bfloat16", None])
 def test_names_match_whatever_the_order_and_format(target: str | None) -> None:
     params = make_params(SHAPES)
-    names = [(f"layer{index}", p) for index, p in enumerate(params)]
-    source = stepforge.RAdam(names, state_format="int8")
+    source = stepforge.RAdam(named_params(params), state_format="int8")
     run(source, params, range(2))
     own = make_params(SHAPES)
-    order = [3, 1, 4, 0, 2]
-    loaded = stepforge.RAdam([(f"layer{i}", own[i]) for i in order], state_format=target)
-    assert not any(loaded.load_state_dict(through_a_file(source.state_dict())))
+    loaded = stepforge.RAdam(named_params(own, [3, 1, 4, 0, 2]), state_format=target)
+    assert not any(loaded.load_state_dict(save_and_load(source.state_dict())))
     for p, q in zip(params, own, strict=True):
-        before, after = (numbers(o.state[x], "exp_avg") for o, x in ((source, p), (loaded, q)))
+        before, after = (decode_state(o.state[x], "exp_avg") for o, x in ((source, p), (loaded, q)))
         assert_identical(after, before.bfloat16().double() if target == "bfloat16" else before)
 
 
@@ -287,16 +299,16 @@ def test_names_match_whatever_the_order_and_format(target: str | None) -> None:
 def test_a_group_may_change_its_format_between_steps(
     cls: type, first: str | None, then: str | None
 ) -> None:
-    """Oracle: its checkpoint, loaded into an optimizer that had that format from the beginning."""
+    """Oracle: the same checkpoint in an optimizer that has the new format from the beginning."""
     optimizer, params = trained(cls, {"state_format": first})
-    own = copies(params)
+    own = copy_params(params)
     other = cls(own, lr=LR, rounding_seed=5, state_format=then)
     other.load_state_dict(optimizer.state_dict())
     optimizer.param_groups[0]["state_format"] = then
     run(optimizer, params, range(3, 6))
     run(other, own, range(3, 6))
-    assert_identical(frozen(optimizer)["state"], frozen(other)["state"])
-    assert_identical(frozen(optimizer)["params"], frozen(other)["params"])
+    assert_identical(snapshot(optimizer)["state"], snapshot(other)["state"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(other)["params"])
 
 
 def test_a_group_may_change_the_bits_of_its_weights_between_steps() -> None:
@@ -318,36 +330,36 @@ def test_a_group_may_change_the_bits_of_its_weights_between_steps() -> None:
 # Checkpoints that do not fit
 
 
-def _without_scales(entry: dict[str, Any]) -> None:
-    del entry["exp_avg_sq_scale"]
+def _without_scales(param_state: dict[str, Any]) -> None:
+    del param_state["exp_avg_sq_scale"]
 
 
-def _scales_of_another_shape(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq_scale"] = entry["exp_avg_sq_scale"][:, :1]
+def _scales_of_another_shape(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq_scale"] = param_state["exp_avg_sq_scale"][:, :1]
 
 
-def _scales_of_another_dtype(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq_scale"] = entry["exp_avg_sq_scale"].to(torch.int32)
+def _scales_of_another_dtype(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq_scale"] = param_state["exp_avg_sq_scale"].to(torch.int32)
 
 
-def _scales_that_are_a_number(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq_scale"] = 1.0
+def _scales_that_are_a_number(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq_scale"] = 1.0
 
 
-def _scales_without_codes(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq"] = entry.pop("exp_avg_sq_codes").float()
+def _scales_without_codes(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq"] = param_state.pop("exp_avg_sq_codes").float()
 
 
-def _codes_of_another_shape(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq_codes"] = entry["exp_avg_sq_codes"][:, 1:]
+def _codes_of_another_shape(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq_codes"] = param_state["exp_avg_sq_codes"][:, 1:]
 
 
-def _codes_of_another_dtype(entry: dict[str, Any]) -> None:
-    entry["exp_avg_sq_codes"] = entry["exp_avg_sq_codes"].float()
+def _codes_of_another_dtype(param_state: dict[str, Any]) -> None:
+    param_state["exp_avg_sq_codes"] = param_state["exp_avg_sq_codes"].float()
 
 
-def _low_bits_that_are_numbers(entry: dict[str, Any]) -> None:
-    entry["low_bits_8"] = torch.ones(32, 130)
+def _low_bits_that_are_numbers(param_state: dict[str, Any]) -> None:
+    param_state["low_bits_8"] = torch.ones(32, 130)
 
 
 BAD: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
@@ -384,18 +396,18 @@ def test_codes_and_scales_that_disagree_are_refused_and_change_nothing(
     saved = copy.deepcopy(trained(stepforge.Adam, {"state_format": "int8"})[0].state_dict())
     spoil(saved["state"][0])
     optimizer, _ = trained(stepforge.Adam, {"state_format": target}, steps=2)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
 
 
-def test_lower_bits_of_another_dtype_are_refused() -> None:
+def test_low_bits_of_another_dtype_are_refused() -> None:
     options = {"master_weight_bits": 24}
     saved = copy.deepcopy(trained(stepforge.Adam, options, BFLOAT16)[0].state_dict())
     _low_bits_that_are_numbers(saved["state"][0])
     optimizer, _ = trained(stepforge.Adam, options, BFLOAT16, steps=2)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"0.low_bits_8 \(.*torch.float32.*torch.int8"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
@@ -409,44 +421,46 @@ def test_what_fits_is_loaded_and_the_rest_is_named(target: str | None) -> None:
     _scales_of_another_shape(saved["state"][1])
     saved["state"][2]["exp_avg_scale"] = torch.ones(5, 1)
     optimizer, params = trained(stepforge.Adam, {"state_format": target}, steps=2)
-    before = frozen(optimizer)["state"]
+    before = snapshot(optimizer)["state"]
     result = optimizer.load_state_dict(saved, strict=False)
     assert result.missing_keys == ["0.exp_avg_sq_scale"]
     assert result.mismatched_keys == ["1.exp_avg_sq_scale"]
     assert result.unexpected_keys == ["2.exp_avg_scale"]
-    after = frozen(optimizer)["state"]
+    after = snapshot(optimizer)["state"]
     assert_identical([after[0], after[1]], [before[0], before[1]])
     plain = {key: x for key, x in saved["state"][2].items() if key != "exp_avg_scale"}
     assert_identical([after[2], after[3]], [plain, saved["state"][3]])
     run(optimizer, params, range(3, 4))
 
 
-def test_a_rule_has_no_words() -> None:
+def test_a_rule_may_not_compute_with_bit_patterns() -> None:
     def sign_of_bits(h: Any, t: Any, p: Any, g: Any) -> Any:
         return p - h.lr * bitcast_f32(bitcast_u32(g))
 
-    class Wordy(stepforge.Optimizer, rule=sign_of_bits):
-        """Computes with words."""
+    class BitwiseDescent(stepforge.Optimizer, rule=sign_of_bits):
+        """BitwiseDescent: a rule that reads bit patterns."""
 
         lr: NonNegative = 0.1
 
     with pytest.raises(TypeError, match=r"sign_of_bits computes with uint32.*for formats"):
-        Wordy(make_params())
+        BitwiseDescent(make_params())
 
 
-# What torch.optim loads
+# Exports that torch.optim loads
 
 
 def decoded_by_hand(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with the numbers of its codes, and torch's options only."""
-    state = {
-        number: {
-            key: numbers(entry, key).float() if key in moments(entry) else entry[key]
-            for key in [*moments(entry), *entry]
+    """Return a state dict with the values of its codes, and torch's options only."""
+
+    def decoded(param_state: dict[str, Any]) -> dict[str, Any]:
+        keys = moments(param_state)
+        return {
+            key: decode_state(param_state, key).float() if key in keys else param_state[key]
+            for key in [*keys, *param_state]
             if not key.endswith(("_codes", "_scale"))
         }
-        for number, entry in state_dict["state"].items()
-    }
+
+    state = {index: decoded(param_state) for index, param_state in state_dict["state"].items()}
     return copy.deepcopy({"state": state, "param_groups": state_dict["param_groups"]})
 
 
@@ -454,14 +468,13 @@ def decoded_by_hand(state_dict: dict[str, Any]) -> dict[str, Any]:
 @each_optimizer
 def test_torch_optim_continues_from_what_the_codes_say(cls: type, state_format: str | None) -> None:
     optimizer, params = trained(cls, {"state_format": state_format, "weight_decay": 0.1})
-    ways = [to_torch(optimizer), decoded_by_hand(optimizer.state_dict())]
     results = []
-    for checkpoint in ways:
-        own = copies(params)
+    for checkpoint in (to_torch(optimizer), decoded_by_hand(optimizer.state_dict())):
+        own = copy_params(params)
         twin = twin_of(cls)(own)
-        twin.load_state_dict(through_a_file(checkpoint))
+        twin.load_state_dict(save_and_load(checkpoint))
         run(twin, own, range(3, 6))
-        results.append(frozen(twin))
+        results.append(snapshot(twin))
     assert_identical(results[0]["params"], results[1]["params"])
     assert_identical(results[0]["state"], results[1]["state"])
 
@@ -473,13 +486,13 @@ def test_the_options_are_those_of_the_twin(cls: type) -> None:
     exported = to_torch(optimizer)
     twins = twin_of(cls)(make_params(SHAPES), lr=LR).state_dict()["param_groups"][0]
     assert_identical(exported["param_groups"], [twins | {"initial_lr": 0.5}])
-    # A plain state dict has no more, as no distributed checkpoint of the twin would have it.
+    # A plain state dict has no other option: a distributed checkpoint of the twin would lack it.
     assert_identical(optimizer.state_dict()["param_groups"], exported["param_groups"])
 
 
 def test_groups_and_names_are_exported() -> None:
     params = make_params(SHAPES)
-    named = [(f"layer{index}", p) for index, p in enumerate(params)]
+    named = named_params(params)
     groups = [{"params": named[:2], "lr": 0.5}, {"params": named[2:]}]
     optimizer = stepforge.AdamW(groups, state_format="int8", amsgrad=True)
     run(optimizer, params, range(2))
@@ -502,24 +515,24 @@ DTYPES = [
 
 
 @pytest.mark.parametrize(("dtype", "state_format", "expected"), DTYPES, ids=str)
-def test_exported_states_have_all_bits_and_at_least_the_parameters(
+def test_exported_states_lose_no_bits_and_have_at_least_those_of_the_parameter(
     dtype: torch.dtype, state_format: str | None, expected: torch.dtype
 ) -> None:
     optimizer, _ = trained(stepforge.Adam, {"state_format": state_format}, dtype)
-    for entry in to_torch(optimizer)["state"].values():
-        assert {entry[key].dtype for key in moments(entry)} == {expected}
+    for param_state in to_torch(optimizer)["state"].values():
+        assert {param_state[key].dtype for key in moments(param_state)} == {expected}
 
 
-@every_way
+@every_format
 def test_stepping_the_twin_does_not_move_the_optimizer(
     dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    # torch.optim keeps the tensors that it loads, where they have the right dtype.
+    # torch.optim keeps the tensors that it loads if they have the right dtype.
     optimizer, params = trained(stepforge.NAdam, options | {"lr": torch.tensor(LR)}, dtype)
     optimizer.state["note"] = ["mine"]
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     exported = to_torch(optimizer)
-    own = copies(params)
+    own = copy_params(params)
     twin = torch.optim.NAdam(own)
     twin.load_state_dict(exported)
     run(twin, own, range(3, 5))
@@ -529,7 +542,7 @@ def test_stepping_the_twin_does_not_move_the_optimizer(
 
 
 def test_an_export_of_many_parameters_is_small() -> None:
-    """Their step numbers are elements of one vector, which is not to be copied for each."""
+    """Step counts are elements of one vector, which must not be copied for each parameter."""
     params = make_params([(2,)] * 300)
     optimizer = stepforge.Adam(params)
     run(optimizer, params, range(3))
@@ -549,7 +562,7 @@ def test_codes_without_scales_are_not_exported() -> None:
         to_torch(optimizer)
 
 
-def test_a_rule_without_a_twin_is_exported_without_how_it_ran() -> None:
+def test_a_rule_without_a_twin_is_exported_without_execution_flags() -> None:
     def descend(h: Any, t: Any, p: Any, g: Any) -> Any:
         return p - h.lr * g
 
@@ -562,18 +575,18 @@ def test_a_rule_without_a_twin_is_exported_without_how_it_ran() -> None:
     assert set(group) == {"lr", "maximize", "params"}
 
 
-# Joined weights
+# Full-precision weights
 
 
 class Model(torch.nn.Module):
-    """Has a weight under two names, a frozen one, and a buffer."""
+    """A model with a weight under two names, a frozen weight, and a buffer."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self.first = torch.nn.Linear(16, 16, dtype=dtype)
         self.tied = torch.nn.Linear(16, 16, bias=False, dtype=dtype)
         self.tied.weight = self.first.weight
-        self.still = torch.nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
+        self.frozen = torch.nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
         self.register_buffer("count", torch.arange(3))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -582,12 +595,12 @@ class Model(torch.nn.Module):
 
 
 def stepped(dtype: torch.dtype, steps: int, **options: Any) -> tuple[Model, Any]:
-    """A model after some steps of gradients that every dtype can hold."""
+    """Return a model after some steps, with gradients that are exact in every dtype."""
     model = Model(dtype)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = stepforge.AdamW(params, lr=1e-3, **options)
     for step in range(steps):
-        # Drawn in float32: not every version of torch draws the same numbers in all dtypes.
+        # Drawn in float32: not every version of torch draws the same values in all dtypes.
         generator = torch.Generator().manual_seed(step)
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(dtype)
@@ -605,7 +618,7 @@ def test_a_weight_of_32_bits_is_the_weight_of_a_run_in_float32() -> None:
     assert not torch.equal(own["first.weight"].float(), joined["first.weight"])
     for name in ("first.weight", "first.bias", "tied.weight"):
         assert_identical(joined[name], expected.state_dict()[name])
-    for name in ("still", "count"):
+    for name in ("frozen", "count"):
         assert joined[name].data_ptr() == own[name].data_ptr()
     fresh = Model(torch.float32)
     fresh.load_state_dict(joined)
@@ -613,7 +626,7 @@ def test_a_weight_of_32_bits_is_the_weight_of_a_run_in_float32() -> None:
 
 
 def test_a_run_moves_to_float32_in_torch_optim_bit_for_bit() -> None:
-    """Oracle: the run in float32 that was exported, as its states and weights are the same."""
+    """Oracle: the same run in float32, exported too: its states and weights are the same."""
     pairs = [
         stepped(BFLOAT16, 9, state_format="float32", master_weight_bits=32),
         stepped(torch.float32, 9),
@@ -637,11 +650,11 @@ def test_24_bits_are_a_float32_rounded_to_them() -> None:
     exact = expected.first.weight.detach()
     assert joined.dtype == torch.float32
     assert not (joined.view(torch.int32) & 0xFF).any()
-    # Half of the last of 16 bits; the rounding up that leaves 8 bits beside the weight costs one.
+    # Half a unit in the last of 16 bits; rounding up at the limit of 8 low bits costs one more.
     assert ((joined - exact).abs() <= exact.abs() * 2.0**-15).all()
 
 
-def test_without_lower_bits_the_weights_are_the_models_own() -> None:
+def test_without_low_bits_the_weights_are_the_models_own() -> None:
     for dtype, options in ((BFLOAT16, {"stochastic_rounding": True}), (torch.float32, {})):
         model, optimizer = stepped(dtype, 2, **options)
         assert_identical(full_precision_weights(model, optimizer), model.state_dict())
@@ -650,117 +663,11 @@ def test_without_lower_bits_the_weights_are_the_models_own() -> None:
     assert_identical(full_precision_weights(model, before_any_step), model.state_dict())
 
 
-def test_joined_weights_alias_nothing() -> None:
+def test_full_precision_weights_alias_nothing() -> None:
     model, optimizer = stepped(BFLOAT16, 2, master_weight_bits=24)
-    before, weights = frozen(optimizer), copy.deepcopy(model.state_dict())
+    before, weights = snapshot(optimizer), copy.deepcopy(model.state_dict())
     joined = full_precision_weights(model, optimizer)
     for name in ("first.weight", "first.bias"):
         joined[name].fill_(math.pi)
     assert_unchanged(optimizer, before)
     assert_identical(model.state_dict(), weights)
-
-
-# Options that some parameters, or all, have no use for
-
-
-#: Weights as trainers find them: a body of bfloat16, norms and adapters of longer dtypes.
-MIXED = (BFLOAT16, torch.float32, torch.float64, torch.complex64, torch.float16)
-FOR_SHORT_WEIGHTS: dict[str, dict[str, Any]] = {
-    "24 bits": {"master_weight_bits": 24},
-    "32 bits": {"master_weight_bits": 32},
-    "stochastic": {"stochastic_rounding": True},
-}
-
-
-def mixed_params() -> Params:
-    return [p for dtype in MIXED for p in make_params([(40, 3)], dtype)]
-
-
-def in_every_dtype(params: Params, step: int) -> None:
-    for index, p in enumerate(params):
-        generator = torch.Generator().manual_seed(100 * step + index)
-        p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-
-
-@pytest.mark.parametrize("options", FOR_SHORT_WEIGHTS.values(), ids=FOR_SHORT_WEIGHTS)
-@each_optimizer
-def test_weights_that_have_the_bits_already_are_stepped_as_they_are(
-    cls: type, options: dict[str, Any]
-) -> None:
-    """The oracle has a group for each parameter, and the option where it is of use alone."""
-    together, apart = mixed_params(), mixed_params()
-    optimizer = cls(together, lr=LR, **options)
-    groups = [{"params": [p], **(options if p.dtype.itemsize == 2 else {})} for p in apart]
-    expected = cls(groups, lr=LR)
-    for step in range(3):
-        for params, one in ((together, optimizer), (apart, expected)):
-            in_every_dtype(params, step)
-            one.step()
-    assert_identical(frozen(optimizer)["params"], frozen(expected)["params"])
-    states = [
-        [dict(one.state[p]) for p in params]
-        for params, one in ((together, optimizer), (apart, expected))
-    ]
-    assert_identical(*states)
-    with_low_bits = [bool(LOW_BITS.keys() & entry.keys()) for entry in states[0]]
-    assert with_low_bits == [
-        p.dtype.itemsize == 2 and "master_weight_bits" in options for p in together
-    ]
-    own = copies(together)
-    resumed = cls(own, lr=LR, **options)
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
-    assert_identical([dict(resumed.state[p]) for p in own], states[0])
-
-
-def test_low_bits_of_a_weight_that_has_become_longer_are_dropped_on_loading() -> None:
-    optimizer, params = trained(stepforge.AdamW, {"master_weight_bits": 24}, BFLOAT16)
-    own = [torch.nn.Parameter(p.detach().float()) for p in params]
-    own.append(torch.nn.Parameter(torch.ones(3, dtype=BFLOAT16)))
-    names = [(str(i), p) for i, p in enumerate(own)]
-    resumed = stepforge.AdamW(names, master_weight_bits=24)
-    named = optimizer.state_dict()
-    named["param_groups"][0]["param_names"] = [str(i) for i in range(len(params))]
-    resumed.load_state_dict(named, strict=False)
-    assert all("exp_avg" in resumed.state[p] for p in own[:-1])
-    assert not any(LOW_BITS.keys() & entry.keys() for entry in resumed.state.values())
-
-
-def warnings_of(params: Any, **options: Any) -> list[str]:
-    """Those of a constructor, which point to the line that called it."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        stepforge.Adam(params, **options)
-    assert all(x.category is UserWarning and x.filename == __file__ for x in said)
-    return [str(x.message) for x in said]
-
-
-def test_an_option_that_no_parameter_can_use_is_warned_of_once() -> None:
-    small, large = make_params([(5,), (7, 3)]), make_params([(64, 128)])
-    for option, value, left in (
-        ("master_weight_bits", 24, "not 24 bits for 2 parameters, 26 elements: float32 has them"),
-        ("stochastic_rounding", True, "not rounded at random for 2 parameters, 26 elements: flo"),
-        ("state_format", "int8", "not int8 for 2 parameters, 26 elements: fewer than 4,096 elem"),
-    ):
-        groups = [{"params": [p]} for p in small]
-        (said,) = warnings_of(groups, **{option: value})
-        assert said.startswith(f"{option}={value!r} has no effect: {left}")
-    # One that can is enough, in whatever group; and groups that ask for nothing do not count.
-    assert not warnings_of([*small, *large], state_format="int8")
-    mixed = [{"params": small}, {"params": make_params([(2,)], BFLOAT16)}]
-    assert not warnings_of(mixed, master_weight_bits=24)
-    (said,) = warnings_of([{"params": small, "state_format": "int8"}, {"params": large}])
-    assert said.startswith("state_format='int8' has no effect: not int8 for 2 parameters")
-
-
-def test_parameters_of_lazy_modules_may_yet_use_an_option() -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Lazy modules")
-        params = list(torch.nn.LazyLinear(5).parameters())
-    assert not warnings_of(params, state_format="int8")
-
-
-def test_complex_states_keep_their_dtype_and_say_so() -> None:
-    params = make_params([(4,)], torch.complex64)
-    (said,) = warnings_of(params, state_format="bfloat16")
-    assert "not bfloat16 for 1 parameter, 4 elements: states of complex64" in said
-    assert not warnings_of(params, state_format="float32")

@@ -1,8 +1,8 @@
 """``state_dict`` and ``load_state_dict`` between optimizers of this library.
 
-The oracle of a round trip is the run that was never interrupted, bit for bit; that of names, dtypes
-and shapes is the torch.optim twin; that of hooks is torch's documentation. A load that fails must
-leave everything exactly as it was.
+Oracle of a round trip: the run without a break, bit for bit. Oracle of names, dtypes and shapes:
+the torch.optim twin. Oracle of hooks: torch's documentation. A load that fails must leave
+everything exactly as it was.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ import torch
 import stepforge
 from stepforge import LoadResult
 from stepforge.hyperparameter import EXECUTION_FLAGS
-
-from .twins import (
+from tests.twins import (
     LR,
     OPTIMIZERS,
     SHAPES,
     assert_identical,
     assert_params_close,
     assert_unchanged,
+    copy_params,
     each_optimizer,
-    frozen,
     give_gradients,
     make_params,
+    named_params,
     run,
-    through_a_file,
+    save_and_load,
+    snapshot,
     tolerance,
     twin_of,
 )
@@ -42,7 +43,7 @@ Params = list[torch.nn.Parameter]
 
 
 def trained(cls: type, steps: int = 3, shapes: Any = SHAPES, **options: Any) -> tuple[Any, Params]:
-    """An optimizer and its parameters after some steps."""
+    """Return an optimizer and its parameters after some steps."""
     params = make_params(shapes)
     optimizer = cls(params, **{"lr": LR, **options})
     run(optimizer, params, range(steps))
@@ -50,12 +51,9 @@ def trained(cls: type, steps: int = 3, shapes: Any = SHAPES, **options: Any) -> 
 
 
 def moments_of(cls: type) -> list[str]:
+    """Return the keys of the states that have an element for each element of the parameter."""
     optimizer, params = trained(cls, 1)
     return [key for key, value in optimizer.state[params[0]].items() if value.dim()]
-
-
-def names_and_params(params: Params, order: list[int]) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(f"layer{index}", params[index]) for index in order]
 
 
 # Round trips
@@ -68,16 +66,16 @@ def test_a_round_trip_continues_bit_for_bit(cls: type, dtype: torch.dtype) -> No
     params = make_params(dtype=dtype)
     optimizer = cls(params, **settings)
     run(optimizer, params, range(4), uneven=True)
-    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed_params = copy_params(params)
     resumed = cls(resumed_params, lr=0.7)
-    result = resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    result = resumed.load_state_dict(save_and_load(optimizer.state_dict()))
     assert result == LoadResult([], [], [])
     assert repr(result) == "<All keys matched successfully>"
     assert_identical(resumed.state_dict(), optimizer.state_dict())
     run(optimizer, params, range(4, 9), uneven=True)
     run(resumed, resumed_params, range(4, 9), uneven=True)
-    assert_identical(frozen(resumed)["params"], frozen(optimizer)["params"])
-    assert_identical(frozen(resumed)["state"], frozen(optimizer)["state"])
+    assert_identical(snapshot(resumed)["params"], snapshot(optimizer)["params"])
+    assert_identical(snapshot(resumed)["state"], snapshot(optimizer)["state"])
 
 
 @pytest.mark.parametrize(
@@ -91,8 +89,8 @@ def test_states_are_named_typed_and_shaped_as_the_twins(cls: type, dtype: torch.
         run(optimizer, params, range(2))
         state = optimizer.state_dict()["state"]
         return {
-            number: {key: (x.dtype, x.shape, x.stride()) for key, x in entry.items()}
-            for number, entry in state.items()
+            index: {key: (x.dtype, x.shape, x.stride()) for key, x in param_state.items()}
+            for index, param_state in state.items()
         }
 
     assert described(cls) == described(twin_of(cls))
@@ -110,7 +108,7 @@ def test_the_state_dict_has_the_twins_structure(cls: type) -> None:
 
 @each_optimizer
 def test_states_stand_in_the_twins_order(cls: type) -> None:
-    # A run has one checkpoint, byte for byte, so no order may depend on the process.
+    # Equal runs must write equal checkpoints, byte for byte, so no order may depend on the process.
     def order(make: type) -> list[str]:
         return list(trained(make)[0].state_dict()["state"][0])
 
@@ -148,7 +146,7 @@ def test_loading_over_a_trained_optimizer_replaces_its_state(cls: type) -> None:
         p.data.copy_(q.data)
     run(optimizer, params, range(2))
     expected, _ = trained(cls, 2)
-    assert_identical(frozen(optimizer)["params"], frozen(expected)["params"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(expected)["params"])
 
 
 # Aliasing
@@ -159,7 +157,7 @@ def test_stepping_the_source_does_not_move_the_copy(cls: type) -> None:
     source, source_params = trained(cls)
     copied = cls(make_params(), lr=LR)
     copied.load_state_dict(source.state_dict())
-    before = frozen(copied)
+    before = snapshot(copied)
     run(source, source_params, range(3, 5))
     assert_unchanged(copied, before)
 
@@ -170,7 +168,7 @@ def test_stepping_the_copy_does_not_move_the_source(cls: type) -> None:
     params = make_params()
     copied = cls(params, lr=LR)
     copied.load_state_dict(source.state_dict())
-    before = frozen(source)
+    before = snapshot(source)
     run(copied, params, range(3, 5))
     assert_unchanged(source, before)
 
@@ -183,9 +181,9 @@ def test_the_state_dict_may_be_changed_after_loading(cls: type) -> None:
     saved = copy.deepcopy(source.state_dict())
     copied = cls(make_params())
     copied.load_state_dict(saved)
-    before = frozen(copied)
-    for entry in itertools.islice(saved["state"].values(), len(SHAPES)):
-        for tensor in entry.values():
+    before = snapshot(copied)
+    for param_state in itertools.islice(saved["state"].values(), len(SHAPES)):
+        for tensor in param_state.values():
             tensor.fill_(7)
     saved["state"]["note"].append("changed")
     saved["param_groups"][0]["note"].append("changed")
@@ -211,10 +209,10 @@ def test_an_optimizer_can_load_its_own_state_dict(cls: type) -> None:
     expected, _ = trained(cls, 6)
     optimizer.load_state_dict(optimizer.state_dict())
     run(optimizer, params, range(3, 6))
-    assert_identical(frozen(optimizer)["params"], frozen(expected)["params"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(expected)["params"])
 
 
-# What is kept: dtypes, flags, the learning rate's tensor
+# Dtypes, flags and the learning rate's tensor survive a load
 
 
 def test_mu_product_stays_float32_beside_bfloat16_parameters() -> None:
@@ -238,15 +236,15 @@ def test_float32_moments_stay_so_beside_bfloat16_parameters(cls: type) -> None:
     for p, key in itertools.product(params, moments):
         optimizer.state[p][key] = optimizer.state[p][key].float()
     run(optimizer, params, range(2, 4))
-    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed_params = copy_params(params)
     resumed = cls(resumed_params)
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed.load_state_dict(save_and_load(optimizer.state_dict()))
     for p, key in itertools.product(resumed_params, moments):
         assert resumed.state[p][key].dtype == torch.float32
     run(optimizer, params, range(4, 7))
     run(resumed, resumed_params, range(4, 7))
-    assert_identical(frozen(resumed)["state"], frozen(optimizer)["state"])
-    assert_identical(frozen(resumed)["params"], frozen(optimizer)["params"])
+    assert_identical(snapshot(resumed)["state"], snapshot(optimizer)["state"])
+    assert_identical(snapshot(resumed)["params"], snapshot(optimizer)["params"])
 
 
 FLAGS = [
@@ -312,7 +310,7 @@ def test_options_of_every_group_are_loaded(cls: type) -> None:
     source = cls(grouped(make_params(), lr=0.5, weight_decay=0.25), eps=0.125)
     optimizer = cls(grouped(make_params()), lr=0.7)
     optimizer.load_state_dict(source.state_dict())
-    assert_identical(frozen(optimizer)["groups"], frozen(source)["groups"])
+    assert_identical(snapshot(optimizer)["groups"], snapshot(source)["groups"])
     assert optimizer.defaults["lr"] == 0.7
 
 
@@ -331,11 +329,11 @@ ORDERS = list(itertools.permutations(range(len(SHAPES))))
 @each_optimizer
 def test_names_match_whatever_the_order(cls: type, order: tuple[int, ...]) -> None:
     params = make_params()
-    source = cls(names_and_params(params, [0, 1, 2]), lr=LR)
+    source = cls(named_params(params), lr=LR)
     run(source, params, range(3), uneven=True)
-    permuted_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    permuted = cls(names_and_params(permuted_params, list(order)))
-    assert not any(permuted.load_state_dict(through_a_file(source.state_dict())))
+    permuted_params = copy_params(params)
+    permuted = cls(named_params(permuted_params, list(order)))
+    assert not any(permuted.load_state_dict(save_and_load(source.state_dict())))
     for p, q in zip(params, permuted_params, strict=True):
         assert_identical(dict(permuted.state.get(q, {})), dict(source.state.get(p, {})))
     assert permuted.param_groups[0]["param_names"] == [f"layer{index}" for index in order]
@@ -349,15 +347,15 @@ def test_names_match_between_permuted_groups(cls: type) -> None:
     params, others = make_params(), make_params()
     source = cls(
         [
-            {"params": names_and_params(params, [0, 1]), "lr": 0.5},
-            {"params": names_and_params(params, [2]), "lr": 0.25},
+            {"params": named_params(params, [0, 1]), "lr": 0.5},
+            {"params": named_params(params, [2]), "lr": 0.25},
         ]
     )
     run(source, params, range(3))
     permuted = cls(
         [
-            {"params": names_and_params(others, [2])},
-            {"params": names_and_params(others, [1, 0])},
+            {"params": named_params(others, [2])},
+            {"params": named_params(others, [1, 0])},
         ]
     )
     assert not any(permuted.load_state_dict(source.state_dict()))
@@ -369,9 +367,9 @@ def test_names_match_between_permuted_groups(cls: type) -> None:
 @each_optimizer
 def test_names_match_when_groups_were_split_without_a_conflict(cls: type) -> None:
     params, others = make_params(), make_params()
-    source = cls(names_and_params(params, [0, 1, 2]), lr=0.5)
+    source = cls(named_params(params), lr=0.5)
     run(source, params, range(3))
-    split = cls([{"params": [pair]} for pair in names_and_params(others, [2, 0, 1])])
+    split = cls([{"params": [pair]} for pair in named_params(others, [2, 0, 1])])
     split.load_state_dict(source.state_dict())
     assert [group["lr"] for group in split.param_groups] == [0.5] * 3
     for p, q in zip(params, others, strict=True):
@@ -381,11 +379,11 @@ def test_names_match_when_groups_were_split_without_a_conflict(cls: type) -> Non
 @each_optimizer
 def test_a_group_whose_members_were_in_two_groups_is_refused(cls: type) -> None:
     params, others = make_params(), make_params()
-    pairs = names_and_params(params, [0, 1, 2])
+    pairs = named_params(params)
     source = cls([{"params": pairs[:1], "lr": 0.5}, {"params": pairs[1:], "lr": 0.25}])
     run(source, params, range(2))
-    merged = cls(names_and_params(others, [0, 1, 2]), lr=0.7)
-    before = frozen(merged)
+    merged = cls(named_params(others), lr=0.7)
+    before = snapshot(merged)
     with pytest.raises(ValueError, match=r"param_groups\[0\] are in the groups \[0, 1\]"):
         merged.load_state_dict(source.state_dict())
     assert_unchanged(merged, before)
@@ -395,20 +393,12 @@ def test_a_group_whose_members_were_in_two_groups_is_refused(cls: type) -> None:
         assert_identical(merged.state[q], source.state[p])
 
 
-def _unnamed(params: Params) -> Params:
-    return params
-
-
-def _named(params: Params) -> list[tuple[str, torch.nn.Parameter]]:
-    return names_and_params(params, [0, 1, 2])
-
-
 @pytest.mark.parametrize(
     ("saved_form", "form", "names"),
     [
-        (_unnamed, _unnamed, None),
-        (_unnamed, _named, ["layer0", "layer1", "layer2"]),
-        (_named, _unnamed, ["layer0", "layer1", "layer2"]),
+        (list, list, None),
+        (list, named_params, ["layer0", "layer1", "layer2"]),
+        (named_params, list, ["layer0", "layer1", "layer2"]),
     ],
     ids=["neither named", "saved without names", "saved with names"],
 )
@@ -416,7 +406,7 @@ def _named(params: Params) -> list[tuple[str, torch.nn.Parameter]]:
 def test_order_matches_unless_both_sides_have_names(
     cls: type, saved_form: Callable[..., Any], form: Callable[..., Any], names: Any
 ) -> None:
-    # Names of the checkpoint are adopted where there are none, as torch.optim does.
+    # An optimizer without names adopts those of the checkpoint, as torch.optim does.
     params, others = make_params(), make_params()
     source = cls(saved_form(params))
     run(source, params, range(2))
@@ -429,7 +419,7 @@ def test_order_matches_unless_both_sides_have_names(
 
 @each_optimizer
 def test_names_that_are_not_unique_match_by_order(cls: type) -> None:
-    # As of two models, each with a "weight", in one optimizer: torch.optim takes that.
+    # One optimizer may have two models, each with a "weight": torch.optim takes that.
     def doubled(params: Params) -> list[dict[str, Any]]:
         return [{"params": [("weight", p)]} for p in params]
 
@@ -443,7 +433,7 @@ def test_names_that_are_not_unique_match_by_order(cls: type) -> None:
         assert_identical(optimizer.state[q], source.state[p])
 
 
-# What does not fit
+# State dicts that do not fit
 
 
 def _without_state(saved: dict[str, Any]) -> Any:
@@ -471,7 +461,7 @@ def _state_is_a_list(saved: dict[str, Any]) -> Any:
     return saved | {"state": []}
 
 
-def _entry_is_a_list(saved: dict[str, Any]) -> Any:
+def _param_state_is_a_list(saved: dict[str, Any]) -> Any:
     saved["state"][2] = [1, 2]
     return saved
 
@@ -482,12 +472,12 @@ def _without_step(saved: dict[str, Any]) -> Any:
 
 
 def _without_last_moment(saved: dict[str, Any]) -> Any:
-    entry = saved["state"][2]
-    del entry[[key for key in entry if key != "step"][-1]]
+    param_state = saved["state"][2]
+    del param_state[[key for key in param_state if key != "step"][-1]]
     return saved
 
 
-def _with_an_extra_entry(saved: dict[str, Any]) -> Any:
+def _with_an_extra_state(saved: dict[str, Any]) -> Any:
     saved["state"][2]["momentum_buffer"] = torch.zeros(())
     return saved
 
@@ -497,17 +487,18 @@ def _with_an_extra_parameter(saved: dict[str, Any]) -> Any:
     return saved
 
 
+def _first_moment(saved: dict[str, Any]) -> str:
+    """Return the key of the first state of parameter 2 that is not a scalar."""
+    return next(key for key in saved["state"][2] if key not in ("step", "mu_product"))
+
+
 def _wrong_shape(saved: dict[str, Any]) -> Any:
-    entry = saved["state"][2]
-    key = next(key for key, value in entry.items() if key not in ("step", "mu_product"))
-    entry[key] = torch.zeros(9)
+    saved["state"][2][_first_moment(saved)] = torch.zeros(9)
     return saved
 
 
-def _wrong_kind(saved: dict[str, Any]) -> Any:
-    entry = saved["state"][2]
-    key = next(key for key, value in entry.items() if key not in ("step", "mu_product"))
-    entry[key] = "a string"
+def _wrong_type(saved: dict[str, Any]) -> Any:
+    saved["state"][2][_first_moment(saved)] = "a string"
     return saved
 
 
@@ -517,9 +508,8 @@ def _step_with_two_elements(saved: dict[str, Any]) -> Any:
 
 
 def _complex_moment(saved: dict[str, Any]) -> Any:
-    entry = saved["state"][2]
-    key = next(key for key, value in entry.items() if key not in ("step", "mu_product"))
-    entry[key] = entry[key].to(torch.complex64)
+    key = _first_moment(saved)
+    saved["state"][2][key] = saved["state"][2][key].to(torch.complex64)
     return saved
 
 
@@ -573,14 +563,14 @@ BAD_STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "groups are None": (_groups_are_none, "param_groups"),
     "a group is a number": (_group_is_a_number, r"param_groups\[0\]"),
     "state is a list": (_state_is_a_list, "'state'.*not a dict"),
-    "an entry is a list": (_entry_is_a_list, "state of parameter 2 is not a dict"),
+    "a state is a list": (_param_state_is_a_list, "state of parameter 2 is not a dict"),
     "no step": (_without_step, "missing: 2.step"),
-    "a missing entry": (_without_last_moment, "missing: 2."),
-    "an extra entry": (_with_an_extra_entry, "unexpected: 2.momentum_buffer"),
+    "a missing state": (_without_last_moment, "missing: 2."),
+    "an extra state": (_with_an_extra_state, "unexpected: 2.momentum_buffer"),
     "an extra parameter": (_with_an_extra_parameter, "unexpected: 3"),
     "a wrong shape": (_wrong_shape, "another shape or kind: 2."),
-    "a wrong kind": (_wrong_kind, "another shape or kind: 2."),
-    "two step numbers": (_step_with_two_elements, "another shape or kind: 2.step"),
+    "a wrong type": (_wrong_type, "another shape or kind: 2."),
+    "two step counts": (_step_with_two_elements, "another shape or kind: 2.step"),
     "a complex moment": (_complex_moment, "another shape or kind: 2."),
     "one group more": (_one_group_more, "different number of parameter groups: 3.* 2"),
     "one group fewer": (_one_group_fewer, "different number of parameter groups: 1.* 2"),
@@ -598,7 +588,7 @@ BAD_STATE_DICTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 def two_groups(cls: type, **options: Any) -> tuple[Any, Params]:
-    """A trained optimizer with one parameter in its first group and two in its second."""
+    """Return a trained optimizer, one parameter in its first group and two in its second."""
     params = make_params()
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": 0.3, **options}]
     optimizer = cls(groups, lr=LR)
@@ -614,12 +604,12 @@ def test_a_bad_state_dict_is_refused_and_changes_nothing(
     saved = copy.deepcopy(two_groups(cls)[0].state_dict())
     optimizer, params = two_groups(cls, weight_decay=0.5)
     run(optimizer, params, range(3, 5))
-    before, containers = frozen(optimizer), (optimizer.state, *optimizer.param_groups)
+    before, containers = snapshot(optimizer), (optimizer.state, *optimizer.param_groups)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(spoil(saved))
     assert_unchanged(optimizer, before)
-    now = (optimizer.state, *optimizer.param_groups)
-    assert all(x is y for x, y in zip(now, containers, strict=True))
+    containers_after = (optimizer.state, *optimizer.param_groups)
+    assert all(x is y for x, y in zip(containers_after, containers, strict=True))
 
 
 @each_optimizer
@@ -627,12 +617,13 @@ def test_a_value_of_the_wrong_type_is_refused_and_changes_nothing(cls: type) -> 
     saved = copy.deepcopy(two_groups(cls)[0].state_dict())
     saved["param_groups"][1]["lr"] = "fast"
     optimizer, _ = two_groups(cls)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(TypeError, match="lr must be a number >= 0, but got 'fast'"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
 
 
+#: The optimizers that have the same states.
 ALIKE = {stepforge.Adam, stepforge.AdamW}
 PAIRS = [
     pytest.param(*pair, id="-from-".join(cls.__name__ for cls in pair))
@@ -646,7 +637,7 @@ PAIRS = [
 def test_another_optimizers_state_dict_is_refused(cls: type, other: type, stepped: bool) -> None:
     saved = trained(other, 2 if stepped else 0)[0].state_dict()
     optimizer, _ = trained(cls)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"does not fit this optimizer .*nothing was loaded"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
@@ -657,13 +648,13 @@ def test_another_optimizers_state_dict_loads_where_it_fits(cls: type, other: typ
     saved = trained(other, lr=0.5)[0].state_dict()
     optimizer, params = trained(cls)
     moments_fit = set(moments_of(cls)) <= set(moments_of(other)) and cls is not stepforge.NAdam
-    before = frozen(optimizer)["state"]
+    before = snapshot(optimizer)["state"]
     result = optimizer.load_state_dict(saved, strict=False)
     assert any(result)
     assert optimizer.param_groups[0]["lr"] == 0.5
     expected = [saved["state"][i] if moments_fit else before[i] for i in range(len(params))]
-    for p, entry in zip(params, expected, strict=True):
-        assert_identical(optimizer.state[p], {key: entry[key] for key in optimizer.state[p]})
+    for p, values in zip(params, expected, strict=True):
+        assert_identical(optimizer.state[p], {key: values[key] for key in optimizer.state[p]})
     run(optimizer, params, range(1))
 
 
@@ -673,10 +664,10 @@ def test_adam_and_adamw_load_each_other(saved_by: type) -> None:
     (other,) = ALIKE - {saved_by}
     optimizer, _ = trained(other)
     optimizer.load_state_dict(source.state_dict())
-    assert_identical(frozen(optimizer)["state"], frozen(source)["state"])
+    assert_identical(snapshot(optimizer)["state"], snapshot(source)["state"])
 
 
-# What torch.load raises for a file that ends too early depends on where it ends.
+#: The errors of torch.load for a truncated file. They depend on where the file ends.
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError)
 
 
@@ -685,7 +676,7 @@ def test_a_file_cut_short_changes_nothing(cls: type) -> None:
     optimizer, _ = trained(cls)
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     whole = file.getvalue()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         with pytest.raises(UNREADABLE):
@@ -705,16 +696,16 @@ def test_what_fits_is_loaded_and_the_rest_is_named(cls: type) -> None:
     del saved["param_groups"][1]["eps"]
     optimizer, params = two_groups(cls)
     run(optimizer, params, range(3, 5))
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     result = optimizer.load_state_dict(saved, strict=False)
     assert sorted(result.missing_keys) == ["0.step", "param_groups[1].eps"]
     assert result.unexpected_keys == ["2.momentum_buffer"]
     assert result.mismatched_keys == [f"1.{moment}"]
     assert "1." in repr(result)
-    after = frozen(optimizer)
+    after = snapshot(optimizer)
     assert_identical(after["state"][0], before["state"][0])
     assert_identical(after["state"][1], before["state"][1])
-    assert_identical(after["state"][2], frozen(source)["state"][2])
+    assert_identical(after["state"][2], snapshot(source)["state"][2])
     assert after["groups"][0]["lr"] == 0.25
     assert after["groups"][1]["eps"] == before["groups"][1]["eps"]
 
@@ -734,7 +725,7 @@ def test_unnamed_groups_of_other_sizes_load_what_fits(cls: type) -> None:
 @each_optimizer
 def test_names_are_adopted_only_where_all_of_them_fit(cls: type) -> None:
     params = make_params()
-    source = cls(names_and_params(params, [0, 1]))
+    source = cls(named_params(params, [0, 1]))
     others = make_params()
     optimizer = cls(others)
     optimizer.load_state_dict(source.state_dict(), strict=False)
@@ -745,9 +736,9 @@ def test_names_are_adopted_only_where_all_of_them_fit(cls: type) -> None:
 @each_optimizer
 def test_named_parameters_load_what_fits(cls: type) -> None:
     params, others = make_params(), make_params()
-    source = cls(names_and_params(params, [0, 1]))
+    source = cls(named_params(params, [0, 1]))
     run(source, params, range(3))
-    optimizer = cls(names_and_params(others, [2, 1]))
+    optimizer = cls(named_params(others, [2, 1]))
     with pytest.raises(ValueError, match=r"missing: layer2; unexpected: layer0"):
         optimizer.load_state_dict(source.state_dict())
     result = optimizer.load_state_dict(source.state_dict(), strict=False)
@@ -760,7 +751,7 @@ def test_an_error_of_value_is_raised_without_strictness_too(cls: type) -> None:
     saved = copy.deepcopy(trained(cls)[0].state_dict())
     saved["param_groups"][0]["lr"] = float("nan")
     optimizer, _ = trained(cls)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="Invalid learning rate: nan"):
         optimizer.load_state_dict(saved, strict=False)
     assert_unchanged(optimizer, before)
@@ -789,11 +780,11 @@ def _by_group(cls: type, params: Params, saved: dict[str, Any]) -> Any:
 @AMSGRAD
 def test_amsgrad_can_be_turned_on_in_a_later_run(cls: type, turn_on: Callable[..., Any]) -> None:
     source, source_params = trained(cls)
-    params = [torch.nn.Parameter(p.detach().clone()) for p in source_params]
+    params = copy_params(source_params)
     optimizer = turn_on(cls, params, source.state_dict())
     assert optimizer.param_groups[0]["amsgrad"] is True
-    # The oracle: the twin, whose maximum so far starts at 0 as it does in its first step.
-    twins = [torch.nn.Parameter(p.detach().clone()) for p in source_params]
+    # Oracle: the twin. Its maximum starts at 0, as in its first step.
+    twins = copy_params(source_params)
     twin = twin_of(cls)(twins)
     twin.load_state_dict(copy.deepcopy(source.state_dict()))
     twin.param_groups[0]["amsgrad"] = True
@@ -808,12 +799,12 @@ def test_amsgrad_can_be_turned_on_in_a_later_run(cls: type, turn_on: Callable[..
 @AMSGRAD
 def test_amsgrad_stays_on_if_the_checkpoint_has_it_on(cls: type) -> None:
     source, source_params = trained(cls, amsgrad=True)
-    params = [torch.nn.Parameter(p.detach().clone()) for p in source_params]
+    params = copy_params(source_params)
     optimizer = cls(params)
     optimizer.load_state_dict(source.state_dict())
     run(source, source_params, range(3, 6))
     run(optimizer, params, range(3, 6))
-    assert_identical(frozen(optimizer)["state"], frozen(source)["state"])
+    assert_identical(snapshot(optimizer)["state"], snapshot(source)["state"])
 
 
 # Older checkpoints
@@ -826,20 +817,20 @@ def test_older_dicts_without_newer_flags_load(cls: type, as_step: Callable[..., 
     saved = copy.deepcopy(source.state_dict())
     for name in (*EXECUTION_FLAGS, "maximize", "decoupled_weight_decay"):
         saved["param_groups"][0].pop(name, None)
-    for entry in saved["state"].values():
-        entry["step"] = as_step(entry["step"])
-        if "mu_product" in entry:
-            entry["mu_product"] = float(entry["mu_product"])
-    params = [torch.nn.Parameter(p.detach().clone()) for p in source_params]
+    for param_state in saved["state"].values():
+        param_state["step"] = as_step(param_state["step"])
+        if "mu_product" in param_state:
+            param_state["mu_product"] = float(param_state["mu_product"])
+    params = copy_params(source_params)
     optimizer = cls(params)
     assert not any(optimizer.load_state_dict(saved))
     assert all(isinstance(optimizer.state[p]["step"], torch.Tensor) for p in params)
     run(source, source_params, range(3, 6))
     run(optimizer, params, range(3, 6))
-    assert_identical(frozen(optimizer)["params"], frozen(source)["params"])
+    assert_identical(snapshot(optimizer)["params"], snapshot(source)["params"])
 
 
-# Keys of the user's
+# Keys that the user added
 
 
 @each_optimizer
@@ -848,7 +839,7 @@ def test_keys_that_are_no_parameters_survive(cls: type) -> None:
     optimizer.state["test"] = 1
     optimizer.state["nested"] = {"values": [1, 2]}
     run(optimizer, params, range(1))
-    saved = through_a_file(optimizer.state_dict())
+    saved = save_and_load(optimizer.state_dict())
     assert saved["state"]["test"] == 1
     resumed = cls(make_params())
     resumed.load_state_dict(saved)
@@ -859,7 +850,7 @@ def test_keys_that_are_no_parameters_survive(cls: type) -> None:
 
 @each_optimizer
 def test_extra_keys_of_a_group_are_loaded(cls: type) -> None:
-    # As a scheduler's `initial_lr`, and whatever else a user keeps there.
+    # For example a scheduler's `initial_lr`, and anything else that a user puts there.
     values = {"initial_lr": 0.5, "note": "mine", "mask": torch.tensor([1.0, 2.0])}
     source, _ = trained(cls)
     source.param_groups[0].update(values)
@@ -874,7 +865,7 @@ def test_extra_keys_of_a_group_are_loaded(cls: type) -> None:
 
 @each_optimizer
 def test_keys_that_only_this_optimizer_has_are_kept(cls: type) -> None:
-    # As a scheduler was made before the checkpoint of a run without one is loaded.
+    # For example if the new run has a scheduler and the run of the checkpoint had none.
     optimizer, params = trained(cls)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
     optimizer.load_state_dict(cls(make_params(), lr=0.25).state_dict())
@@ -899,9 +890,9 @@ def test_an_optimizer_and_its_scheduler_resume_together(cls: type) -> None:
     params = make_params()
     optimizer, scheduler = with_scheduler(params)
     advance(optimizer, scheduler, params, range(3))
-    resumed_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    resumed_params = copy_params(params)
     resumed, resumed_scheduler = with_scheduler(resumed_params)
-    resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+    resumed.load_state_dict(save_and_load(optimizer.state_dict()))
     resumed_scheduler.load_state_dict(scheduler.state_dict())
     advance(optimizer, scheduler, params, range(3, 8))
     advance(resumed, resumed_scheduler, resumed_params, range(3, 8))

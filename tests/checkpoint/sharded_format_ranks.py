@@ -1,8 +1,8 @@
-"""What each of several processes does for the tests of sharded optimizers.
+"""One rank of ``test_sharded_formats.py``, and helpers of both.
 
-Run as ``python -m tests.contract.ranks RANK PROCESSES FOLDER``. For each case a model is sharded,
-trained, saved, and restored; what the first process finds, with whole tensors, it writes to
-``results.pt`` in the folder, and all processes the checkpoint of a case to a folder of its name.
+Run as ``python -m tests.checkpoint.sharded_format_ranks RANK PROCESSES FOLDER``. Each case shards,
+trains, saves and restores a model. The first process writes the results, as whole tensors, to
+``results.pt`` in the folder. All processes write the checkpoint of a case to a folder of its name.
 Two processes shard along one dimension of a mesh, four along two.
 """
 
@@ -37,16 +37,17 @@ from torch.nn.parallel import DistributedDataParallel
 import stepforge
 from stepforge.checkpoint import full_precision_weights, to_torch
 from stepforge.state.sharding import first_index, local
+from tests.process_groups import process_group
 
 LR, SEED = 0.1, 9
 BEFORE, AFTER = range(3), range(3, 6)
-#: Rows that two processes do not share evenly, with a block that rows cut short; one row, so that
-#: a process has none; and one that is too small for codes.
+#: Rows that two processes cannot share evenly and that end within a block; one row, so that one
+#: process has none; a parameter too small for int8 states; and one that is shared evenly.
 SHAPES = ((65, 200), (1, 5000), (65,), (4, 64, 32))
 
 
 class Case(NamedTuple):
-    """A run: an optimizer with options, of parameters of a dtype."""
+    """An optimizer, its options, and its parameters' dtype."""
 
     cls: type
     options: dict[str, Any]
@@ -66,12 +67,12 @@ CASES = {
 }
 
 
-#: Those that are tried on a mesh of two dimensions: all kinds of tensors, and all that is random.
+#: The cases on a mesh of two dimensions: together they have every kind of tensor and of rounding.
 IN_TWO_DIMENSIONS = ("24 bits", "stochastic")
 
 
 class Model(torch.nn.Module):
-    """Nothing but parameters."""
+    """A model of parameters without a forward pass."""
 
     def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class Model(torch.nn.Module):
 
 
 def built(case: Case, mesh: DeviceMesh | None, seed: int = 0) -> tuple[Model, Any]:
-    """A model, sharded unless there is no mesh, and its optimizer."""
+    """Return a model and its optimizer. Without a mesh the model is not sharded."""
     model = Model(case.dtype, seed)
     if mesh is not None:
         fully_shard(model, mesh=mesh)
@@ -90,7 +91,7 @@ def built(case: Case, mesh: DeviceMesh | None, seed: int = 0) -> tuple[Model, An
 
 
 def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
-    """Steps over gradients that follow from step and parameter, whatever the sharding."""
+    """Step with gradients that depend on the step and the parameter, not on the sharding."""
     for step in steps:
         generator = torch.Generator().manual_seed(1000 + step)
         for p in model.parameters():
@@ -102,9 +103,9 @@ def train(model: torch.nn.Module, optimizer: Any, steps: range) -> None:
 
 
 def whole(value: Any) -> Any:
-    """Nested values with whole tensors."""
+    """Return nested values with each DTensor gathered into a whole tensor."""
     if isinstance(value, DTensor):
-        if value.dtype == torch.int16:  # which no collective operation takes
+        if value.dtype == torch.int16:  # no collective operation takes int16
             return value.to(torch.int32).full_tensor().to(torch.int16)
         return value.detach().full_tensor()
     if isinstance(value, dict):
@@ -114,19 +115,19 @@ def whole(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def held(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
-    """All numbers of a run, whole."""
+def whole_run(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Return all parameters and states, as whole tensors."""
     params = list(model.parameters())
     return whole({"params": params, "state": [dict(optimizer.state[p]) for p in params]})
 
 
 def save(model: torch.nn.Module, optimizer: Any, folder: Path) -> None:
-    """Writes a distributed checkpoint."""
+    """Write a distributed checkpoint."""
     checkpoint.save(_state(model, optimizer), checkpoint_id=folder)
 
 
 def load(model: torch.nn.Module, optimizer: Any, folder: Path) -> None:
-    """Reads a distributed checkpoint of any number of processes."""
+    """Read a distributed checkpoint of any number of processes."""
     state = _state(model, optimizer)
     checkpoint.load(state, checkpoint_id=folder)
     set_model_state_dict(model, state["model"])
@@ -140,8 +141,8 @@ def _state(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
     }
 
 
-def misplaced(model: torch.nn.Module, optimizer: Any) -> list[str]:
-    """The states that are not sharded as their parameters are, row by row."""
+def misplaced_states(model: torch.nn.Module, optimizer: Any) -> list[str]:
+    """Return the keys of states that are not sharded as their parameters are, row by row."""
     return [
         key
         for p in model.parameters()
@@ -156,45 +157,45 @@ def misplaced(model: torch.nn.Module, optimizer: Any) -> list[str]:
     ]
 
 
-def found(case: Case, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
-    """What a case comes to."""
+def results_of(case: Case, mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """Run a case, and return the tensors to compare."""
     model, optimizer = built(case, mesh)
     train(model, optimizer, BEFORE)
     results = {
-        "saved": held(model, optimizer),
-        "misplaced": misplaced(model, optimizer),
+        "saved": whole_run(model, optimizer),
+        "misplaced": misplaced_states(model, optimizer),
         "exported": whole(to_torch(optimizer)["state"]),
         "weights": whole(full_precision_weights(model, optimizer)),
     }
     save(model, optimizer, folder)
-    # The state dict of all processes, in one that has whole parameters.
+    # A sharded state dict into whole parameters.
     gathering, gathering_optimizer = built(case, None)
     gathering_optimizer.load_state_dict(optimizer.state_dict())
-    results["gathered"] = held(gathering, gathering_optimizer)["state"]
+    results["gathered"] = whole_run(gathering, gathering_optimizer)["state"]
     train(model, optimizer, AFTER)
-    resumed, its_optimizer = built(case, mesh, seed=1)
-    load(resumed, its_optimizer, folder)
-    results["loaded"] = held(resumed, its_optimizer)
-    train(resumed, its_optimizer, AFTER)
-    # The state dict of one process, whole in all of them.
+    resumed, resumed_optimizer = built(case, mesh, seed=1)
+    load(resumed, resumed_optimizer, folder)
+    results["loaded"] = whole_run(resumed, resumed_optimizer)
+    train(resumed, resumed_optimizer, AFTER)
+    # A whole state dict, the same in all processes, into sharded parameters.
     plain, plain_optimizer = built(case, None)
     train(plain, plain_optimizer, BEFORE)
-    moved, moved_optimizer = built(case, mesh)
-    train(moved, moved_optimizer, range(1))
-    moved_optimizer.load_state_dict(plain_optimizer.state_dict())
-    for p, q in zip(moved.parameters(), plain.parameters(), strict=True):
+    distributed, distributed_optimizer = built(case, mesh)
+    train(distributed, distributed_optimizer, range(1))
+    distributed_optimizer.load_state_dict(plain_optimizer.state_dict())
+    for p, q in zip(distributed.parameters(), plain.parameters(), strict=True):
         p.data.copy_(distribute_tensor(q.data, mesh, p.placements, src_data_rank=None))
-    results["misplaced"] += misplaced(moved, moved_optimizer)
-    train(moved, moved_optimizer, AFTER)
+    results["misplaced"] += misplaced_states(distributed, distributed_optimizer)
+    train(distributed, distributed_optimizer, AFTER)
     return results | {
-        "trained": held(model, optimizer),
-        "resumed": held(resumed, its_optimizer),
-        "moved": held(moved, moved_optimizer),
+        "trained": whole_run(model, optimizer),
+        "resumed": whole_run(resumed, resumed_optimizer),
+        "distributed": whole_run(distributed, distributed_optimizer),
     }
 
 
 def cut_through_rows(mesh: DeviceMesh) -> dict[str, Any]:
-    """A parameter of which each process has a part of every row, stepped alike everywhere."""
+    """Step a parameter whose rows are cut: every process has a part of each row."""
     options = {"state_format": "int8", "stochastic_rounding": True}
     cut = torch.nn.Parameter(
         distribute_tensor(
@@ -208,9 +209,9 @@ def cut_through_rows(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def cut_through_blocks(mesh: DeviceMesh) -> dict[str, Any]:
-    """States in codes, whole in all processes, loaded where each has a part of every row.
+    """Load whole int8 states into a parameter whose rows are cut.
 
-    Parts and their scales are of fitting shapes, but a part has elements of more blocks.
+    The shapes of the parts and of their scales fit, but a part has elements of several blocks.
     """
     options = {"lr": LR, "state_format": "int8"}
     whole_p = torch.nn.Parameter(torch.ones(16, 3, 256))
@@ -222,19 +223,19 @@ def cut_through_blocks(mesh: DeviceMesh) -> dict[str, Any]:
     optimizer = stepforge.Adam([cut], **options)
     optimizer.load_state_dict(source.state_dict())
     return {
-        "found": whole(dict(optimizer.state[cut])),
+        "loaded": whole(dict(optimizer.state[cut])),
         "expected": to_torch(source)["state"][0],
     }
 
 
 def flat_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """A model whose matrices have rows that are long enough for codes."""
+    """Return a model whose matrices have rows that are long enough for int8 states."""
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 96)).to(dtype)
 
 
 def backward(model: torch.nn.Module, step: int) -> None:
-    """Gradients of a batch that is the same in all processes."""
+    """Set the gradients of a batch that is the same in all processes."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(4, 128, generator=generator).to(next(model.parameters()).dtype)
     model.zero_grad()
@@ -242,7 +243,7 @@ def backward(model: torch.nn.Module, step: int) -> None:
 
 
 def flattened(use_orig_params: bool) -> dict[str, Any]:
-    """FSDP1: two steps, a sharded checkpoint, and two steps more; and what is said and refused."""
+    """Run FSDP1: two steps, a sharded checkpoint, two more steps. Record warnings and errors."""
     device = torch.device("cpu")
 
     def wrapped(dtype: torch.dtype = torch.float32) -> FullyShardedDataParallel:
@@ -251,43 +252,46 @@ def flattened(use_orig_params: bool) -> dict[str, Any]:
         )
 
     model = wrapped()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer = stepforge.AdamW(model.parameters(), lr=LR, state_format="int8")
     for step in range(2):
         backward(model, step)
         optimizer.step()
     results: dict[str, Any] = {
-        "said": [str(x.message) for x in said if "state_format" in str(x.message)],
+        "warnings": [str(x.message) for x in caught if "state_format" in str(x.message)],
         "explained": str(stepforge.explain(optimizer)),
-        "dtypes": sorted({str(x.dtype) for e in optimizer.state.values() for x in e.values()}),
+        "dtypes": sorted({str(x.dtype) for s in optimizer.state.values() for x in s.values()}),
     }
     resumed = wrapped()
     resumed.load_state_dict(model.state_dict())
-    its_optimizer = stepforge.AdamW(resumed.parameters(), lr=0.5, state_format="float32")
+    resumed_optimizer = stepforge.AdamW(resumed.parameters(), lr=0.5, state_format="float32")
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
         saved = FullyShardedDataParallel.optim_state_dict(model, optimizer)
     with FullyShardedDataParallel.state_dict_type(resumed, StateDictType.SHARDED_STATE_DICT):
-        its_optimizer.load_state_dict(
-            FullyShardedDataParallel.optim_state_dict_to_load(resumed, its_optimizer, saved)
+        resumed_optimizer.load_state_dict(
+            FullyShardedDataParallel.optim_state_dict_to_load(resumed, resumed_optimizer, saved)
         )
-    for name, run, its in (("trained", model, optimizer), ("resumed", resumed, its_optimizer)):
+    for name, fsdp_model, its_optimizer in (
+        ("trained", model, optimizer),
+        ("resumed", resumed, resumed_optimizer),
+    ):
         for step in range(2, 4):
-            backward(run, step)
-            its.step()
-        with FullyShardedDataParallel.summon_full_params(run):
-            results[name] = [p.detach().clone() for p in run.module.parameters()]
-    short = wrapped(torch.bfloat16)
+            backward(fsdp_model, step)
+            its_optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(fsdp_model):
+            results[name] = [p.detach().clone() for p in fsdp_model.module.parameters()]
+    bfloat16_model = wrapped(torch.bfloat16)
     for width in (24, 32):
         try:
-            stepforge.AdamW(short.parameters(), master_weight_bits=width)
+            stepforge.AdamW(bfloat16_model.parameters(), master_weight_bits=width)
         except ValueError as error:
             results[f"{width} bits"] = str(error)
     return results
 
 
 def replicated(zero: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """DDP over whole weights of bfloat16, each process with all states or with its own."""
+    """Train bfloat16 replicas by DDP, each process with all states or with its share."""
     from torch.distributed.optim import ZeroRedundancyOptimizer  # warns of torch.jit
 
     model = DistributedDataParallel(flat_model(torch.bfloat16))
@@ -302,27 +306,28 @@ def replicated(zero: bool, options: dict[str, Any]) -> dict[str, Any]:
         backward(model, step)
         optimizer.step()
     own = [p.detach().clone() for p in model.module.parameters()]
-    all_of_them: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(all_of_them, own)
-    return {"params": own, "processes": all_of_them}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, own)
+    return {"params": own, "processes": gathered}
 
 
-def sent_as_int16(mesh: DeviceMesh) -> str:
-    """What is said where low bits of 16 bits are gathered."""
+def gather_int16_error(mesh: DeviceMesh) -> str:
+    """Return the error of gathering low bits in int16."""
     model, optimizer = built(CASES["32 bits"], mesh)
     train(model, optimizer, range(1))
     try:
         get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         return str(error)
-    return "nothing"
+    return "no error"
 
 
 def in_two_dimensions(case: Case, mesh: DeviceMesh | None) -> tuple[torch.nn.Module, Any]:
-    """Two layers, the first cut along its outputs and the second along its inputs; FSDP2 over it.
+    """Return two layers under tensor parallelism and FSDP2, and their optimizer.
 
-    The rows of the first are cut twice, by ``_StridedShard`` and ``Shard``, those of the second
-    and their columns once.
+    Tensor parallelism cuts the first layer along its outputs and the second along its inputs. So
+    the rows of the first are cut twice, by ``_StridedShard`` and ``Shard``. The rows and the
+    columns of the second are cut once each.
     """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(130, 65), torch.nn.Linear(65, 96)).to(case.dtype)
@@ -333,8 +338,8 @@ def in_two_dimensions(case: Case, mesh: DeviceMesh | None) -> tuple[torch.nn.Mod
     return model, case.cls(model.parameters(), lr=LR, rounding_seed=SEED, **case.options)
 
 
-def of_placements(case: Case, mesh: DeviceMesh, placements: Any) -> dict[str, Any]:
-    """One matrix, sharded by hand."""
+def step_with_placements(case: Case, mesh: DeviceMesh, placements: Any) -> dict[str, Any]:
+    """Step one matrix with these placements, or whole if there are none."""
     x = torch.randn(72, 200, generator=torch.Generator().manual_seed(0)).to(case.dtype)
     if placements is not None:
         x = distribute_tensor(x, mesh, placements, src_data_rank=None)
@@ -343,11 +348,11 @@ def of_placements(case: Case, mesh: DeviceMesh, placements: Any) -> dict[str, An
     optimizer = case.cls(model.parameters(), lr=LR, rounding_seed=SEED, **case.options)
     train(model, optimizer, range(1))
     first = first_index(model.weight)
-    places: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(places, (first, first + local(model.weight).numel()))
-    return held(model, optimizer) | {
-        "misplaced": misplaced(model, optimizer) if placements else [],
-        "places": places,
+    ranges: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(ranges, (first, first + local(model.weight).numel()))
+    return whole_run(model, optimizer) | {
+        "misplaced": misplaced_states(model, optimizer) if placements else [],
+        "index ranges": ranges,
     }
 
 
@@ -358,8 +363,7 @@ REPLICATED: dict[str, dict[str, Any]] = {
     "ZeRO": {"state_format": "float32", "master_weight_bits": 32},
     "ZeRO, stochastic": {"state_format": "int8", "stochastic_rounding": True},
 }
-#: Ways to shard a matrix over two dimensions of a mesh, and those of them that leave each process
-#: rows that follow one another.
+#: Placements that cut the rows of a matrix over a mesh of two dimensions.
 PLACEMENTS = {
     "rows twice": [Shard(0), Shard(0)],
     "rows of replicas": [Replicate(), Shard(0)],
@@ -367,24 +371,25 @@ PLACEMENTS = {
     "replicas of pieces": [Replicate(), _StridedShard(0, split_factor=3)],
     "pieces of parts": [Shard(0), _StridedShard(0, split_factor=2)],
 }
+#: The placements that give each process consecutive rows.
 IN_ORDER = ("rows twice", "rows of replicas", "rows, strided")
 
 
-def on_one_mesh(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
-    """What two processes find."""
-    results = {name: found(case, mesh, folder / name) for name, case in CASES.items()}
+def on_one_dimension(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """Return the results of two processes."""
+    results = {name: results_of(case, mesh, folder / name) for name, case in CASES.items()}
     results["cut"] = cut_through_rows(mesh)
     results["cut through blocks"] = cut_through_blocks(mesh)
     results["flat"] = {orig: flattened(orig) for orig in (False, True)}
     results["replicated"] = {
         name: replicated(name.startswith("ZeRO"), options) for name, options in REPLICATED.items()
     }
-    results["int16"] = sent_as_int16(mesh)
+    results["int16"] = gather_int16_error(mesh)
     return results
 
 
 def on_two_dimensions(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
-    """What four processes find."""
+    """Return the results of four processes."""
     results: dict[str, Any] = {}
     for name in IN_TWO_DIMENSIONS:
         case = CASES[name]
@@ -392,40 +397,38 @@ def on_two_dimensions(mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
         train(model, optimizer, BEFORE)
         save(model, optimizer, folder / name)
         results[name] = {
-            "saved": held(model, optimizer),
-            "misplaced": misplaced(model, optimizer),
+            "saved": whole_run(model, optimizer),
+            "misplaced": misplaced_states(model, optimizer),
             "placements": [str(p.placements) for p in model.parameters()],
         }
-        resumed, its_optimizer = in_two_dimensions(case, mesh)
-        load(resumed, its_optimizer, folder / name)
-        train(resumed, its_optimizer, AFTER)
-        results[name]["resumed"] = held(resumed, its_optimizer)
+        resumed, resumed_optimizer = in_two_dimensions(case, mesh)
+        load(resumed, resumed_optimizer, folder / name)
+        train(resumed, resumed_optimizer, AFTER)
+        results[name]["resumed"] = whole_run(resumed, resumed_optimizer)
     # FSDP2 takes a mesh of two dimensions for HSDP: replicas of shards.
     model, optimizer = built(CASES["stochastic"], mesh)
     train(model, optimizer, BEFORE)
-    results["HSDP"] = held(model, optimizer) | {
+    results["HSDP"] = whole_run(model, optimizer) | {
         "placements": [str(p.placements) for p in model.parameters()]
     }
     results["placements"] = {
-        name: of_placements(CASES["stochastic"], mesh, placements)
+        name: step_with_placements(CASES["stochastic"], mesh, placements)
         for name, placements in ({"whole": None} | PLACEMENTS).items()
     }
     return results
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    """Runs all cases in one of several processes."""
+    """Run all cases in one of several processes."""
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), processes)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    if processes == 2:
-        results = on_one_mesh(init_device_mesh("cpu", (2,)), folder)
-    else:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-        results = on_two_dimensions(mesh, folder)
-    if rank == 0:
-        torch.save(results, folder / "results.pt")
-    torch.distributed.destroy_process_group()
+    with process_group(folder / "store", rank, processes):
+        if processes == 2:
+            results = on_one_dimension(init_device_mesh("cpu", (2,)), folder)
+        else:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+            results = on_two_dimensions(mesh, folder)
+        if rank == 0:
+            torch.save(results, folder / "results.pt")
 
 
 if __name__ == "__main__":

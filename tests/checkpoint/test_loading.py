@@ -1,47 +1,45 @@
-"""``load_state_dict`` refuses what a later step would, and refusing changes nothing.
+"""``load_state_dict`` refuses all that a later step would refuse, and a refusal changes nothing.
 
-The oracle is a deep copy of all that the optimizer held before.
+Oracle: a deep copy of the optimizer's parameters, state and options, taken before.
 """
 
 from __future__ import annotations
 
 import copy
 import pickle
-import tempfile
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import stepforge
 from stepforge.checkpoint import full_precision_weights, reset_low_bits
-
-from .twins import (
+from tests.twins import (
     LR,
     assert_identical,
     assert_unchanged,
     each_optimizer,
-    frozen,
     make_params,
     run,
-    through_a_file,
+    save_and_load,
+    snapshot,
 )
 
 NAN, INF = float("nan"), float("inf")
 
 
 def trained(cls: type = stepforge.Adam, steps: int = 2, **options: Any) -> tuple[Any, list[Any]]:
+    """Return an optimizer of two groups after some steps, and its parameters."""
     params = make_params()
     optimizer = cls([{"params": params[:1]}, {"params": params[1:]}], **{"lr": LR, **options})
     run(optimizer, params, range(steps))
     return optimizer, params
 
 
-def saved_with(key: str, value: Any, cls: type = stepforge.Adam) -> dict[str, Any]:
-    """A state dict of which the first parameter has such a state."""
+def state_dict_with(key: str, value: Any, cls: type = stepforge.Adam) -> dict[str, Any]:
+    """Return a state dict in which this state of the first parameter has this value."""
     saved = copy.deepcopy(trained(cls)[0].state_dict())
     saved["state"][0][key] = value
     return saved
@@ -76,20 +74,20 @@ TENSORS = {
     "on the device meta": (torch.zeros(3, 4, device="meta"), "on the device meta"),
     "of another shape": (torch.zeros(4, 3), r"is of shape \(4, 3\), which must be \(3, 4\)"),
 }
-SPOILED = [
+BAD_STATES = [
     *(pytest.param("step", *case, id=f"step {name}") for name, case in STEPS.items()),
     *(pytest.param("exp_avg_sq", *case, id=f"moment {name}") for name, case in TENSORS.items()),
 ]
 
 
 @pytest.mark.parametrize("fused", [None, True], ids=["default", "fused"])
-@pytest.mark.parametrize(("key", "value", "words"), SPOILED)
+@pytest.mark.parametrize(("key", "value", "words"), BAD_STATES)
 def test_a_state_that_the_next_step_would_refuse_is_refused_when_loading(
     key: str, value: Any, words: str, fused: bool | None
 ) -> None:
-    saved = saved_with(key, value)
+    saved = state_dict_with(key, value)
     optimizer, params = trained(fused=fused)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(
         ValueError, match=rf"of another shape or kind: 0\.{key} \(.*{words}"
     ) as error:
@@ -105,31 +103,31 @@ def test_a_state_that_the_next_step_would_refuse_is_refused_when_loading(
 @pytest.mark.parametrize("value", [None, True, [1.0], torch.ones(2), "1", 10**400], ids=repr)
 def test_a_scalar_state_that_is_no_number_is_refused(value: Any) -> None:
     optimizer, _ = trained(stepforge.NAdam)
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"0\.mu_product \(.*which must be a number"):
-        optimizer.load_state_dict(saved_with("mu_product", value, stepforge.NAdam))
+        optimizer.load_state_dict(state_dict_with("mu_product", value, stepforge.NAdam))
     assert_unchanged(optimizer, before)
 
 
-@pytest.mark.parametrize("entry", [None, [], 1.0], ids=repr)
-def test_an_entry_that_is_no_dict_is_refused(entry: Any) -> None:
+@pytest.mark.parametrize("param_state", [None, [], 1.0], ids=repr)
+def test_a_parameters_state_that_is_no_dict_is_refused(param_state: Any) -> None:
     saved = copy.deepcopy(trained()[0].state_dict())
-    saved["state"][1] = entry
+    saved["state"][1] = param_state
     optimizer, _ = trained()
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match="the state of parameter 1 is not a dict, but"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16, torch.float16], ids=str)
-def test_a_step_number_of_a_dtype_that_cannot_count_on_becomes_a_float32(
+def test_a_step_count_of_a_dtype_that_cannot_count_on_becomes_a_float32(
     dtype: torch.dtype,
 ) -> None:
-    """A bfloat16 sticks at 256, a float16 at 2048."""
+    """A bfloat16 counts to 256 only, a float16 to 2048."""
     start = 2047 if dtype == torch.float16 else 255
     optimizer, params = trained()
-    optimizer.load_state_dict(saved_with("step", torch.tensor(start, dtype=dtype)))
+    optimizer.load_state_dict(state_dict_with("step", torch.tensor(start, dtype=dtype)))
     run(optimizer, params, range(3))
     assert_identical(optimizer.state[params[0]]["step"], torch.tensor(start + 3.0))
 
@@ -145,7 +143,7 @@ def test_a_learning_rate_that_its_tensor_cannot_hold_is_refused(dtype: torch.dty
     saved = optimizer.state_dict()
     for group in saved["param_groups"][1:]:
         group["lr"] = value
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     words = rf"param_groups\[1\]\.lr of the state dict is {value}, which would be .* {dtype}"
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(saved)
@@ -179,7 +177,7 @@ def test_a_later_groups_learning_rate_spoils_nothing_of_an_earlier_one(
     run(optimizer, params, range(2))
     saved = copy.deepcopy(trained(lr=0.7)[0].state_dict())
     saved["param_groups"][1]["lr"] = value
-    before = frozen(optimizer)
+    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)
@@ -213,10 +211,10 @@ def test_a_pickle_with_no_tensor_where_one_is_due_is_refused(key: str, value: An
             again()
 
 
-# Options that stay where they are
+# Options of formats, which belong to the optimizer and not to its checkpoint
 
 
-STORED = {
+FORMAT_OPTIONS = {
     "state_format": "int8",
     "master_weight_bits": 24,
     "stochastic_rounding": False,
@@ -225,24 +223,26 @@ STORED = {
 
 
 @each_optimizer
-def test_state_dicts_leave_out_what_is_stored_and_pickles_keep_it(cls: type) -> None:
+def test_state_dicts_leave_out_options_of_formats_and_pickles_keep_them(cls: type) -> None:
     params = make_params([(64, 64), (3,)], dtype=torch.bfloat16)
-    optimizer = cls(params, **STORED)
+    optimizer = cls(params, **FORMAT_OPTIONS)
     run(optimizer, params, range(2))
     (packed,) = optimizer.state_dict()["param_groups"]
-    assert not packed.keys() & STORED.keys()
+    assert not packed.keys() & FORMAT_OPTIONS.keys()
     duplicates = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
     for other in (optimizer, *duplicates):
-        assert_identical({name: other.param_groups[0][name] for name in STORED}, STORED)
-    # As accelerate does when it prepares an optimizer, and trainers when they resume.
-    before = frozen(optimizer)
-    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        assert_identical(
+            {name: other.param_groups[0][name] for name in FORMAT_OPTIONS}, FORMAT_OPTIONS
+        )
+    # accelerate does this when it prepares an optimizer, and trainers when they resume.
+    before = snapshot(optimizer)
+    optimizer.load_state_dict(save_and_load(optimizer.state_dict()))
     optimizer.load_state_dict(optimizer.state_dict())
     assert_unchanged(optimizer, before)
 
 
 @each_optimizer
-def test_a_loop_over_a_group_names_what_a_state_dict_has_and_all_else_sees_every_option(
+def test_a_loop_over_a_group_yields_the_keys_of_a_state_dict_and_lookups_find_every_option(
     cls: type,
 ) -> None:
     optimizer = cls(make_params(), rounding_seed=3)
@@ -266,7 +266,7 @@ def test_adagrad_shares_codes_and_scales() -> None:
     }
 
 
-# Lower bits of weights that were changed
+# Low bits of weights that were loaded
 
 
 @pytest.mark.parametrize("width", [24, 32])
@@ -291,16 +291,6 @@ def test_a_weight_that_was_loaded_counts_as_it_is_after_a_reset(
 
 
 # Sharded states
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
-    with tempfile.NamedTemporaryFile() as file:
-        store = torch.distributed.FileStore(file.name, 1)
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-        yield init_device_mesh("cpu", (1,))
-        torch.distributed.destroy_process_group()
 
 
 def _sharded(mesh: DeviceMesh, placement: Any, **options: Any) -> tuple[Any, torch.nn.Parameter]:
@@ -336,13 +326,13 @@ def test_low_bits_of_sharded_weights_are_reset(mesh: DeviceMesh) -> None:
 
 
 def test_a_hook_that_raises_before_loading_changes_nothing() -> None:
-    def fails(*_: Any) -> None:
+    def raise_error(*_: Any) -> None:
         raise RuntimeError("no")
 
     saved = copy.deepcopy(trained(lr=0.7)[0].state_dict())
     optimizer, _ = trained()
-    optimizer.register_load_state_dict_pre_hook(fails)
-    before = frozen(optimizer)
+    optimizer.register_load_state_dict_pre_hook(raise_error)
+    before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="no"):
         optimizer.load_state_dict(saved)
     assert_unchanged(optimizer, before)

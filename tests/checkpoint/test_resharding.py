@@ -1,7 +1,7 @@
 """Any distributed checkpoint loads into any optimizer: 7 formats in 5 layouts, from each to each.
 
-The oracle is what was saved, whole: the numbers of its codes and the bits of its weights by their
-definition, written out in float64. Where the format is the same, it is the same bits.
+Oracle: the whole tensors that were saved, decoded in float64 by the definition of their formats
+(``tests/decoding.py``). If the format is the same, the bits must be equal.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from .processes import run_ranks
-from .resharding_ranks import ALL, FORMATS, LAYOUTS
+from tests.checkpoint.resharding_ranks import ALL, FORMATS, LAYOUTS
+from tests.process_groups import run_ranks
 
 RANKS = [(rank, count) for count in LAYOUTS for rank in range(count)]
 Results = dict[tuple[str, str], dict[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Results]:
-    """What each process has found wrong: by target, then by source."""
+def problems_by_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Results]:
+    """Run all processes; return the problems that each found, by target, then by source."""
     folder: Path = run_ranks(
-        "tests.contract.resharding_ranks",
+        "tests.checkpoint.resharding_ranks",
         tuple(LAYOUTS),
         lambda: tmp_path_factory.mktemp("resharding"),
     )
@@ -34,10 +34,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Res
     }
 
 
-def test_the_layouts_and_formats_are_all_there(found: Any) -> None:
+def test_every_layout_and_format_was_compared(problems_by_rank: Any) -> None:
     sources = {f"{layout}-{name}" for layout, name in ALL}
     assert len(sources) == 35
-    for (_, count), results in found.items():
+    for (_, count), results in problems_by_rank.items():
         assert set(results) == set(itertools.product(LAYOUTS[count], FORMATS))
         assert all(set(by_source) == sources for by_source in results.values())
 
@@ -45,11 +45,11 @@ def test_the_layouts_and_formats_are_all_there(found: Any) -> None:
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("layout", [x for group in LAYOUTS.values() for x in group])
 def test_every_checkpoint_loads_within_the_rounding_of_the_format(
-    layout: str, target: str, found: Any
+    layout: str, target: str, problems_by_rank: Any
 ) -> None:
     wrong = {
         (rank, source): problems
-        for (rank, count), results in found.items()
+        for (rank, count), results in problems_by_rank.items()
         if layout in LAYOUTS[count]
         for source, problems in results[layout, target].items()
         if problems

@@ -1,9 +1,10 @@
-"""What each of several processes does for the tests of loading any checkpoint into any optimizer.
+"""One rank of ``test_resharding.py``, which loads any checkpoint into any optimizer.
 
-Run as ``python -m tests.contract.resharding_ranks RANK PROCESSES FOLDER`` for each number of
-processes, all at once: every one saves its own checkpoints, waits for those of the others, and
-loads them all. Each process compares its own part of what it loaded, and writes what was wrong,
-and how many comparisons there were, to ``RANK-of-PROCESSES.pt`` in the folder.
+Run as ``python -m tests.checkpoint.resharding_ranks RANK PROCESSES FOLDER`` for each number of
+processes, all at once. Each process group saves its own checkpoints, waits for those of the other
+groups, and loads them all. Each process compares its own part of the loaded tensors. It writes
+the problems that it found to ``RANK-of-PROCESSES.pt`` in the folder, an empty list for each
+comparison without one.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from torch.distributed.tensor.parallel import (
 
 import stepforge
 from stepforge.checkpoint import load_distributed
-
-from .codes import numbers, weight
-from .ranks import train, whole
+from tests.checkpoint.sharded_format_ranks import train, whole
+from tests.decoding import decode_state, join_low_bits
+from tests.process_groups import process_group
 
 STEPS = range(2)
-#: How long to wait for the checkpoints of the others.
-PATIENCE_S = 1800
+#: The time to wait for the checkpoints of the other process groups.
+TIMEOUT_S = 1800
 
 
 class Format(NamedTuple):
-    """An optimizer with options, of weights of a dtype."""
+    """An optimizer, the dtype of its parameters, and its options."""
 
     cls: type
     dtype: torch.dtype
@@ -64,16 +65,16 @@ FORMATS = {
         stepforge.AdamW, torch.bfloat16, {"state_format": "int8", "master_weight_bits": 24}
     ),
 }
-#: The layouts that so many processes have.
+#: The layouts of the model, by the number of processes.
 LAYOUTS = {1: ("plain", "fsdp1"), 2: ("fsdp2", "tp"), 3: ("fsdp3",)}
 ALL = [(layout, name) for group in LAYOUTS.values() for layout in group for name in FORMATS]
 MOMENTS = ("exp_avg", "exp_avg_sq")
-#: With tensor parallel each process has a part of every row of this one: no codes.
+#: Tensor parallelism gives each process a part of every row of this parameter: no int8 states.
 CUT = "down.weight"
 
 
 class Model(torch.nn.Module):
-    """Two layers: 200 rows, which three processes do not share evenly, and rows of two blocks."""
+    """Two layers: 200 rows, which three processes cannot share evenly, and rows of two blocks."""
 
     def __init__(self, dtype: torch.dtype, seed: int) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class Model(torch.nn.Module):
 
 
 def built(layout: str, format_: Format, mesh: DeviceMesh, seed: int) -> tuple[Model, Any]:
-    """A model in a layout, and its optimizer."""
+    """Return a model in a layout, and its optimizer."""
     model = Model(format_.dtype, seed)
     if layout.startswith("fsdp"):
         fully_shard(model, mesh=mesh)
@@ -97,22 +98,23 @@ def built(layout: str, format_: Format, mesh: DeviceMesh, seed: int) -> tuple[Mo
 
 
 def save(layout: str, name: str, mesh: DeviceMesh, folder: Path) -> None:
-    """Trains, writes a distributed checkpoint, and beside it what it has, whole."""
+    """Train, write a distributed checkpoint, and write the whole tensors beside it."""
     model, optimizer = built(layout, FORMATS[name], mesh, seed=0)
     train(model, optimizer, STEPS)
-    # The forms of a state dict, under keys of the user's: every other format has the second.
+    # State dicts come nested or flattened, under keys that the user chooses. Every second format
+    # has the flattened form.
     is_flat = list(FORMATS).index(name) % 2 == 1
     options = StateDictOptions(flatten_optimizer_state_dict=is_flat)
     state = get_state_dict(model, optimizer, options=options)
     keys = ("app", "optim") if is_flat else ("model", "optimizer")
     checkpoint.save(dict(zip(keys, state)), checkpoint_id=folder / f"{layout}-{name}")
-    held = {key: whole({"p": p, **optimizer.state[p]}) for key, p in model.named_parameters()}
+    tensors = {key: whole({"p": p, **optimizer.state[p]}) for key, p in model.named_parameters()}
     if mesh.get_rank() == 0:
-        torch.save(held, folder / f"{layout}-{name}.pt")
+        torch.save(tensors, folder / f"{layout}-{name}.pt")
 
 
 def load(layout: str, target: str, folder: Path, source: str, mesh: DeviceMesh) -> Any:
-    """A model and its optimizer after loading; in torch.optim as users of torch load."""
+    """Return a model and its optimizer after loading, torch.optim's by torch's own functions."""
     model, optimizer = built(layout, FORMATS[target], mesh, seed=1)
     if target != "torch":
         load_distributed(model, optimizer, folder / source)
@@ -132,62 +134,62 @@ def load(layout: str, target: str, folder: Path, source: str, mesh: DeviceMesh) 
     return model, optimizer
 
 
-def part(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The part of a whole tensor that is here if it is sharded as a parameter is."""
+def part_of_whole(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a whole tensor, sharded like a parameter."""
     if not isinstance(p, DTensor):
         return x
     return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None).to_local()
 
 
-def here(x: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that is here."""
+def local_part(x: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor."""
     return (x.to_local() if isinstance(x, DTensor) else x).detach()
 
 
-def wrong(
-    name: str, p: torch.Tensor, entry: dict[str, Any], saved: dict[str, Any], same: bool
+def differences(
+    name: str, p: torch.Tensor, state: dict[str, Any], saved: dict[str, Any], same: bool
 ) -> Iterator[str]:
-    """What is wrong with a parameter and its states, if those of a whole one were saved.
+    """Yield the differences between a loaded parameter, with its state, and the saved one.
 
     Args:
         name: the name of the parameter.
-        p: the parameter.
-        entry: its states.
-        saved: the whole parameter that was saved, as ``p``, and its states.
-        same: whether it was saved in the same format, and cut alike.
+        p: the loaded parameter.
+        state: its state.
+        saved: the whole parameter that was saved, as ``p``, and its state.
+        same: True if all bits must be equal.
     """
-    found = {key: here(x) for key, x in entry.items()}
-    expected = {key: part(x, p) if x.dim() else x for key, x in saved.items()}
+    found = {key: local_part(x) for key, x in state.items()}
+    expected = {key: part_of_whole(x, p) if x.dim() else x for key, x in saved.items()}
     if same:
-        raw = {"p": here(p), **found}
-        unlike = {
+        stored = {"p": local_part(p), **found}
+        differing = {
             key
-            for key in raw.keys() | expected.keys()
-            if key not in raw
+            for key in stored.keys() | expected.keys()
+            if key not in stored
             or key not in expected
-            or raw[key].dtype != expected[key].dtype
-            or not torch.equal(raw[key], expected[key])
+            or stored[key].dtype != expected[key].dtype
+            or not torch.equal(stored[key], expected[key])
         }
-        if unlike:
-            yield f"{name}: not the same bits: {sorted(unlike)}"
+        if differing:
+            yield f"{name}: not the same bits: {sorted(differing)}"
     if float(found["step"]) != float(saved["step"]):
         yield f"{name}: step is {found['step']}"
-    # A weight of 24 bits is rounded to 16 bits of fraction, and where they are rounded up to what
-    # 8 bits cannot hold by as much again: 2**-15. Any other holds all bits of what was saved,
-    # but for torch.optim's, into which a bfloat16 goes as the model has it.
-    exact = part(weight(saved["p"], saved), p)
+    # A weight of 24 bits is rounded to 16 bits of fraction, and by as much again if the low bits
+    # round up to more than 8 bits can hold: 2**-15 in all. Any other weight has all bits of the
+    # saved one, except in torch.optim, which loads the model's bfloat16 without low bits.
+    exact = part_of_whole(join_low_bits(saved["p"], saved), p)
     allowed = exact.abs() * (2.0**-15 if "low_bits_8" in found else 0.0)
-    if type(entry) is TorchEntry:
-        exact = part(saved["p"].float(), p)
-    if ((weight(here(p), found) - exact).abs() > allowed).any():
+    if type(state) is TorchState:
+        exact = part_of_whole(saved["p"].float(), p)
+    if ((join_low_bits(local_part(p), found) - exact).abs() > allowed).any():
         yield f"{name}: weights"
     for key in MOMENTS:
-        x = part(numbers(saved, key), p)
-        got = numbers(found, key)
+        x = part_of_whole(decode_state(saved, key), p)
+        got = decode_state(found, key)
         if f"{key}_codes" in found:
-            # Half of an eighth of a power of two between codes; of first moments what is below the
-            # smallest code becomes 0: 1.0625 * 2**-15 of the scale, which is less than 1.07 times
-            # the largest of the block.
+            # Two codes differ by an eighth of a power of two; rounding errs by half of that. First
+            # moments below the smallest code become 0: 1.0625 * 2**-15 of the scale, and the scale
+            # is less than 1.07 times the largest element of the block.
             lost = 2.0**-14 * x.abs().max() if key == "exp_avg" and x.numel() else 0.0
             bound = x.abs() / 16 + lost
         elif found[key].dtype == torch.bfloat16:
@@ -200,35 +202,35 @@ def wrong(
 
 @functools.cache
 def saved_in(file: Path) -> dict[str, dict[str, Any]]:
-    """The whole parameters and states of a checkpoint."""
-    read: dict[str, dict[str, Any]] = torch.load(file, weights_only=True)
-    return read
+    """Return the whole parameters and states of a checkpoint."""
+    tensors: dict[str, dict[str, Any]] = torch.load(file, weights_only=True)
+    return tensors
 
 
-class TorchEntry(dict[str, Any]):
-    """The states of a parameter in torch.optim."""
+class TorchState(dict[str, Any]):
+    """The state of a parameter in torch.optim."""
 
 
 def problems(layout: str, target: str, source: str, mesh: DeviceMesh, folder: Path) -> list[str]:
-    """What is wrong with what was loaded."""
+    """Load a checkpoint, and return the differences from the saved tensors."""
     from_layout, from_format = source.split("-", 1)
     saved = saved_in(folder / f"{source}.pt")
     if target == "torch" and "int8" in from_format:
         try:
             load(layout, target, folder, source, mesh)
         except checkpoint.CheckpointException as error:
-            said = str(error)
-            return [] if "Missing key" in said and ".exp_avg" in said else [said]
-        return ["codes were taken for numbers"]
+            message = str(error)
+            return [] if "Missing key" in message and ".exp_avg" in message else [message]
+        return ["torch.optim loaded codes as values"]
     model, optimizer = load(layout, target, folder, source, mesh)
     found: list[str] = []
     for name, p in model.named_parameters():
         cut_alike = name != CUT or (from_layout == "tp") == (layout == "tp")
-        entry = optimizer.state[p]
-        found += wrong(
+        state = optimizer.state[p]
+        found += differences(
             name,
             p,
-            TorchEntry(entry) if target == "torch" else entry,
+            TorchState(state) if target == "torch" else state,
             saved[name],
             from_format == target and (cut_alike or "int8" not in target),
         )
@@ -238,8 +240,8 @@ def problems(layout: str, target: str, source: str, mesh: DeviceMesh, folder: Pa
 
 
 def wait_for(files: list[Path]) -> None:
-    """Waits until those files are there."""
-    end = time.monotonic() + PATIENCE_S
+    """Wait until the files exist."""
+    end = time.monotonic() + TIMEOUT_S
     while not all(file.exists() for file in files):
         if time.monotonic() > end:
             raise TimeoutError(f"{[str(x) for x in files if not x.exists()]} did not appear")
@@ -247,26 +249,24 @@ def wait_for(files: list[Path]) -> None:
 
 
 def main(rank: int, processes: int, folder: Path) -> None:
-    """Saves and loads in one of several processes."""
+    """Save and load in one of several processes."""
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / f"store-{processes}"), processes)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    mesh = init_device_mesh("cpu", (processes,))
-    for layout in LAYOUTS[processes]:
-        for name in FORMATS:
-            save(layout, name, mesh, folder)
-    torch.distributed.barrier()
-    (folder / f"saved-{rank}-{processes}").touch()
-    wait_for([folder / f"saved-{i}-{n}" for n in LAYOUTS for i in range(n)])
-    results = {
-        (layout, target): {
-            f"{a}-{b}": problems(layout, target, f"{a}-{b}", mesh, folder) for a, b in ALL
+    with process_group(folder / f"store-{processes}", rank, processes):
+        mesh = init_device_mesh("cpu", (processes,))
+        for layout in LAYOUTS[processes]:
+            for name in FORMATS:
+                save(layout, name, mesh, folder)
+        torch.distributed.barrier()
+        (folder / f"saved-{rank}-{processes}").touch()
+        wait_for([folder / f"saved-{i}-{n}" for n in LAYOUTS for i in range(n)])
+        results = {
+            (layout, target): {
+                f"{a}-{b}": problems(layout, target, f"{a}-{b}", mesh, folder) for a, b in ALL
+            }
+            for layout in LAYOUTS[processes]
+            for target in FORMATS
         }
-        for layout in LAYOUTS[processes]
-        for target in FORMATS
-    }
-    torch.save(results, folder / f"{rank}-of-{processes}.pt")
-    torch.distributed.destroy_process_group()
+        torch.save(results, folder / f"{rank}-of-{processes}.pt")
 
 
 if __name__ == "__main__":

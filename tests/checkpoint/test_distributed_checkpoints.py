@@ -1,6 +1,6 @@
-"""``torch.distributed.checkpoint`` in one process: what it loads as it is, and what it must not.
+"""``torch.distributed.checkpoint`` in one process: equal formats load, others raise or convert.
 
-The oracle is the state that was saved, bit for bit; that of a mismatch an error that names it.
+Oracle: the saved state, bit for bit. Oracle of a mismatch: an error that names it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 
 import stepforge
 from stepforge.checkpoint import load_distributed
+from tests.decoding import decode_state, join_low_bits
+from tests.twins import LR, assert_identical, each_optimizer, run, snapshot, twin_of
 
-from .codes import numbers, weight
-from .twins import LR, assert_identical, each_optimizer, frozen, run, twin_of
-
-# That there is one process only; what modules of torch say of themselves when they are used.
+# Warnings that there is one process only, and that modules of torch are deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
@@ -37,7 +36,7 @@ every_form = pytest.mark.parametrize("form", [None, FLAT], ids=["nested", "flatt
 
 
 class Model(torch.nn.Module):
-    """Two layers, of which the first has codes."""
+    """A model of two layers. The first has int8 states."""
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -52,17 +51,20 @@ class Model(torch.nn.Module):
 def built(
     cls: type, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Model, Any]:
+    """Return a model and its optimizer."""
     model = Model(seed, dtype)
     return model, cls(model.parameters(), **{"lr": LR, **options})
 
 
 def trained(cls: type, *args: Any, steps: int = 3, **options: Any) -> tuple[Model, Any]:
+    """Return a model and its optimizer after some steps."""
     model, optimizer = built(cls, *args, **options)
     run(optimizer, list(model.parameters()), range(steps))
     return model, optimizer
 
 
 def save(model: Model, optimizer: Any, folder: Path, form: Any = None, **more: Any) -> None:
+    """Write a distributed checkpoint, with the optimizer's state nested or flattened."""
     states = {
         "model": get_model_state_dict(model),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=form),
@@ -71,19 +73,21 @@ def save(model: Model, optimizer: Any, folder: Path, form: Any = None, **more: A
 
 
 def load_as_torch_does(
-    model: Model, optimizer: Any, folder: Path, form: Any = None, *, partly: bool = False
+    model: Model, optimizer: Any, folder: Path, form: Any = None, *, partial: bool = False
 ) -> None:
+    """Load the optimizer by the functions of torch, which match keys and know no formats."""
     own = {"optimizer": get_optimizer_state_dict(model, optimizer, options=form)}
-    planner = DefaultLoadPlanner(allow_partial_load=partly)
+    planner = DefaultLoadPlanner(allow_partial_load=partial)
     checkpoint.load(own, checkpoint_id=folder, planner=planner)
     set_optimizer_state_dict(model, optimizer, own["optimizer"], options=form)
 
 
 def states(model: Model, optimizer: Any) -> dict[str, Any]:
+    """Return the state of each parameter, by the parameter's name."""
     return {name: dict(optimizer.state[p]) for name, p in model.named_parameters()}
 
 
-# What torch loads as it is
+# States that torch's own functions load
 
 
 @every_form
@@ -92,7 +96,7 @@ def states(model: Model, optimizer: Any) -> dict[str, Any]:
 def test_plain_states_load_from_and_into_torch_optim_as_they_are(
     cls: type, direction: str, form: Any, tmp_path: Path
 ) -> None:
-    """Also into other options of how a step runs, which no state dict has."""
+    """The target may have other options of formats, as no state dict has them."""
     source, target = {
         "to torch": (cls, twin_of(cls)),
         "from torch": (twin_of(cls), cls),
@@ -120,10 +124,10 @@ def test_the_same_format_loads_as_it_is(form: Any, tmp_path: Path) -> None:
     assert_identical(states(own, other), states(model, optimizer))
 
 
-# What does not fit is an error that names it
+# A mismatch is an error that names it
 
 
-WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
     "int8": (torch.float32, {"state_format": "int8"}),
     "24 bits": (torch.bfloat16, {"state_format": "float32", "master_weight_bits": 24}),
@@ -143,31 +147,31 @@ MISMATCHES = [
 def test_another_format_is_a_missing_key(
     source: str, target: str, key: str, form: Any, tmp_path: Path
 ) -> None:
-    save(*trained(stepforge.AdamW, 0, WAYS[source][0], **WAYS[source][1]), tmp_path, form)
-    own, other = built(stepforge.AdamW, 1, WAYS[target][0], **WAYS[target][1])
+    save(*trained(stepforge.AdamW, 0, FORMATS[source][0], **FORMATS[source][1]), tmp_path, form)
+    own, other = built(stepforge.AdamW, 1, FORMATS[target][0], **FORMATS[target][1])
     with pytest.raises(checkpoint.CheckpointException, match=rf"Missing key .*\.{key}\."):
         load_as_torch_does(own, other, tmp_path, form)
 
 
 @every_form
 @pytest.mark.parametrize(("source", "target", "key"), MISMATCHES[:2])
-def test_a_partial_load_that_leaves_zeros_beside_a_step_number_is_refused(
+def test_a_partial_load_that_leaves_zeros_beside_a_step_count_is_refused(
     source: str, target: str, key: str, form: Any, tmp_path: Path
 ) -> None:
-    save(*trained(stepforge.AdamW, 0, **WAYS[source][1]), tmp_path, form)
-    own, other = built(stepforge.AdamW, 1, **WAYS[target][1])
+    save(*trained(stepforge.AdamW, 0, **FORMATS[source][1]), tmp_path, form)
+    own, other = built(stepforge.AdamW, 1, **FORMATS[target][1])
     with pytest.raises(ValueError, match=rf"missing: .*\.{key} \(it was not read from the check"):
-        load_as_torch_does(own, other, tmp_path, form, partly=True)
+        load_as_torch_does(own, other, tmp_path, form, partial=True)
 
 
 def test_a_partial_load_joins_no_old_low_bits_to_new_weights(tmp_path: Path) -> None:
-    """Those of a fresh optimizer are 0: the weights count as they are."""
-    save(*trained(stepforge.AdamW, 0, **WAYS["float32"][1]), tmp_path)
-    dtype, options = WAYS["24 bits"]
-    load_as_torch_does(*built(stepforge.AdamW, 1, dtype, **options), tmp_path, partly=True)
+    """The low bits of a new optimizer are 0, so it may load: the weights count as they are."""
+    save(*trained(stepforge.AdamW, 0, **FORMATS["float32"][1]), tmp_path)
+    dtype, options = FORMATS["24 bits"]
+    load_as_torch_does(*built(stepforge.AdamW, 1, dtype, **options), tmp_path, partial=True)
     older = trained(stepforge.AdamW, 1, dtype, steps=2, **options)
     with pytest.raises(ValueError, match=r"missing: .*\.low_bits_8 \(it was not read"):
-        load_as_torch_does(*older, tmp_path, partly=True)
+        load_as_torch_does(*older, tmp_path, partial=True)
 
 
 @every_form
@@ -178,7 +182,7 @@ def test_a_partial_load_may_lack_a_whole_parameter(form: Any, tmp_path: Path) ->
     save(model, optimizer, tmp_path, form)
     own, other = built(stepforge.AdamW, 1)
     if form is None:
-        load_as_torch_does(own, other, tmp_path, form, partly=True)
+        load_as_torch_does(own, other, tmp_path, form, partial=True)
         assert_identical(
             states(own, other)["first.weight"], states(model, optimizer)["first.weight"]
         )
@@ -188,36 +192,36 @@ def test_a_partial_load_may_lack_a_whole_parameter(form: Any, tmp_path: Path) ->
 
 
 def test_a_state_that_was_changed_in_its_state_dict_loads() -> None:
-    """A user's own change is no partial load: of any tensor, alone or with the step number."""
+    """A change by the user is no partial load: of any tensor, alone or with the step count."""
     for keys in (("exp_avg",), ("exp_avg_sq",), ("exp_avg", "exp_avg_sq", "step")):
         model, optimizer = trained(stepforge.AdamW)
         saved = optimizer.state_dict()
-        for entry in saved["state"].values():
+        for param_state in saved["state"].values():
             for key in keys:
-                entry[key].zero_()
+                param_state[key].zero_()
         assert not any(optimizer.load_state_dict(saved))
         saved = optimizer.state_dict()
-        for entry in saved["state"].values():
-            entry["exp_avg"] = torch.ones_like(entry["exp_avg"])
-            entry["step"] = torch.tensor(7.0)
+        for param_state in saved["state"].values():
+            param_state["exp_avg"] = torch.ones_like(param_state["exp_avg"])
+            param_state["step"] = torch.tensor(7.0)
         assert not any(optimizer.load_state_dict(saved))
         assert optimizer.state[model.last.bias]["exp_avg"].all()
 
 
 @pytest.mark.parametrize(("source", "target"), [("float32", "int8"), ("int8", "float32")])
 def test_a_whole_state_dict_of_another_format_is_converted(source: str, target: str) -> None:
-    """torch adds what it is given to what the optimizer has: the keys of both formats."""
-    whole = StateDictOptions(full_state_dict=True)
-    model, optimizer = trained(stepforge.AdamW, **WAYS[source][1])
-    saved = get_optimizer_state_dict(model, optimizer, options=whole)
-    own, other = trained(stepforge.AdamW, 1, **WAYS[target][1], steps=1)
-    set_optimizer_state_dict(own, other, saved, options=whole)
-    reference = built(stepforge.AdamW, 1, **WAYS[target][1])
+    """torch merges the given state into the optimizer's own, so it has the keys of both formats."""
+    full = StateDictOptions(full_state_dict=True)
+    model, optimizer = trained(stepforge.AdamW, **FORMATS[source][1])
+    saved = get_optimizer_state_dict(model, optimizer, options=full)
+    own, other = trained(stepforge.AdamW, 1, **FORMATS[target][1], steps=1)
+    set_optimizer_state_dict(own, other, saved, options=full)
+    reference = built(stepforge.AdamW, 1, **FORMATS[target][1])
     reference[1].load_state_dict(optimizer.state_dict())
     assert_identical(states(own, other), states(*reference))
 
 
-# The converting load
+# load_distributed, which converts formats
 
 
 @each_optimizer
@@ -236,13 +240,13 @@ def test_every_optimizer_loads_a_checkpoint_of_its_twin_in_8_bits(
 
 @pytest.mark.parametrize(("source", "target"), [("float32", "32 bits"), ("32 bits", "float32")])
 def test_weights_keep_all_their_bits(source: str, target: str, tmp_path: Path) -> None:
-    model, optimizer = trained(stepforge.AdamW, 0, WAYS[source][0], **WAYS[source][1])
+    model, optimizer = trained(stepforge.AdamW, 0, FORMATS[source][0], **FORMATS[source][1])
     save(model, optimizer, tmp_path)
-    own, other = built(stepforge.AdamW, 1, WAYS[target][0], **WAYS[target][1])
+    own, other = built(stepforge.AdamW, 1, FORMATS[target][0], **FORMATS[target][1])
     load_distributed(own, other, tmp_path)
     for p, q in zip(own.parameters(), model.parameters(), strict=True):
-        assert_identical(weight(p, other.state[p]), weight(q, optimizer.state[q]))
-    alone, its_optimizer = built(stepforge.AdamW, 1, WAYS[target][0], **WAYS[target][1])
+        assert_identical(join_low_bits(p, other.state[p]), join_low_bits(q, optimizer.state[q]))
+    alone, its_optimizer = built(stepforge.AdamW, 1, FORMATS[target][0], **FORMATS[target][1])
     before = copy.deepcopy(dict(alone.state_dict()))
     load_distributed(alone, its_optimizer, tmp_path, weights=False)
     assert_identical(dict(alone.state_dict()), before)
@@ -275,9 +279,9 @@ def test_parameters_are_matched_by_name_whatever_the_groups(form: Any, tmp_path:
     for name, p in split.items():
         found, saved = other.state[p], dict(optimizer.state[params[name]])
         if name == "first.weight":
-            x = numbers(saved, "exp_avg_sq")
-            # A sixteenth of it, as codes are an eighth of a power of two apart.
-            assert ((numbers(found, "exp_avg_sq") - x).abs() <= x / 16).all()
+            x = decode_state(saved, "exp_avg_sq")
+            # An error of a sixteenth: two codes differ by an eighth of a power of two.
+            assert ((decode_state(found, "exp_avg_sq") - x).abs() <= x / 16).all()
         else:
             assert_identical(dict(found), saved)
 
@@ -322,10 +326,10 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(
 ) -> None:
     save(*trained(stepforge.Adam), tmp_path)
     model, optimizer = make(tmp_path)
-    before, weights = frozen(optimizer), copy.deepcopy(dict(model.state_dict()))
+    before, weights = snapshot(optimizer), copy.deepcopy(dict(model.state_dict()))
     with pytest.raises(ValueError, match=words):
         load_distributed(model, optimizer, tmp_path)
-    assert_identical(frozen(optimizer), before)
+    assert_identical(snapshot(optimizer), before)
     assert_identical(dict(model.state_dict()), weights)
 
 
