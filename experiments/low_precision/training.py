@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import stepforge
-from stepforge.cli import digits, lockstep
+from stepforge.cli.demo import digits, side_by_side
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -222,12 +222,13 @@ class Digits:
 
     def run(self, optimizer: str, _: str, seed: int) -> list[Outcome]:
         """Train with all precisions."""
-        arms = [
-            lockstep.Arm(each.name, each.name, partial(_make, each)) for each in self.precisions
+        variants = [
+            side_by_side.Variant(each.name, each.name, partial(_make, each))
+            for each in self.precisions
         ]
-        result = lockstep.train(
-            digits.load_digits(), optimizer, digits.LEARNING_RATES[optimizer], arms, arms[0],
-            epochs=self.epochs, seed=seed,
+        result = side_by_side.train(
+            digits.load_digits(), optimizer, digits.LEARNING_RATES[optimizer],
+            variants, variants[0], epochs=self.epochs, seed=seed,
         )  # fmt: skip
         return [
             Outcome(self.name, optimizer, name, seed, tuple(enumerate(trace.accuracies, 1)))

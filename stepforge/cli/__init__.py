@@ -1,4 +1,8 @@
-"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``."""
+"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``.
+
+Each command is a module or a folder with a ``command.py``, and imports no other command. The other
+modules at this level are shared by several commands.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,12 @@ __all__ = ["main", "make_app"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; the ``stepforge`` script calls it.
+    """Run the command line. The ``stepforge`` script calls this.
 
     Args:
-        arguments: the command and its options; those of the process if None.
+        arguments: the command and its options; ``sys.argv[1:]`` if None.
     """
-    # A check mark must not end minutes of measurement where the encoding lacks it.
+    # An encoding without a check mark must not lose minutes of measurement.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="namereplace")
@@ -29,36 +33,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_app() -> typer.Typer:
-    """The typer app with every command.
+    """Return the typer app with every command.
 
     Raises:
-        SystemExit: an extra is not installed; it says which one to install.
+        SystemExit: if an extra is not installed. The message names the extra to install.
     """
-    # Imported here and not above: without the extras, the script must still be able to say so.
+    # Imported here, because the script must be able to report a missing extra.
     require("typer", "rich", extra="cli")
     import typer
 
-    from stepforge.cli.bench import bench
-    from stepforge.cli.demo import demo
+    from stepforge.cli.bench.command import bench
+    from stepforge.cli.demo.command import demo
     from stepforge.cli.doctor import doctor
     from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
-    from stepforge.cli.selftest import selftest
-    from stepforge.cli.version import options
+    from stepforge.cli.selftest.command import selftest
+    from stepforge.cli.version import global_options
 
     app = typer.Typer(
         name="stepforge",
         help="Optimizers for PyTorch, each update rule written once and run in every way.",
         no_args_is_help=True,
         add_completion=False,
-        # Errors as one plain sentence, which a box would break into lines.
+        # Print errors as one plain sentence. A rich box would break it into lines.
         rich_markup_mode=None,
-        # A bug's traceback should be Python's own, which people know how to read and report.
+        # Print Python's own traceback for a bug: people know how to read and report it.
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["--help", "-h"]},
     )
 
-    app.callback()(options)
+    app.callback()(global_options)
     for command in (demo, bench, doctor, plan, prebuild, selftest):
         app.command()(command)
     return app

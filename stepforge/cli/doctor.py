@@ -1,70 +1,53 @@
-"""``stepforge doctor``: what a step would run on this machine, and why nothing faster."""
+"""``stepforge doctor``: the backend of a step on this machine, and why nothing faster runs."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import stepforge
 from stepforge.backends import FUSED
-from stepforge.backends.native import build, prebuilt
-from stepforge.cli import device as devices
-from stepforge.cli import variants
-from stepforge.cli.machine import describe
-from stepforge.cli.prebuild import PLAIN
-from stepforge.cli.tables import print_whole
+from stepforge.cli import devices, machine
+from stepforge.cli.dtypes import DTYPES, dtype_name
+from stepforge.cli.tables import new_table, print_whole
 from stepforge.rules import ALL
 
-__all__ = ["doctor", "facts"]
+__all__ = ["doctor"]
 
-#: The dtypes of the parameters that are asked about.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64)
-#: The environment variables that change what runs.
-_VARIABLES = (
-    "STEPFORGE_BACKEND",
-    "STEPFORGE_ISA",
-    "STEPFORGE_PREBUILT",
-    "STEPFORGE_CACHE",
-    "CC",
-    "TRITON_INTERPRET",
-)
-
+#: An optimizer's name and the dtype of a parameter.
 _Kind: TypeAlias = "tuple[str, torch.dtype]"
 
 
 @dataclass(frozen=True)
-class Served:
-    """What one kind of parameter gets.
+class Diagnosis:
+    """The backend that serves one kind of parameter.
 
     Attributes:
-        backend: the name of the backend; "" if none is allowed to serve it, "-" if the device has
-            no such numbers.
-        why: why it is not the compiled kernel of the device; "" if it is, or if there is none.
+        backend: the name of the backend; "" if none is allowed to serve it, "-" if the device does
+            not have the dtype.
+        reason: why it is not the device's compiled kernel; "" if it is, or if there is none.
     """
 
     backend: str
-    why: str = ""
+    reason: str = ""
 
 
 def doctor() -> None:
-    """Says what step() would run here, and why nothing faster.
+    """Show what step() would run here, and why nothing faster.
 
-    It tells of the CPU, and of a GPU if there is one. The exit code is 0 if compiled kernels serve
-    all optimizers wherever there are such kernels, otherwise 1.
+    The report covers the CPU, and a GPU if there is one. The exit code is 0 if compiled kernels
+    serve all optimizers on every device that has such kernels, otherwise 1.
     """
     console = Console(highlight=False)
-    for name, value in facts().items():
+    for name, value in machine.describe_in_detail().items():
         console.print(f"[bold]{name:<18}[/]{escape(value)}", soft_wrap=True)
     console.print(f"[bold]{'bits':<18}[/]stepforge selftest compares those of all backends here")
     # Devices of one type are served alike.
@@ -74,145 +57,62 @@ def doctor() -> None:
 
 
 def _report(console: Console, device: torch.device) -> bool:
-    """Prints what runs on a device; gives whether nothing faster could be had there."""
-    kinds = [(name, dtype) for name in ALL for dtype in _DTYPES]
-    served = {kind: _served(*kind, device) for kind in kinds}
+    """Print the backends on a device. Return True if nothing faster is available there."""
+    diagnoses = {(name, dtype): _diagnose(name, dtype, device) for name in ALL for dtype in DTYPES}
     console.print()
-    print_whole(console, _table(served, device))
-    for why, which in _reasons(served, device).items():
-        console.print(f"[bold]{which}[/]: {escape(why)}", soft_wrap=True)
-    return not any(answer.why for answer in served.values())
+    print_whole(console, _table(diagnoses, device))
+    for reason, kinds in _reasons(diagnoses, device).items():
+        console.print(f"[bold]{kinds}[/]: {escape(reason)}", soft_wrap=True)
+    return not any(diagnosis.reason for diagnosis in diagnoses.values())
 
 
-def facts() -> dict[str, str]:
-    """This machine, and what there is to compile for it, for people to read."""
-    machine = describe()
-    return {
-        "stepforge": machine["stepforge"],
-        "torch": machine["torch"],
-        "numpy": np.__version__,
-        "system": f"{machine['system']}, Python {machine['Python']}",
-        "CPU": machine["CPU"],
-        "instruction set": _or_why_not(lambda: build.instruction_set() or "the plain one"),
-        "compiler": _or_why_not(_compiler),
-        "prebuilt kernels": _or_why_not(_prebuilt),
-        "kernel cache": _or_why_not(_cache),
-        "threads": _threads(),
-        "accelerators": _accelerators(),
-        "triton": devices.triton_version(),
-        "environment": _environment(),
-    }
-
-
-def _or_why_not(ask: Callable[[], str]) -> str:
-    try:
-        return ask()
-    except build.BuildError as error:
-        return f"none: {error}"
-
-
-def _compiler() -> str:
-    command = build.compiler()
-    return f"{' '.join(command)}: {build.compiler_version(command)}"
-
-
-def _prebuilt() -> str:
-    folder = prebuilt.folder()
-    if folder is None:
-        return "none: STEPFORGE_PREBUILT is empty"
-    wanted = variants.sources()
-    counts, size = [], 0
-    for isa in (*build.LEVELS, ""):
-        files = list(prebuilt.shelf(folder, isa).glob("*.so"))
-        if files:
-            # Those of another version, or altered, are not used.
-            usable = sum(any(prebuilt.find(folder, source, isa)) for source in wanted)
-            counts.append(f"{usable} of {len(wanted)} for {isa or PLAIN}")
-            size += sum(path.stat().st_size for path in files)
-    return f"{folder}: {', '.join(counts)}; {size / 1e6:.1f} MB" if counts else f"none in {folder}"
-
-
-def _cache() -> str:
-    folder = build.cache_folder()
-    sizes = [path.stat().st_size for path in folder.glob("*.so")]
-    plural = "" if len(sizes) == 1 else "s"
-    kept = f"{folder}: {len(sizes)} kernel{plural}, {sum(sizes) / 1e6:.1f} MB"
-    return kept if os.access(folder, os.W_OK) else f"{kept}; it cannot be written to"
-
-
-def _threads() -> str:
-    if build.thread_pool() is None:
-        pool = "torch's OpenMP pool was not found, so kernels use one"
-    else:
-        pool = "torch's OpenMP pool was found"
-    return f"{torch.get_num_threads()}; {pool}"
-
-
-def _accelerators() -> str:
-    told = (devices.describe(device) for device in devices.accelerators())
-    return "; ".join(f"{facts['GPU']}, {facts['platform']}" for facts in told) or "none"
-
-
-def _environment() -> str:
-    known = {name: os.environ.get(name) for name in _VARIABLES}
-    settings = [f"{name}={value}" for name, value in known.items() if value is not None]
-    return ", ".join(settings) or f"none of {', '.join(_VARIABLES)} is set"
-
-
-def _served(name: str, dtype: torch.dtype, device: torch.device) -> Served:
+def _diagnose(name: str, dtype: torch.dtype, device: torch.device) -> Diagnosis:
     try:
         p = torch.zeros(1, dtype=dtype, device=device, requires_grad=True)
     except (RuntimeError, TypeError):
-        return Served("-")
+        return Diagnosis("-")
     try:
         optimizer = getattr(stepforge, name)([p])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the one that there is no kernel: we say so ourselves
+            warnings.simplefilter("ignore")  # the report itself says that a kernel is missing
             served = stepforge.explain(optimizer).served[0]
-    except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND asks for what cannot be had
-        return Served("", str(error))
+    except (RuntimeError, ValueError) as error:  # STEPFORGE_BACKEND names an impossible backend
+        return Diagnosis("", str(error))
     fastest = _fastest(device)
     if served.backend == fastest:
-        return Served(served.backend)
-    # Nothing was passed over if nothing faster was asked.
-    asked = f"STEPFORGE_BACKEND asks for {served.backend}"
-    return Served(served.backend, dict(served.reasons).get(fastest, asked))
+        return Diagnosis(served.backend)
+    # Without a reason the fastest backend was never tried.
+    forced = f"STEPFORGE_BACKEND asks for {served.backend}"
+    return Diagnosis(served.backend, dict(served.reasons).get(fastest, forced))
 
 
 def _fastest(device: torch.device) -> str:
-    """The backend with a compiled kernel for a device, or the best where there is none."""
+    """Return the backend with compiled kernels for a device, or the best one without kernels."""
     return FUSED.get(device.type, "foreach")
 
 
-def _table(served: Mapping[_Kind, Served], device: torch.device) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"would run on {device.type}")
-    for dtype in _DTYPES:
-        table.add_column(_bare(dtype))
+def _table(diagnoses: Mapping[_Kind, Diagnosis], device: torch.device) -> Table:
+    table = new_table([f"would run on {device.type}", *map(dtype_name, DTYPES)])
     for name in ALL:
-        table.add_row(name, *(served[name, dtype].backend or "an error" for dtype in _DTYPES))
+        table.add_row(name, *(diagnoses[name, dtype].backend or "an error" for dtype in DTYPES))
     return table
 
 
-def _reasons(served: Mapping[_Kind, Served], device: torch.device) -> dict[str, str]:
-    """For each reason, what is not served for it."""
+def _reasons(diagnoses: Mapping[_Kind, Diagnosis], device: torch.device) -> dict[str, str]:
+    """Return a summary of the kinds without compiled kernels, by reason."""
     kinds: dict[str, list[_Kind]] = {}
-    for kind, answer in served.items():
-        if answer.why:
-            kinds.setdefault(answer.why, []).append(kind)
+    for kind, diagnosis in diagnoses.items():
+        if diagnosis.reason:
+            kinds.setdefault(diagnosis.reason, []).append(kind)
     fastest = _fastest(device)
-    return {why: f"no {fastest} for {_summary(which)}" for why, which in kinds.items()}
+    return {reason: f"no {fastest} for {_summary(which)}" for reason, which in kinds.items()}
 
 
 def _summary(kinds: list[_Kind]) -> str:
     names = list(dict.fromkeys(name for name, _ in kinds))
-    dtypes = list(dict.fromkeys(_bare(dtype) for _, dtype in kinds))
-    if len(kinds) == len(ALL) * len(_DTYPES):
+    dtypes = list(dict.fromkeys(dtype_name(dtype) for _, dtype in kinds))
+    if len(kinds) == len(ALL) * len(DTYPES):
         return "any of them"
     if len(kinds) == len(names) * len(dtypes):
         return f"{', '.join(names)} in {', '.join(dtypes)}"
-    return ", ".join(f"{name} in {_bare(dtype)}" for name, dtype in kinds)
-
-
-def _bare(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return ", ".join(f"{name} in {dtype_name(dtype)}" for name, dtype in kinds)

@@ -1,4 +1,4 @@
-"""What the command line needs beyond the library's own dependencies."""
+"""Check that a command's optional dependencies are installed."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import importlib
 
 __all__ = ["require"]
 
-#: The names under which what we import is installed, where they differ.
+#: The packages whose name differs from the name of their module.
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
 def require(*modules: str, extra: str) -> None:
-    """Imports modules of an optional extra, or ends the program with one sentence.
+    """Import modules of an optional extra, or exit with one sentence.
 
     Args:
         modules: their names, as in an ``import`` statement.
-        extra: the extra that brings them.
+        extra: the extra that installs them.
 
     Raises:
-        SystemExit: one is not installed. Its message says what to install.
+        SystemExit: if a module is not installed. The message says what to install.
 
     Example:
         >>> require("torch", extra="demo")
@@ -32,7 +32,7 @@ def require(*modules: str, extra: str) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name != module:
-                raise  # it is installed, but broken
+                raise  # the module is installed, but broken
             missing.append(_PACKAGES.get(module, module))
     if missing:
         raise SystemExit(

@@ -1,10 +1,9 @@
-"""``stepforge plan``: what a training takes of memory and time, before a machine is rented."""
+"""``stepforge plan``: the memory and step time of a training run, before renting a machine."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,17 +14,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import stepforge
 from stepforge.accounting import Account, account
-from stepforge.cli.output import file_option, write
-from stepforge.cli.tables import print_whole
+from stepforge.cli.dtypes import DTYPES, dtype_name
+from stepforge.cli.options import OptimizerName
+from stepforge.cli.output_files import file_option, write_json
+from stepforge.cli.tables import new_table, print_whole
 from stepforge.formats import BLOCK
-from stepforge.rules import ALL
 from stepforge.state.layout import HALF_DTYPES
 
 __all__ = ["Budget", "plan"]
@@ -34,26 +33,27 @@ _DECLARED = stepforge.Optimizer._hyperparameters
 
 
 def _choices(name: str) -> list[tuple[str, str]]:
-    """The values that an option of the optimizers has beside None."""
+    """Return the values of an optimizer's option, without None, for an enum."""
     return [(str(choice), str(choice)) for choice in _DECLARED[name].choices or ()]
 
 
-#: The names that the options take.
-OptimizerName = StrEnum("OptimizerName", [(name, name) for name in ALL])  # type: ignore[misc]
+#: The values of ``--state-format``.
 StateFormat = StrEnum("StateFormat", _choices("state_format"))  # type: ignore[misc]
+#: The values of ``--master-weight-bits``.
 MasterWeightBits = StrEnum("MasterWeightBits", _choices("master_weight_bits"))  # type: ignore[misc]
+#: The values of ``--dtype`` and ``--gradient-dtype``.
 DtypeName = StrEnum(  # type: ignore[misc]
-    "DtypeName", [(name, name) for name in ("float64", "float32", "bfloat16", "float16")]
+    "DtypeName", [2 * (dtype_name(dtype),) for dtype in DTYPES if dtype.is_floating_point]
 )
 
 _ADAMW = OptimizerName("AdamW")
 
-#: What a number of parameters may end in, as the names of models do.
+#: The suffixes of a parameter count, as in the names of models.
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-#: No model has more than 10 to this power.
+#: The largest parameter count is 10 to this power.
 _MAX_EXPONENT = 18
 
-#: A matrix whose rows are whole blocks stands for all parameters.
+#: The shape of a matrix that stands for all parameters. Its rows are whole blocks.
 _MATRIX = (64 * BLOCK, 64 * BLOCK)
 
 _PREFIXES = {
@@ -69,14 +69,14 @@ dtypes as autocast makes, buffers of communication, and what an allocator wastes
 
 @dataclass(frozen=True)
 class Budget:
-    """What training takes.
+    """The memory and time of training.
 
     Attributes:
-        bytes_per_parameter: by what it is for, with ``total``, ``checkpoint``, and ``moved``: what
-            a step reads and writes.
-        bytes_per_device: the same but for the checkpoint.
-        checkpoint_bytes: of all devices together.
-        step_seconds: how long memory needs for what a step moves.
+        bytes_per_parameter: bytes by purpose, with ``total``, ``checkpoint``, and ``moved``, the
+            bytes that a step reads and writes.
+        bytes_per_device: the same without the checkpoint.
+        checkpoint_bytes: the checkpoint's bytes of all devices together.
+        step_seconds: the time that memory needs to move the bytes of a step.
     """
 
     bytes_per_parameter: dict[str, float]
@@ -85,29 +85,29 @@ class Budget:
     step_seconds: float
 
     @classmethod
-    def of(cls, one: Account, params: int, world_size: int, bandwidth: float) -> Budget:
-        """That of parameters like those of an account.
+    def of(cls, sample: Account, params: int, world_size: int, bandwidth: float) -> Budget:
+        """Return the budget of many parameters from the account of a sample.
 
         Args:
-            one: the account.
-            params: how many elements all parameters have.
-            world_size: on how many devices parameters, gradients and states are sharded.
-            bandwidth: what the memory of a device moves, in bytes a second.
+            sample: the account of some parameters.
+            params: the number of elements of all parameters.
+            world_size: the number of devices that share parameters, gradients and states.
+            bandwidth: the memory bandwidth of a device, in bytes per second.
 
         Example:
-            >>> one = Account(elements=2, weights=4, gradients=4, states=8, read=16, written=12)
-            >>> budget = Budget.of(one, params=1000, world_size=10, bandwidth=700.0)
+            >>> sample = Account(elements=2, weights=4, gradients=4, states=8, read=16, written=12)
+            >>> budget = Budget.of(sample, params=1000, world_size=10, bandwidth=700.0)
             >>> budget.bytes_per_parameter["total"], budget.bytes_per_device["total"]
             (8.0, 800.0)
             >>> budget.checkpoint_bytes, budget.step_seconds
             (6000.0, 2.0)
         """
-        whole = {**one.memory, "total": one.total, "moved": one.moved}
-        each = {name.replace(" ", "_"): size / one.elements for name, size in whole.items()}
-        on_device = {name: size * params / world_size for name, size in each.items()}
-        checkpoint = one.checkpoint / one.elements
+        whole = {**sample.memory, "total": sample.total, "moved": sample.moved}
+        per_param = {name.replace(" ", "_"): size / sample.elements for name, size in whole.items()}
+        on_device = {name: size * params / world_size for name, size in per_param.items()}
+        checkpoint = sample.checkpoint / sample.elements
         return cls(
-            each | {"checkpoint": checkpoint},
+            per_param | {"checkpoint": checkpoint},
             on_device,
             checkpoint * params,
             on_device["moved"] / bandwidth,
@@ -118,7 +118,7 @@ def plan(
     params: Annotated[
         str,
         typer.Option(
-            metavar="COUNT", help="How many parameters the model has, as 8B, 350M or 7_241_732_096."
+            metavar="COUNT", help="Parameters of the model, such as 8B, 350M or 7_241_732_096."
         ),
     ],
     optimizer: Annotated[
@@ -128,65 +128,66 @@ def plan(
         StateFormat | None,
         typer.Option(
             case_sensitive=False,
-            help="How states are stored; in the dtype of the weights if not given.",
+            help="Storage of states; the dtype of the weights if not given.",
         ),
     ] = None,
     master_weight_bits: Annotated[
         MasterWeightBits | None,
-        typer.Option(help="How many bits the weights have together with their low bits."),
+        typer.Option(help="Bits of a weight, including its low bits."),
     ] = None,
     stochastic_rounding: Annotated[
         bool,
         typer.Option(
             "--stochastic-rounding",
-            help="Weights are rounded at random; excludes --master-weight-bits.",
+            help="Round weights stochastically; excludes --master-weight-bits.",
         ),
     ] = False,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(
             case_sensitive=False,
-            help="Of the weights; if not given bfloat16 with --master-weight-bits or "
+            help="Dtype of the weights; if not given bfloat16 with --master-weight-bits or "
             "--stochastic-rounding, else float32.",
         ),
     ] = None,
     gradient_dtype: Annotated[
         DtypeName | None,
         typer.Option(
-            case_sensitive=False, help="Of the gradients; that of the weights if not given."
+            case_sensitive=False,
+            help="Dtype of the gradients; that of the weights if not given.",
         ),
     ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=VALUE",
-            help="An argument more of the optimizer, as amsgrad=True; repeat it for several.",
+            help="Another argument of the optimizer, such as amsgrad=True; repeat it for several.",
         ),
     ] = None,
     world_size: Annotated[
         int,
         typer.Option(
             min=1,
-            help="How many devices share weights, gradients and states; 1 if each has all of them.",
+            help="Devices that share weights, gradients and states; 1 if each has all of them.",
         ),
     ] = 1,
     bandwidth: Annotated[
         float,
         typer.Option(
-            help="Of a device's memory, in GB/s. An H100 SXM has 3350; "
+            help="Memory bandwidth of a device, in GB/s. An H100 SXM has 3350; "
             "`stepforge bench --device cuda` measures yours."
         ),
     ] = 3350.0,
     json_: Annotated[
         Path | None,
-        file_option("Where to write all numbers, in bytes", "--json"),
+        file_option("File for all results, in bytes", "--json"),
     ] = None,
 ) -> None:
-    """Tells memory, checkpoint and step time of a training.
+    """Compute memory, checkpoint and step time of training.
 
-    They stand beside those of the same training in float32. Nothing is allocated or measured:
-    bytes follow from how the optimizer stores its tensors, the time from what a fused step reads
-    and writes, at the speed of memory. A GB has 10**9 bytes.
+    The same training in float32 is shown for comparison. Nothing is allocated or measured: bytes
+    follow from the optimizer's storage of its tensors, and the time from the bytes that a fused
+    step reads and writes, at memory speed. A GB has 10**9 bytes.
     """
     count = _count(params)
     if not 0 < bandwidth < math.inf:
@@ -196,12 +197,6 @@ def plan(
     weights = _weights(dtype, master_weight_bits, stochastic_rounding)
     gradients = gradient_dtype or weights
     options = _options(option or ())
-    if options.get("stochastic_rounding") in (True,) and _dtype(weights) not in HALF_DTYPES:
-        raise typer.BadParameter(
-            "stochastic_rounding=True is for bfloat16 and float16 weights, but --dtype is "
-            f"{weights}.",
-            param_hint="--option",
-        )
     formats: dict[str, Any] = {
         "state_format": state_format and str(state_format),
         "master_weight_bits": master_weight_bits and int(master_weight_bits),
@@ -209,8 +204,8 @@ def plan(
     }
 
     def budget(weights: str, gradients: str, **options: Any) -> Budget:
-        one = _account(str(optimizer), weights, gradients, options)
-        return Budget.of(one, count, world_size, 1e9 * bandwidth)
+        sample = _account(str(optimizer), weights, gradients, options)
+        return Budget.of(sample, count, world_size, 1e9 * bandwidth)
 
     planned = budget(weights, gradients, **options, **formats)
     float32 = budget("float32", "float32", **options)  # as in torch.optim
@@ -238,25 +233,25 @@ def plan(
             "planned": dataclasses.asdict(planned),
             "float32": dataclasses.asdict(float32),
         }
-        write(json_, json.dumps(report, indent=1) + "\n")
+        write_json(json_, report)
         console.print(f"All numbers: [bold]{escape(str(json_))}[/]", soft_wrap=True)
 
 
-# What is asked for. -------------------------------------------------------------------------------
+# Options. -----------------------------------------------------------------------------------------
 
 
 def _count(text: str) -> int:
-    """The number of parameters that somebody writes.
+    """Return the number of parameters from its text.
 
     Example:
         >>> _count("8B"), _count("1.5b"), _count("350 k"), _count("8e9"), _count("7_000_000_000")
         (8000000000, 1500000000, 350000, 8000000000, 7000000000)
     """
-    number = text.strip()
-    unit = _UNITS.get(number[-1:].upper())
+    stripped = text.strip()
+    unit = _UNITS.get(stripped[-1:].upper())
     try:
-        count = (unit or 1) * Decimal(number[:-1] if unit else number)
-    except ArithmeticError:  # it is not written as a number, or is beyond all decimals
+        count = (unit or 1) * Decimal(stripped[:-1] if unit else stripped)
+    except ArithmeticError:  # the text is not a number, or too large for a Decimal
         count = Decimal("inf")
     if not (count.is_finite() and 1 <= count <= 10**_MAX_EXPONENT and count == int(count)):
         raise typer.BadParameter(
@@ -268,9 +263,9 @@ def _count(text: str) -> int:
 
 
 def _weights(
-    asked: DtypeName | None, master_weight_bits: str | None, stochastic_rounding: bool
+    chosen: DtypeName | None, master_weight_bits: str | None, stochastic_rounding: bool
 ) -> DtypeName:
-    """The dtype of the weights, which what is done with short ones must suit."""
+    """Return the dtype of the weights. Options for 16-bit weights require a 16-bit dtype."""
     if master_weight_bits and stochastic_rounding:
         raise typer.BadParameter(
             "it excludes --master-weight-bits: weights that keep their low bits are not rounded at "
@@ -278,8 +273,8 @@ def _weights(
             param_hint="--stochastic-rounding",
         )
     if not (master_weight_bits or stochastic_rounding):
-        return asked or DtypeName("float32")
-    dtype = asked or DtypeName("bfloat16")
+        return chosen or DtypeName("float32")
+    dtype = chosen or DtypeName("bfloat16")
     if _dtype(dtype) not in HALF_DTYPES:
         why, option = (
             ("have no low bits", "--master-weight-bits")
@@ -298,15 +293,15 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _options(given: Iterable[str]) -> dict[str, Any]:
-    """The optimizer's arguments that stand as ``name=value``, the value as in Python."""
+    """Return the optimizer's arguments from texts like ``name=value``, with Python values."""
     options: dict[str, Any] = {}
     for text in given:
         name, separator, value = text.partition("=")
-        own = f"--{name.replace('_', '-')}"
+        own_option = f"--{name.replace('_', '-')}"
         if not separator:
             why = f"{text!r} has no value; it must be as in amsgrad=True."
         elif name in ("params", "state_format", "master_weight_bits", "stochastic_rounding"):
-            why = f"{name} has an option of its own, {own}."
+            why = f"{name} has an option of its own, {own_option}."
         else:
             try:
                 options[name] = ast.literal_eval(value)
@@ -318,16 +313,16 @@ def _options(given: Iterable[str]) -> dict[str, Any]:
 
 
 def _account(optimizer: str, weights: str, gradients: str, options: Mapping[str, Any]) -> Account:
-    """The account of one large matrix, which is nowhere in memory."""
+    """Return the account of one large matrix. It is on the meta device and takes no memory."""
     p = torch.empty(_MATRIX, dtype=_dtype(weights), device="meta")
     try:
-        made = getattr(stepforge, optimizer)([p], **options)
+        instance = getattr(stepforge, optimizer)([p], **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise typer.BadParameter(f"{str(error).rstrip('.')}.", param_hint="--option") from None
-    return account(made.rule, made.param_groups[0], p, p.to(_dtype(gradients)))
+    return account(instance.rule, instance.param_groups[0], p, p.to(_dtype(gradients)))
 
 
-# What is said. ------------------------------------------------------------------------------------
+# Output. ------------------------------------------------------------------------------------------
 
 
 def _summary(
@@ -338,17 +333,16 @@ def _summary(
     master_weight_bits: int | None,
     stochastic_rounding: bool,
 ) -> str:
-    joined = f" of {master_weight_bits} bits" if master_weight_bits else ""
-    rounded = " rounded at random" if stochastic_rounding else ""
+    width = f" of {master_weight_bits} bits" if master_weight_bits else ""
+    rounding = " rounded at random" if stochastic_rounding else ""
     states = state_format or weights
-    return f"weights {weights}{joined}{rounded}, gradients {gradients}, states {states}"
+    return f"weights {weights}{width}{rounding}, gradients {gradients}, states {states}"
 
 
 def _table(planned: Budget, float32: Budget) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("")
-    for heading in ("bytes a\nparameter", "a device", "bytes in\nfloat32", "a device", "ratio"):
-        table.add_column(heading, justify="right")
+    table = new_table(
+        [""], ["bytes a\nparameter", "a device", "bytes in\nfloat32", "a device", "ratio"]
+    )
     both = (planned, float32)
     for name in planned.bytes_per_device:
         if not any(budget.bytes_per_device[name] for budget in both):
@@ -390,7 +384,7 @@ def _ratio(part: float, whole: float) -> str:
 
 
 def _with_unit(value: float, unit: str) -> str:
-    """Three digits, with the prefix that needs no more than three before the point.
+    """Return a value in three digits, with a prefix that leaves up to three before the point.
 
     Example:
         >>> _with_unit(56.5e9, "B"), _with_unit(0.00362, "s"), _with_unit(0.0, "B")

@@ -1,8 +1,10 @@
-"""``stepforge prebuild``: the kernels of all built-in optimizers, compiled ahead."""
+"""``stepforge prebuild``: the kernels of all built-in optimizers, compiled ahead of time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,74 +18,102 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from stepforge.backends import trust
-from stepforge.backends.native import build, prebuilt
-from stepforge.cli import variants
-from stepforge.cli.output import folder_option
+from stepforge.backends import disk_cache, trust
+from stepforge.backends.native import compiler, prebuilt
+from stepforge.cli import kernels
+from stepforge.cli.kernels import PLAIN, isa_name
+from stepforge.cli.output_files import folder_option
 
-__all__ = ["PLAIN", "prebuild"]
+__all__ = ["prebuild"]
 
-#: What the instruction set is called that every processor of a kind has; the library's "".
-PLAIN = "plain"
-_ALL_SETS = [*(build.LEVELS if build.on_x86() else ()), PLAIN]
-#: The names that ``--isa`` takes.
-InstructionSet = StrEnum("InstructionSet", [(name, name) for name in _ALL_SETS])  # type: ignore[misc]
+#: The values of ``--isa``.
+InstructionSet = StrEnum(  # type: ignore[misc]
+    "InstructionSet",
+    [(name, name) for name in (*(compiler.LEVELS if compiler.on_x86() else ()), PLAIN)],
+)
+
+#: The names of files that ``--sources`` writes.
+_SOURCE_NAME = re.compile(r"[0-9a-f]{32}\.(c|py)")
 
 
 def prebuild(
     output: Annotated[
         Path | None,
-        folder_option("Where to put them, if not into the package"),
+        folder_option("Folder for the kernels, instead of the package"),
     ] = None,
     isa: Annotated[
         list[InstructionSet] | None,
         typer.Option(
             help="Repeat it for several instruction sets; if not given: "
-            f"{', '.join(level or PLAIN for level in prebuilt.instruction_sets())}."
+            f"{', '.join(map(isa_name, prebuilt.instruction_sets()))}."
+        ),
+    ] = None,
+    sources: Annotated[
+        Path | None,
+        folder_option(
+            "Compile nothing and write the generated C and Triton sources to this folder"
         ),
     ] = None,
 ) -> None:
-    """Compiles the kernels of all built-in optimizers ahead.
+    """Compile the kernels of all built-in optimizers.
 
     Stepping then needs no compiler. The kernels serve every choice of flags, with parameters,
     gradients and states all of one dtype; other mixtures are left to the compiler, or to torch
-    operations. Beside the package, they are used if STEPFORGE_PREBUILT names their folder.
+    operations. Outside the package, they are used if STEPFORGE_PREBUILT names their folder.
     """
-    folder = (output or prebuilt.FOLDER).absolute()
-    levels = _levels(isa)
-    try:
-        command = build.compiler()
-        build.compiler_version(command)  # that it runs at all
-    except build.BuildError as error:
-        raise SystemExit(f"stepforge: {error}") from None
     console = Console(highlight=False)
+    if sources is None:
+        _prebuild(console, output, _levels(isa))
+    elif output is None and not isa:
+        _write_sources(console, sources.absolute())
+    else:
+        raise typer.BadParameter(
+            "it compiles nothing, so it excludes --output and --isa.", param_hint="--sources"
+        )
+
+
+# Kernels. -----------------------------------------------------------------------------------------
+
+
+def _prebuild(console: Console, output: Path | None, levels: Sequence[str]) -> None:
+    folder = (output or prebuilt.FOLDER).absolute()
+    try:
+        command = compiler.compiler()
+        compiler.compiler_version(command)  # check that it runs at all
+    except disk_cache.BuildError as error:
+        raise SystemExit(f"stepforge: {error}") from None
     began = time.perf_counter()
     try:
         trust.make_folder(folder, 0o755)
-        kernels, failures = _compile_all(console, folder, levels, command)
+        paths, failures = _compile_all(console, folder, levels, command)
         if not failures:
             for level in levels:
-                prebuilt.prune(folder, level, keep=kernels)
+                prebuilt.prune(folder, level, keep=paths)
     except OSError as error:
-        why = f"{folder} cannot be written to ({error.strerror})"
         if output is None:
-            raise SystemExit(f"stepforge: {why}: name a folder of yours with --output") from None
-        raise typer.BadParameter(f"{why}.", param_hint="--output") from None
-    size = sum(kernel.stat().st_size for kernel in kernels) / 1e6
-    names = ", ".join(level or PLAIN for level in levels)
-    said = [f"{len(kernels)} kernels for {names}: {size:.1f} MB in {folder}"]
-    said[0] += f", in {time.perf_counter() - began:.1f} s"
-    if kernels and not _is_used(folder):
-        said.append(f"To use them: STEPFORGE_PREBUILT={folder}")
-    said += [f"{count} could not be compiled: {why}" for why, count in failures.most_common(3)]
-    for line in said:
+            raise SystemExit(
+                f"stepforge: {_not_writable(folder, error)}: name a folder of yours with --output"
+            ) from None
+        raise typer.BadParameter(
+            f"{_not_writable(folder, error)}.", param_hint="--output"
+        ) from None
+    size = sum(path.stat().st_size for path in paths) / 1e6
+    names = ", ".join(map(isa_name, levels))
+    lines = [
+        f"{len(paths)} kernels for {names}: {size:.1f} MB in {folder}, "
+        f"in {time.perf_counter() - began:.1f} s"
+    ]
+    if paths and not _is_used(folder):
+        lines.append(f"To use them: STEPFORGE_PREBUILT={folder}")
+    lines += [f"{count} could not be compiled: {why}" for why, count in failures.most_common(3)]
+    for line in lines:
         console.print(escape(line), soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 
 
 def _levels(isa: Iterable[InstructionSet] | None) -> Sequence[str]:
-    """The library's names of what ``--isa`` asks for."""
+    """Return the library's names of the instruction sets that ``--isa`` names."""
     if not isa:
         return prebuilt.instruction_sets()
     return ["" if level == PLAIN else str(level) for level in dict.fromkeys(isa)]
@@ -92,16 +122,16 @@ def _levels(isa: Iterable[InstructionSet] | None) -> Sequence[str]:
 def _compile_all(
     console: Console, folder: Path, levels: Sequence[str], command: tuple[str, ...]
 ) -> tuple[set[Path], Counter[str]]:
-    """Compiles all sources for some instruction sets, on all cores.
+    """Compile all sources for some instruction sets, on all cores.
 
     Returns:
-        The kernels, and how often which failure was met.
+        The kernels' files, and the number of failures by message.
 
     Raises:
-        OSError: the folder cannot be written to.
+        OSError: if the folder cannot be written to.
     """
-    work = [(source, level) for level in levels for source in variants.sources()]
-    kernels: set[Path] = set()
+    work = [(source, level) for level in levels for source in kernels.c_sources()]
+    paths: set[Path] = set()
     failures: Counter[str] = Counter()
     progress = Progress(
         TextColumn("compiling"),
@@ -111,29 +141,64 @@ def _compile_all(
         TimeElapsedColumn(),
         console=console,
     )
-    # A thread does nothing but wait for its compiler.
+    # A thread only waits for its compiler.
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
         task = progress.add_task("", total=len(work))
-        begun = [
+        futures = [
             pool.submit(prebuilt.compile_ahead, folder, source, level, command)
             for source, level in work
         ]
         try:
-            for future in as_completed(begun):
+            for future in as_completed(futures):
                 try:
-                    kernels.add(future.result())
-                except build.BuildError as error:
+                    paths.add(future.result())
+                except disk_cache.BuildError as error:
                     failures[str(error)] += 1
                 progress.advance(task)
         except BaseException:  # the folder cannot be written to, or Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
-    return kernels, failures
+    return paths, failures
 
 
 def _is_used(folder: Path) -> bool:
     try:
         used = prebuilt.folder()
-    except build.BuildError:
+    except disk_cache.BuildError:
         return False
     return used is not None and used.resolve() == folder.resolve()
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return f"{folder} cannot be written to ({error.strerror})"
+
+
+# Sources. -----------------------------------------------------------------------------------------
+
+
+def _write_sources(console: Console, folder: Path) -> None:
+    """Write every generated source to a file that is named by its hash.
+
+    Sources of another version are removed, so that ``diff -rq`` compares two versions.
+    """
+    c = _named(kernels.c_sources(), ".c")
+    triton = _named(kernels.triton_sources(), ".py")
+    files = c | triton
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_bytes(text.encode())
+        for path in folder.iterdir():
+            if _SOURCE_NAME.fullmatch(path.name) and path.name not in files:
+                path.unlink()
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{_not_writable(folder, error)}.", param_hint="--sources"
+        ) from None
+    line = f"{len(c)} C sources and {len(triton)} Triton sources in {folder}"
+    console.print(escape(line), soft_wrap=True)
+
+
+def _named(sources: Iterable[str], suffix: str) -> dict[str, str]:
+    """Return sources by the first 32 hex digits of their SHA-256 and a suffix."""
+    return {hashlib.sha256(text.encode()).hexdigest()[:32] + suffix: text for text in sources}

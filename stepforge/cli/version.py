@@ -8,16 +8,16 @@ import typer
 
 import stepforge
 
-__all__ = ["options"]
+__all__ = ["global_options"]
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         typer.echo(f"stepforge {stepforge.__version__}")
         raise typer.Exit
 
 
-def options(
+def global_options(
     version: Annotated[
         bool,
         typer.Option(
@@ -25,4 +25,4 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Takes the options that stand before the name of a command."""
+    """Take the options that stand before the name of a command."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from stepforge.backends import Batch, native, reference
-from stepforge.backends.native import build
+from stepforge.backends.native import compiler
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec
 from stepforge.expr import Expr, Trace
@@ -31,9 +31,9 @@ ARITHMETICS = {"float": torch.float32, "double": torch.float64}
 
 #: The instruction sets that kernels can be compiled for and that this processor has; "" is the
 #: plain one. The names serve as ids of tests.
-_LEVELS = [*build.LEVELS, ""]
+_LEVELS = [*compiler.LEVELS, ""]
 INSTRUCTION_SETS = {
-    level or "plain": level for level in _LEVELS[_LEVELS.index(build.instruction_set()) :]
+    level or "plain": level for level in _LEVELS[_LEVELS.index(compiler.instruction_set()) :]
 }
 
 
@@ -137,7 +137,7 @@ def with_results(graph: Graph, param: Mapping[str, torch.Tensor]) -> Columns:
 
 def run_compiler(arguments: Iterable[str | Path]) -> subprocess.CompletedProcess[str]:
     """Run the compiler that the library would use."""
-    command = [*build.compiler(), *map(str, arguments)]
+    command = [*compiler.compiler(), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

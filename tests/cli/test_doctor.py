@@ -1,4 +1,4 @@
-"""The doctor: what it says of this machine, and of one that lacks what kernels need."""
+"""``stepforge doctor`` on this machine, and on one that cannot run kernels."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepforge.backends import FUSED, triton
-from stepforge.backends.native import build, prebuilt
-from stepforge.cli import device, make_app
-from stepforge.cli.measure import OPTIMIZERS
-from stepforge.cli.variants import sources
+from stepforge.backends import FUSED, disk_cache, triton
+from stepforge.backends.native import compiler, openmp, prebuilt
+from stepforge.cli import devices, make_app
+from stepforge.cli.kernels import c_sources
+from stepforge.rules import ALL
+from tests.cli.compilers import needs_compiler
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 VARIABLES = (
@@ -33,7 +34,7 @@ VARIABLES = (
 def _plain_environment(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(device, "accelerators", lambda: ())  # what a CPU gets is asked here
+    monkeypatch.setattr(devices, "accelerators", lambda: ())  # report on the CPU alone
 
 
 def run(**environment: str) -> tuple[int, str]:
@@ -42,7 +43,7 @@ def run(**environment: str) -> tuple[int, str]:
 
 
 def run_afresh(**environment: str) -> tuple[int, str]:
-    """In a process of its own, which has no kernels loaded."""
+    """Run in a new process, which has no kernels loaded."""
     done = subprocess.run(
         [sys.executable, "-c", "from stepforge.cli import main; main()", "doctor"],
         env=os.environ | environment,
@@ -54,9 +55,9 @@ def run_afresh(**environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def rows(output: str) -> dict[str, list[str]]:
+def backends(output: str) -> dict[str, list[str]]:
     cells = [line.split() for line in output.splitlines()]
-    return {row[0]: row[1:] for row in cells if row and row[0] in OPTIMIZERS}
+    return {row[0]: row[1:] for row in cells if row and row[0] in ALL}
 
 
 def line(output: str, name: str) -> str:
@@ -64,23 +65,16 @@ def line(output: str, name: str) -> str:
     return found.removeprefix(f"{name:<18}")
 
 
-def needs_compiler() -> None:
-    try:
-        build.compiler()
-    except build.BuildError as error:
-        pytest.skip(str(error))
-
-
 def test_where_kernels_run():
     needs_compiler()
     code, output = run()
     assert code == 0
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["native"])
+    assert backends(output) == dict.fromkeys(ALL, len(DTYPES) * ["native"])
     assert line(output, "torch") == torch.__version__
     assert line(output, "numpy") == np.__version__
-    assert line(output, "instruction set") == (build.instruction_set() or "the plain one")
-    assert line(output, "compiler").startswith(f"{' '.join(build.compiler())}: ")
-    assert line(output, "kernel cache").startswith(f"{build.cache_folder()}: ")
+    assert line(output, "instruction set") == (compiler.instruction_set() or "the plain one")
+    assert line(output, "compiler").startswith(f"{' '.join(compiler.compiler())}: ")
+    assert line(output, "kernel cache").startswith(f"{disk_cache.cache_folder()}: ")
     assert line(output, "threads").startswith(f"{torch.get_num_threads()}; torch's OpenMP pool")
     assert line(output, "environment") == f"none of {', '.join(VARIABLES)} is set"
     assert line(output, "bits") == "stepforge selftest compares those of all backends here"
@@ -92,7 +86,7 @@ def test_no_compiler_and_an_empty_cache(tmp_path: Path):
     code, output = run_afresh(CC="/nonexistent", STEPFORGE_CACHE=str(folder), STEPFORGE_PREBUILT="")
     why = "CC names '/nonexistent', which is not on the PATH: install gcc or clang"
     assert code == 1
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["foreach"])
+    assert backends(output) == dict.fromkeys(ALL, len(DTYPES) * ["foreach"])
     assert line(output, "compiler") == f"none: {why}"
     assert line(output, "kernel cache") == f"{folder}: 0 kernels, 0.0 MB"
     assert line(output, "environment") == (
@@ -120,15 +114,15 @@ def test_a_cache_with_kernels(tmp_path: Path, monkeypatch):
 
 
 def test_prebuilt_kernels(tmp_path: Path, monkeypatch):
-    """Those that can be used, and how large all are."""
+    """The report counts usable kernels, and the size of all."""
     needs_compiler()
     tmp_path.chmod(0o755)
     monkeypatch.setattr(prebuilt, "FOLDER", tmp_path)
     assert line(run()[1], "prebuilt kernels") == f"none in {tmp_path}"
-    wanted = sources()
-    best = build.instruction_set()
+    wanted = c_sources()
+    best = compiler.instruction_set()
     used, damaged = (
-        prebuilt.compile_ahead(tmp_path, source, best, build.compiler()) for source in wanted[:2]
+        prebuilt.compile_ahead(tmp_path, source, best, compiler.compiler()) for source in wanted[:2]
     )
     damaged.write_bytes(b"no library")
     (used.parent / f"{'0' * 32}-{'1' * 32}.so").write_bytes(bytes(1_000_000))  # another version's
@@ -136,8 +130,8 @@ def test_prebuilt_kernels(tmp_path: Path, monkeypatch):
     counted = f"1 of {len(wanted)} for {best or 'plain'}; {size:.1f} MB"
     assert line(run()[1], "prebuilt kernels") == f"{tmp_path}: {counted}"
     monkeypatch.setenv("STEPFORGE_PREBUILT", str(tmp_path / "missing"))
-    said = f"none: STEPFORGE_PREBUILT is '{tmp_path}/missing', which is no folder"
-    assert line(run()[1], "prebuilt kernels") == said
+    message = f"none: STEPFORGE_PREBUILT is '{tmp_path}/missing', which is no folder"
+    assert line(run()[1], "prebuilt kernels") == message
 
 
 @pytest.mark.parametrize("columns", ["80", "20"])
@@ -146,11 +140,11 @@ def test_all_dtypes_are_told_by_their_whole_names(columns):
         line for line in run(COLUMNS=columns)[1].splitlines() if line.startswith("would run on")
     )
     assert tuple(heading.split()[4:]) == DTYPES
-    assert len(heading) <= 80  # it fits where there is room
+    assert len(heading) <= 80  # it fits on a usual terminal
 
 
 def test_no_openmp_pool(monkeypatch):
-    monkeypatch.setattr(build, "thread_pool", lambda: None)
+    monkeypatch.setattr(openmp, "thread_pool", lambda: None)
     assert "pool was not found, so kernels use one" in line(run()[1], "threads")
 
 
@@ -159,7 +153,7 @@ def test_a_forced_backend(monkeypatch, forced):
     monkeypatch.setenv("STEPFORGE_BACKEND", forced)
     code, output = run()
     assert code == 1
-    assert rows(output) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * [forced])
+    assert backends(output) == dict.fromkeys(ALL, len(DTYPES) * [forced])
     assert line(output, "environment") == f"STEPFORGE_BACKEND={forced}"
     assert output.splitlines()[-1] == (
         f"no native for any of them: STEPFORGE_BACKEND asks for {forced}"
@@ -170,7 +164,7 @@ def test_a_backend_that_does_not_exist(monkeypatch):
     monkeypatch.setenv("STEPFORGE_BACKEND", "warp")
     code, output = run()
     assert code == 1
-    assert set(rows(output)) == set(OPTIMIZERS)
+    assert set(backends(output)) == set(ALL)
     assert output.splitlines()[-1].startswith(
         "no native for any of them: STEPFORGE_BACKEND is 'warp'; it must be one of "
     )
@@ -179,31 +173,31 @@ def test_a_backend_that_does_not_exist(monkeypatch):
 def test_no_accelerator_and_a_triton():
     output = run()[1]
     assert line(output, "accelerators") == "none"
-    assert line(output, "triton") == device.triton_version()
+    assert line(output, "triton") == devices.triton_version()
     assert "would run on cpu" in output
     assert output.count("would run on") == 1
 
 
 @pytest.fixture
 def elsewhere(monkeypatch) -> None:
-    """A device without memory stands for an accelerator."""
+    """The meta device in place of an accelerator."""
     facts = {"GPU": "meta:0 Nothing, 0.0 GB", "platform": "meta, driver 1", "triton": "3"}
-    monkeypatch.setattr(device, "accelerators", lambda: 2 * (torch.device("meta"),))
-    monkeypatch.setattr(device, "describe", lambda _: facts)
+    monkeypatch.setattr(devices, "accelerators", lambda: 2 * (torch.device("meta"),))
+    monkeypatch.setattr(devices, "describe", lambda _: facts)
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_an_accelerator_that_no_kernel_is_made_for():
-    """There foreach is as fast as it gets, so nothing is amiss."""
+    """Nothing is wrong there: foreach is the fastest backend."""
     needs_compiler()
     code, output = run()
     assert code == 0
-    told = "meta:0 Nothing, 0.0 GB, meta, driver 1"
-    assert line(output, "accelerators") == f"{told}; {told}"
+    described = "meta:0 Nothing, 0.0 GB, meta, driver 1"
+    assert line(output, "accelerators") == f"{described}; {described}"
     on_cpu, on_device = output.split("would run on")[1:]
-    assert rows(on_cpu) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["native"])
+    assert backends(on_cpu) == dict.fromkeys(ALL, len(DTYPES) * ["native"])
     assert on_device.split()[0] == "meta"
-    assert rows(on_device) == dict.fromkeys(OPTIMIZERS, len(DTYPES) * ["foreach"])
+    assert backends(on_device) == dict.fromkeys(ALL, len(DTYPES) * ["foreach"])
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -212,19 +206,19 @@ def test_a_gpu_that_its_kernels_do_not_serve(monkeypatch):
     monkeypatch.setattr(triton, "unsupported_reason", lambda *_: "Triton is not installed")
     code, output = run()
     assert code == 1
-    assert rows(output.split("would run on")[2]) == dict.fromkeys(
-        OPTIMIZERS, len(DTYPES) * ["foreach"]
+    assert backends(output.split("would run on")[2]) == dict.fromkeys(
+        ALL, len(DTYPES) * ["foreach"]
     )
     assert output.splitlines()[-1] == "no triton for any of them: Triton is not installed"
     monkeypatch.setattr(triton, "unsupported_reason", lambda *_: None)
-    assert rows(run()[1].split("would run on")[2]) == dict.fromkeys(
-        OPTIMIZERS, len(DTYPES) * ["triton"]
+    assert backends(run()[1].split("would run on")[2]) == dict.fromkeys(
+        ALL, len(DTYPES) * ["triton"]
     )
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_numbers_that_an_accelerator_does_not_have(monkeypatch):
-    """As Apple's GPUs have no float64."""
+def test_a_dtype_that_an_accelerator_does_not_have(monkeypatch):
+    """Apple's GPUs, for example, have no float64."""
     zeros = torch.zeros
 
     def refuse(*args, dtype=None, device=None, **kwargs):
@@ -237,17 +231,17 @@ def test_numbers_that_an_accelerator_does_not_have(monkeypatch):
     code, output = run()
     assert code == 0
     expected = ["foreach", "foreach", "foreach", "-", "foreach"]
-    assert rows(output.split("would run on")[2]) == dict.fromkeys(OPTIMIZERS, expected)
+    assert backends(output.split("would run on")[2]) == dict.fromkeys(ALL, expected)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gets_its_kernels(monkeypatch):
     monkeypatch.undo()
-    if not device.accelerators():
+    if not devices.accelerators():
         pytest.skip("needs a GPU")
-    kind = device.accelerators()[0].type
+    kind = devices.accelerators()[0].type
     backend = FUSED.get(kind, "foreach")
-    assert rows(run()[1].split("would run on")[2])["AdamW"][:2] == 2 * [backend]
+    assert backends(run()[1].split("would run on")[2])["AdamW"][:2] == 2 * [backend]
 
 
 def test_an_instruction_set_that_does_not_exist(monkeypatch):

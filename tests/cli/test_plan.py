@@ -1,7 +1,7 @@
-"""The plan: bytes and seconds of a training that nobody has begun.
+"""``stepforge plan``: bytes and seconds of training before it begins.
 
-Two oracles: sums by hand, from what a number of each dtype takes and a scale of four bytes for each
-128 codes; and the tensors of optimizers that have stepped.
+Two oracles: sums by hand, from the bytes of each dtype and a scale of four bytes per 128 codes; and
+the tensors of optimizers after a step.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typer.testing import CliRunner
 
 import stepforge
 from stepforge.cli import make_app
-from stepforge.cli.measure import OPTIMIZERS
+from stepforge.rules import ALL
 
 README = Path(__file__).parents[2] / "README.md"
 SCALE = 4 / 128
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    asked = ["plan", *map(str, arguments)]
-    result = CliRunner().invoke(make_app(), asked, catch_exceptions=False, env={"COLUMNS": "100"})
+    command = ["plan", *map(str, arguments)]
+    result = CliRunner().invoke(make_app(), command, catch_exceptions=False, env={"COLUMNS": "100"})
     return result.exit_code, result.output
 
 
 def report_of(tmp_path: Path, *arguments: object) -> dict[str, Any]:
     output = tmp_path / "plan.json"
-    code, said = invoke("--params", "8e9", *arguments, "--json", output)
-    assert code == 0, said
+    code, printed = invoke("--params", "8e9", *arguments, "--json", output)
+    assert code == 0, printed
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -68,7 +68,7 @@ AT_RANDOM = ("--stochastic-rounding",)
     ids=lambda x: " ".join(x) if x and isinstance(x[0], str) else "",
 )
 def test_bytes_by_hand(tmp_path: Path, arguments: tuple[str, ...], parts: tuple[float, ...]):
-    """A step reads all of them, and writes all but the gradients; a checkpoint has what is written.
+    """A step reads all of them, and writes all but the gradients. A checkpoint has what is written.
 
     All are exact: sums of multiples of 1/32.
     """
@@ -81,7 +81,7 @@ def test_bytes_by_hand(tmp_path: Path, arguments: tuple[str, ...], parts: tuple[
 
 
 def test_devices_and_bandwidth_by_hand(tmp_path: Path):
-    """7.0625 bytes a parameter; 12.125 are moved in a step."""
+    """A parameter takes 7.0625 bytes; a step moves 12.125."""
     arguments = (*INT8, *BITS24, "--world-size", 8, "--bandwidth", 2000)
     report = report_of(tmp_path, *arguments)
     planned, float32 = report["planned"], report["float32"]
@@ -157,7 +157,7 @@ def test_rounding_at_random_is_told_of_the_weights():
         ("350k", "350,000"),
         ("1.1T", "1,100,000,000,000"),
         ("7_000_000_000", "7,000,000,000"),
-        ("999999999999999999", "999,999,999,999,999,999"),  # which no float is
+        ("999999999999999999", "999,999,999,999,999,999"),  # not a float
         ("1", "1"),
     ],
 )
@@ -169,15 +169,16 @@ def test_numbers_of_parameters_as_people_write_them(written: str, count: str):
 
 
 def test_short_times_have_a_unit():
-    """28,000 bytes at 3350 GB/s."""
+    """A step moves 28,000 bytes at 3350 GB/s."""
     _, output = invoke("--params", "1K")
     assert "A step takes at least 8.36 ns at 3,350 GB/s" in output
 
 
 def test_a_narrow_terminal_cuts_no_number():
-    asked = ["plan", "--params", "8B", *INT8, *BITS24]
+    command = ["plan", "--params", "8B", *INT8, *BITS24]
     narrow, wide = (
-        CliRunner().invoke(make_app(), asked, env={"COLUMNS": columns}) for columns in ("20", "100")
+        CliRunner().invoke(make_app(), command, env={"COLUMNS": columns})
+        for columns in ("20", "100")
     )
     assert rows(narrow.output) == rows(wide.output)
     assert len(rows(wide.output)) == 7
@@ -201,7 +202,7 @@ def test_parts_that_there_are_not_are_left_out():
     assert rows(output)["total"] == ["16", "16 kB", "16", "16 kB", "1.00"]
 
 
-# Beside tensors. ----------------------------------------------------------------------------------
+# Against real tensors. ----------------------------------------------------------------------------
 
 
 def stepped(
@@ -216,12 +217,12 @@ def stepped(
 
 
 def state_bytes(optimizer: stepforge.Optimizer) -> int:
-    """All that ``optimizer.state`` holds, the numbers of the steps included."""
-    return sum(x.nbytes for entry in optimizer.state.values() for x in entry.values())
+    """Return the bytes of everything in ``optimizer.state``, step counts included."""
+    return sum(x.nbytes for state in optimizer.state.values() for x in state.values())
 
 
 def transformer(width: int, vocabulary: int, layers: int) -> list[tuple[int, ...]]:
-    """The parameters of a language model in the shape of GPT-2, biases and norms among them."""
+    """Return the shapes of GPT-2's parameters, biases and layer norms included."""
     norm = [(width,), (width,)]
     attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
     perceptron = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
@@ -229,31 +230,31 @@ def transformer(width: int, vocabulary: int, layers: int) -> list[tuple[int, ...
     return [(vocabulary, width), (256, width), *layers * layer, *norm]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL)
 def test_matrices_take_what_is_planned(tmp_path: Path, name: str):
-    """But for numbers of whole tensors, of 4 bytes each."""
+    """Scalar states, of 4 bytes each, are not counted."""
     optimizer, (p,) = stepped(
         name, [(256, 384)], torch.bfloat16, state_format="int8", master_weight_bits=24
     )
-    numbers = 4 * sum(x.dim() == 0 for x in optimizer.state[p].values())
+    scalars = 4 * sum(x.dim() == 0 for x in optimizer.state[p].values())
     weights, gradients, *of_state = parts_of(
         report_of(tmp_path, "--optimizer", name, *INT8, *BITS24)
     )
     assert p.nbytes == weights * p.numel()
     assert p.grad is not None
     assert p.grad.nbytes == gradients * p.numel()
-    assert state_bytes(optimizer) - numbers == sum(of_state) * p.numel()
+    assert state_bytes(optimizer) - scalars == sum(of_state) * p.numel()
 
 
 def test_states_of_a_model_in_8_bits():
-    """At most 2.1 bytes an element: 2.0625 of matrices, 8 of the few that stay in full."""
+    """At most 2.1 bytes an element: 2.0625 for matrices, 8 for the few full-precision states."""
     shapes = transformer(width=256, vocabulary=4096, layers=2)
     optimizer, params = stepped("AdamW", shapes, torch.float32, state_format="int8")
     assert state_bytes(optimizer) <= 2.1 * sum(p.numel() for p in params)
 
 
 def test_a_whole_model_of_16_24_and_8_bits():
-    """At most 7.1 bytes a parameter with its gradient: 7.0625 of matrices."""
+    """At most 7.1 bytes a parameter with its gradient: 7.0625 for matrices."""
     shapes = transformer(width=256, vocabulary=4096, layers=2)
     optimizer, params = stepped(
         "AdamW", shapes, torch.bfloat16, state_format="int8", master_weight_bits=24
@@ -329,7 +330,7 @@ def test_bad_values_get_one_sentence(arguments: tuple[str, ...], sentence: str):
     given = arguments if "--params" in arguments else ("--params", "8e9", *arguments)
     code, output = invoke(*given)
     assert code == 2
-    # typer names an option of our own complaint without quotes.
+    # typer quotes the option only in its own messages.
     last = output.splitlines()[-1].replace("'", "").replace("`", "")
     assert f"Invalid value for {sentence}" in last
     assert not last.endswith("..")
@@ -344,6 +345,6 @@ def test_how_many_parameters_must_be_said():
 def test_a_report_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").touch()
     for output in (tmp_path, tmp_path / "file" / "plan.json"):
-        code, said = invoke("--params", "8e9", "--json", output)
+        code, printed = invoke("--params", "8e9", "--json", output)
         assert code == 2
-        assert "--json" in said.splitlines()[-1]
+        assert "--json" in printed.splitlines()[-1]

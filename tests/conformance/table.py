@@ -54,8 +54,8 @@ OPTIMIZERS = {name: Twins.of(cls) for name, cls in ALL.items()}
 BACKENDS = {
     name: {"STEPFORGE_BACKEND": name}
     for name in backends.BACKENDS
-    # Compiled kernels of Triton serve no CPU, and these tests run on the CPU. tests/backends/triton
-    # runs such cases on a GPU.
+    # Compiled kernels of Triton serve no CPU, and these tests run on the CPU.
+    # tests/backends/triton runs such cases on a GPU.
     if name != "triton" or is_interpreted()
 }
 #: The backends that take microseconds for a small step. Triton's interpreter takes milliseconds, so

@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import torch
 
-from stepforge.backends.native import build
-from stepforge.cli.variants import sources
+from stepforge.backends import disk_cache
+from stepforge.backends.native import build, compiler
+from stepforge.cli.kernels import c_sources
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("stepforge", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-ISA = build.instruction_set()
+ISA = compiler.instruction_set()
 #: The number of comparisons: forms of the rules (2 by Adagrad's flag, 8 by Adam's three flags, 4 by
 #: two flags of each other rule), times 2 for weight decay, times 5 dtypes.
 FORMS = (2 + 8 + 4 + 4 + 4) * 2 * 5
@@ -34,8 +35,8 @@ FORMS = (2 + 8 + 4 + 4 + 4) * 2 * 5
 def needs_compiler() -> None:
     """Skip the test if there is no compiler."""
     try:
-        build.compiler()
-    except build.BuildError as error:
+        compiler.compiler()
+    except disk_cache.BuildError as error:
         pytest.skip(str(error))
 
 
@@ -126,7 +127,7 @@ def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
 
     assert re.fullmatch(r"stepforge-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     inside = f"stepforge/backends/native/kernels/{ISA or 'plain'}/"
-    assert len(libraries(wheel)) == len(sources())
+    assert len(libraries(wheel)) == len(c_sources())
     assert all(name.startswith(inside) for name in libraries(wheel))
 
     cache = tmp_path / "cache"
@@ -180,8 +181,8 @@ def test_a_wheel_without_the_kernels_asked_for_is_not_made(tmp_path: Path) -> No
 def test_a_kernel_needs_nothing_of_the_system(tmp_path: Path, isa: str) -> None:
     """Then it runs on older systems than the one that compiled it. Oracle: objdump."""
     needs_compiler()
-    for source in sources()[::19]:
-        kernel = build.compile_into(tmp_path, "kernel", source, isa, build.compiler())
+    for source in c_sources()[::19]:
+        kernel = build.compile_into(tmp_path, "kernel", source, isa, compiler.compiler())
         table = run(["objdump", "--dynamic-syms", kernel]).splitlines()
         undefined = [line for line in table if "*UND*" in line]
         assert all(line.split()[1] == "w" for line in undefined), "more than weak symbols"

@@ -25,6 +25,7 @@ state.sharding
 state.layout
 state.values state
 backends.spec backends.trust backends.exact backends.grad_scale backends.cache
+backends.disk_cache
 backends.batch
 backends.aliasing
 backends.reference

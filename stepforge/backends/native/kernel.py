@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from stepforge.backends import cache
-from stepforge.backends.native import build, prebuilt
+from stepforge.backends.disk_cache import BuildError
+from stepforge.backends.native import prebuilt
+from stepforge.backends.native.openmp import thread_pool
 from stepforge.backends.native.source import KernelArgs, c_source
 from stepforge.backends.spec import KernelSpec
 
@@ -82,7 +84,7 @@ class Kernel:
             coefficients: the address of params x coefficients in the dtype of the arithmetic.
             grad_factor: the factor of all gradients.
         """
-        pool = build.thread_pool() if elements >= PARALLEL_MIN and not _forked else None
+        pool = thread_pool() if elements >= PARALLEL_MIN and not _forked else None
         threads = torch.get_num_threads() if pool else 1
         self._run(params, starts, records, coefficients, grad_factor, threads, *(pool or (0, 0, 0)))
 
@@ -109,5 +111,5 @@ def kernel_for(spec: KernelSpec) -> Kernel | str:
 def _kernel_for(spec: KernelSpec, _isa: str | None) -> Kernel | str:
     try:
         return Kernel(spec)
-    except build.BuildError as error:
+    except BuildError as error:
         return str(error)

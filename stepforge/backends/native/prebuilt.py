@@ -1,8 +1,8 @@
 """Kernels that were compiled ahead, so that a step needs no compiler.
 
-They lie in a folder for each instruction set, named as in the cache by the hash of what went into
-them and the hash of what they hold: one that was made from another source is never found, and one
-that was altered is passed over.
+There is a subfolder for each instruction set. Files are named as in the cache, by the hash of
+everything that went into them and the hash of their content. So a kernel of another source is never
+found, and an altered one is skipped.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 
-from stepforge.backends import trust
-from stepforge.backends.native import build
+from stepforge.backends import disk_cache, trust
+from stepforge.backends.disk_cache import BuildError
+from stepforge.backends.native import build, compiler
 
-#: The package's own, which a wheel for a platform carries and a pure one lacks.
+#: The package's own folder; wheels for a platform have it, pure ones do not.
 FOLDER = Path(__file__).with_name("kernels")
 
 # On one thread and in its cache, a processor of level 4 steps 2 to 3 times as fast with -v3 as with
-# the plain set (in float16, 10), and 1.4 times as fast with -v4 as with -v3 (in bfloat16, 1.7). Of
-# -v2 it gains a quarter, and that for processors made before 2013: they get the plain one.
+# the plain set (10 times in float16), and 1.4 times as fast with -v4 as with -v3 (1.7 times in
+# bfloat16). -v2 gains a quarter, and only for processors made before 2013: they get the plain set.
 _WORTH_IT = ("x86-64-v4", "x86-64-v3", "")
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Return the levels to compile ahead for, whatever this processor is."""
-    return _WORTH_IT if build.on_x86() else ("",)
+    return _WORTH_IT if compiler.on_x86() else ("",)
 
 
 def folder() -> Path | None:
     """Return the folder of prebuilt kernels, which need not exist; None if it is disabled.
 
-    The environment variable ``STEPFORGE_PREBUILT`` names another than the package's own; none if it
-    is empty.
+    The environment variable ``STEPFORGE_PREBUILT`` replaces the package's own folder; an empty one
+    disables prebuilt kernels.
 
     Raises:
-        BuildError: it names no folder, or others may put code there.
+        BuildError: it is no folder, or others may put code there.
     """
     named = os.environ.get("STEPFORGE_PREBUILT")
     if named is None:
@@ -45,7 +46,7 @@ def folder() -> Path | None:
     if not named:
         return None
     if not os.path.isdir(named):
-        raise build.BuildError(f"STEPFORGE_PREBUILT is {named!r}, which is no folder")
+        raise BuildError(f"STEPFORGE_PREBUILT is {named!r}, which is no folder")
     return _trusted(Path(named))
 
 
@@ -61,7 +62,7 @@ def _trusted(folder: Path) -> Path:
     except OSError as error:
         untrusted = f"it cannot be looked at ({error.strerror})"
     if untrusted:
-        raise build.BuildError(f"the kernels in {folder} are not safe: {untrusted}")
+        raise BuildError(f"the kernels in {folder} are not safe: {untrusted}")
     return resolved
 
 
@@ -86,13 +87,13 @@ def _opened(folder: Path, source: str, isa: str) -> ctypes.CDLL | None:
 def load(source: str) -> ctypes.CDLL:
     """Return the library of a source: compiled ahead, from the cache, or compiled now.
 
-    What was compiled ahead for a lesser instruction set than the processor's best stores the same
-    bits, more slowly: it serves only where none for the best can be had.
+    A kernel for a lesser instruction set than the best has the same bits, but is slower. It is used
+    only if there is none for the best.
 
     Raises:
         BuildError: it was not compiled ahead and cannot be compiled now.
     """
-    best, *lesser = build.instruction_sets()
+    best, *lesser = compiler.instruction_sets()
     ahead = folder()
     if ahead is None:
         return build.load(source)
@@ -101,7 +102,7 @@ def load(source: str) -> ctypes.CDLL:
         return library
     try:
         return build.load(source)
-    except build.BuildError:
+    except BuildError:
         for isa in lesser:
             library = _opened(ahead, source, isa)
             if library is not None:
@@ -111,22 +112,26 @@ def load(source: str) -> ctypes.CDLL:
 
 def circumstances() -> tuple[object, ...]:
     """Return what :func:`load` looks at before it compiles: folders, settings, compiler."""
-    return (build.answer(folder), build.answer(_compiler), *build.cache_circumstances())
+    return (
+        disk_cache.answer(folder),
+        disk_cache.answer(_compiler),
+        *disk_cache.cache_circumstances(),
+    )
 
 
 def _compiler() -> tuple[object, ...]:
-    command = build.compiler()
-    return command, build.modified_ns(command)
+    command = compiler.compiler()
+    return command, compiler.modified_ns(command)
 
 
 def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...]) -> Path:
     """Compile a source into a folder of kernels; return the kernel's file.
 
     Args:
-        folder: of all kernels; made if it is missing.
-        source: in C.
+        folder: the folder of all kernels; made if it is missing.
+        source: C source.
         isa: the level to compile for; "" for the plain one.
-        command: the compiler's.
+        command: the command of the compiler.
 
     Raises:
         BuildError: the compiler fails.
@@ -135,8 +140,8 @@ def compile_ahead(folder: Path, source: str, isa: str, command: tuple[str, ...])
     place = shelf(folder, isa)
     trust.make_folder(place, 0o755)
     name = build.key_of(source, isa)
-    # Symbols are for debuggers, and would be a twentieth of the file.
-    return build.compile_into(place, name, source, isa, command, "-s", mode=build.PUBLIC)
+    # Symbols are for debuggers, and take a twentieth of the file.
+    return build.compile_into(place, name, source, isa, command, "-s", mode=disk_cache.PUBLIC)
 
 
 def prune(folder: Path, isa: str, keep: Container[Path]) -> None:

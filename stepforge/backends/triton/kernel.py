@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends import cache, trust
-from stepforge.backends.native import build
+from stepforge.backends import cache, disk_cache, trust
+from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import KernelArgs, named, triton_source, writer_source
 
@@ -115,7 +115,7 @@ def load(source: str) -> types.ModuleType:
         ImportError: Triton cannot be imported.
     """
     name = f"stepforge-{hashlib.sha256(source.encode()).hexdigest()[:32]}"
-    path = build.cache_folder() / f"{name}.py"
+    path = disk_cache.cache_folder() / f"{name}.py"
     _keep(source, path)
     # Triton reads a function's source through this cache. Without a time it is never outdated.
     linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
@@ -131,13 +131,13 @@ def _keep(source: str, path: Path) -> None:
         if file.read() == content:
             return
     try:
-        with build.work_folder(path.parent) as work:
+        with disk_cache.work_folder(path.parent) as work:
             written = work / "kernel.py"
             written.write_bytes(content)
-            written.chmod(build.PRIVATE)
+            written.chmod(disk_cache.PRIVATE)
             os.replace(written, path)  # readers see the whole file or none
     except OSError as error:
-        raise build.unwritable(path.parent, error) from None
+        raise disk_cache.unwritable(path.parent, error) from None
 
 
 #: The numbers that one launch of :func:`write` carries.
@@ -179,11 +179,11 @@ def kernel_for(spec: KernelSpec, dims: int = 0) -> Kernel | str:
     return _kernel_for(spec, dims, is_interpreted())
 
 
-@cache.made_once(build.cache_circumstances)
+@cache.made_once(disk_cache.cache_circumstances)
 def _kernel_for(spec: KernelSpec, dims: int, _interpreted: bool) -> Kernel | str:
     try:
         return Kernel(spec, dims)
-    except build.BuildError as error:
+    except BuildError as error:
         return str(error)
     except ImportError as error:
         return f"triton cannot be imported ({error})"

@@ -1,4 +1,4 @@
-"""Steps a case by one backend, and finds where its bits are not those of another."""
+"""Outcomes of a case on one backend, and their bitwise comparison."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from torch import Tensor
 
 from stepforge.cli.selftest.cases import STEPS, Case
 
-__all__ = ["Outcome", "Result", "bits", "differing", "digest", "forced", "outcomes"]
+__all__ = ["Outcome", "Result", "bits", "digest", "find_differences", "forced", "outcomes"]
 
 #: The bit patterns of a tensor, as integers.
 Bits: TypeAlias = "np.ndarray[Any, Any]"
-#: Those of parameters and states after a step, by the parameter's number and the state's key.
+#: The bits of parameters and states after a step. A key is the parameter's index, a dot, and the
+#: state's key or ``parameter``.
 Outcome: TypeAlias = dict[str, Bits]
+
+#: The limits of a report: tensors per step, and elements per tensor.
+_MAX_TENSORS, _MAX_ELEMENTS = 4, 4
 
 
 @contextlib.contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Has that backend serve every step inside, or raise a RuntimeError."""
+    """Make every step inside run on a backend, or raise a RuntimeError."""
     before = os.environ.get("STEPFORGE_BACKEND")
     os.environ["STEPFORGE_BACKEND"] = backend
     try:
@@ -39,27 +43,27 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def outcomes(case: Case, backend: str, device: torch.device) -> list[Outcome]:
-    """Steps a case by one backend; gives an outcome for each step.
+    """Step a case on one backend and return the outcome of each step.
 
     Raises:
-        RuntimeError: the backend cannot serve it.
+        RuntimeError: if the backend cannot serve the case.
     """
-    members = case.members()
-    params = [m.parameter(seed, case.dtype, device) for seed, m in enumerate(members)]
+    case_params = case.params()
+    params = [param.make(seed, case.dtype, device) for seed, param in enumerate(case_params)]
     optimizer = case.build(params)
     found = []
     with forced(backend), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing faster runs: it is not to
+        warnings.simplefilter("ignore")  # a slower backend is intended here
         for step in range(STEPS):
-            for number, (member, p) in enumerate(zip(members, params)):
-                seed = 1000 * (step + 1) + number
-                is_missing = step % 3 == 1 and number % 3 == 1  # so that step counts differ
-                p.grad = None if is_missing else member.gradient(seed, case.gradient, device)
+            for index, (param, p) in enumerate(zip(case_params, params)):
+                seed = 1000 * (step + 1) + index
+                is_missing = step % 3 == 1 and index % 3 == 1  # so that step counts differ
+                p.grad = None if is_missing else param.make_gradient(seed, case.gradient, device)
             optimizer.step()
             found.append(
                 {
-                    f"{number}.{key}": bits(x)
-                    for number, p in enumerate(params)
+                    f"{index}.{key}": bits(x)
+                    for index, p in enumerate(params)
                     for key, x in {"parameter": p, **optimizer.state.get(p, {})}.items()
                 }
             )
@@ -67,18 +71,21 @@ def outcomes(case: Case, backend: str, device: torch.device) -> list[Outcome]:
 
 
 def bits(x: Tensor) -> Bits:
-    """The bit patterns of a tensor, little-endian; one for all NaNs, as backends share no other."""
+    """Return the bit patterns of a tensor, little-endian.
+
+    All NaNs get the same pattern, as their bits differ between backends.
+    """
     x = x.detach()
     x = torch.view_as_real(x) if x.is_complex() else x
     x = x.cpu().contiguous()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    # All ones are a NaN of every dtype of floating point, so they stand for no number.
+    # All ones are a NaN in every floating-point dtype, so no number has this pattern.
     array = x.view(integers[x.itemsize]).masked_fill(x.isnan(), -1).numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def digest(outcome: Outcome) -> str:
-    """A hash of names, dtypes, shapes and bits."""
+    """Return a hash of names, dtypes, shapes and bits."""
     hashed = hashlib.sha256()
     for name, array in outcome.items():
         hashed.update(f"{name} {array.dtype.str} {array.shape};".encode())
@@ -88,16 +95,16 @@ def digest(outcome: Outcome) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    """Comparison of the bits that a case stores with those that it should.
+    """The comparison of a case's bits with the expected ones.
 
     Attributes:
         case: the case.
         backend: the backend that stepped it.
-        against: name of what its bits were compared with.
-        expected: the hash of each step that it should have.
-        found: the hash of each step that it has; empty if a step could not be taken.
-        differing: of the first step that differs the tensors that do, as far as they are known.
-        error: why a step could not be taken.
+        against: the source of the expected bits.
+        expected: the expected hash of each step.
+        found: the hash of each step; empty if a step raised an error.
+        differing: the tensors that differ in the first step that differs, if known.
+        error: the message of the error that a step raised.
     """
 
     case: Case
@@ -110,12 +117,12 @@ class Result:
 
     @property
     def agrees(self) -> bool:
-        """True if all steps have the hashes that they should."""
+        """True if all steps have the expected hashes."""
         return self.expected == self.found
 
     def report(self) -> dict[str, Any]:
-        """The entry of a report."""
-        told: dict[str, Any] = {
+        """Return the result's JSON object for a report."""
+        entry: dict[str, Any] = {
             "case": self.case.name,
             "backend": self.backend,
             "against": self.against,
@@ -124,23 +131,21 @@ class Result:
             "found": list(self.found),
         }
         if self.error:
-            told["error"] = self.error
+            entry["error"] = self.error
         if not self.agrees and self.found:
             pairs = enumerate(itertools.zip_longest(self.expected, self.found), start=1)
-            told["step"] = next(step for step, (x, y) in pairs if x != y)
-            told["differing"] = list(self.differing)
-        return told
+            entry["step"] = next(step for step, (x, y) in pairs if x != y)
+            entry["differing"] = list(self.differing)
+        return entry
 
 
-#: How many tensors of a step, and elements of each, are told of.
-_TENSORS, _ELEMENTS = 4, 4
-
-
-def differing(expected: Sequence[Outcome], found: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
-    """The first tensors that differ in the first step that does, with their first elements."""
+def find_differences(
+    expected: Sequence[Outcome], found: Sequence[Outcome]
+) -> Iterator[dict[str, Any]]:
+    """Yield the first differing tensors of the first differing step, with their first elements."""
     for wanted, got in zip(expected, found):
         names = [name for name in wanted | got if not _equal(wanted.get(name), got.get(name))]
-        for name in names[:_TENSORS]:
+        for name in names[:_MAX_TENSORS]:
             yield {"tensor": name, **_elements(wanted.get(name), got.get(name))}
         if names:
             return
@@ -154,17 +159,17 @@ def _elements(wanted: Bits | None, got: Bits | None) -> dict[str, Any]:
     if wanted is None or got is None or (wanted.dtype, wanted.shape) != (got.dtype, got.shape):
         described = [None if x is None else f"{x.dtype.name} {x.shape}" for x in (wanted, got)]
         return dict(zip(("expected", "found"), described))
-    where = np.argwhere(wanted != got)
+    indices = np.argwhere(wanted != got)
     return {
         "elements": wanted.size,
-        "differing": len(where),
+        "differing": len(indices),
         "first": [
             {"index": index.tolist(), "expected": _hex(wanted, index), "found": _hex(got, index)}
-            for index in where[:_ELEMENTS]
+            for index in indices[:_MAX_ELEMENTS]
         ],
     }
 
 
 def _hex(x: Bits, index: Bits) -> str:
-    word = int(x[tuple(index)]) & ((1 << 8 * x.itemsize) - 1)
-    return f"0x{word:0{2 * x.itemsize}x}"
+    pattern = int(x[tuple(index)]) & ((1 << 8 * x.itemsize) - 1)
+    return f"0x{pattern:0{2 * x.itemsize}x}"

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from stepforge.backends.native import build
+from stepforge.backends import disk_cache
+from stepforge.backends.native import compiler
 from tests.backends.native.faults import assert_right
 
 
 @pytest.fixture(autouse=True)
 def _a_compiler() -> None:
     try:
-        build.compiler()
-    except build.BuildError as error:
+        compiler.compiler()
+    except disk_cache.BuildError as error:
         pytest.skip(str(error))
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 
-from stepforge.backends.native import build, kernel_for
+from stepforge.backends.native import compiler, kernel_for
 from stepforge.program import Graph
 from tests.backends.graphs import by_kernel, run_compiler, spec_of, traced
 
@@ -120,5 +120,5 @@ def executable(path: Path, script: str) -> Path:
 
 
 def processor_of_level_3(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = build.LEVELS["x86-64-v3"] | build.LEVELS["x86-64-v2"]
-    monkeypatch.setattr(build, "_processor_features", lambda: features)
+    features = compiler.LEVELS["x86-64-v3"] | compiler.LEVELS["x86-64-v2"]
+    monkeypatch.setattr(compiler, "_processor_features", lambda: features)

@@ -26,8 +26,8 @@ import torch
 
 import stepforge
 from stepforge.backends import cache as process_cache
-from stepforge.backends import trust
-from stepforge.backends.native import Kernel, build, kernel_for
+from stepforge.backends import disk_cache, trust
+from stepforge.backends.native import Kernel, build, compiler, kernel_for
 from tests.backends.graphs import INSTRUCTION_SETS, by_kernel, in_new_process, spec_of, traced
 from tests.backends.native.faults import (
     altered,
@@ -53,8 +53,8 @@ from tests.backends.native.faults import (
 PROCESSES = 16
 #: The compiler's command, quoted for a shell.
 try:
-    COMPILER = shlex.join(build.compiler())
-except build.BuildError:  # all tests skip
+    COMPILER = shlex.join(compiler.compiler())
+except disk_cache.BuildError:  # all tests skip
     COMPILER = "cc"
 
 
@@ -80,11 +80,11 @@ def test_the_cache_is_in_the_user_s_cache_folder_unless_named(
     for name in ("STEPFORGE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.cache_folder() == tmp_path / "home" / ".cache" / "stepforge"
+    assert disk_cache.cache_folder() == tmp_path / "home" / ".cache" / "stepforge"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert build.cache_folder() == tmp_path / "xdg" / "stepforge"
+    assert disk_cache.cache_folder() == tmp_path / "xdg" / "stepforge"
     monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path / "named"))
-    assert build.cache_folder() == tmp_path / "named"
+    assert disk_cache.cache_folder() == tmp_path / "named"
     assert all(folder.stat().st_mode & 0o777 == 0o700 for folder in tmp_path.glob("*/stepforge"))
 
 
@@ -213,7 +213,7 @@ def test_a_link_to_a_cache_is_as_safe_as_its_target(
     assert f"{target.parent} can be written to by others" in refusal()
     target.parent.chmod(0o755)
     assert_right()
-    assert build.cache_folder() == target
+    assert disk_cache.cache_folder() == target
     assert len(kernels(target)) == 1
 
 
@@ -237,7 +237,7 @@ def test_without_a_home_there_is_no_cache_in_the_current_folder(
     assert "the kernel cache ~/kernels has no place" in refusal()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert build.cache_folder() == tmp_path / "home" / "kernels"
+    assert disk_cache.cache_folder() == tmp_path / "home" / "kernels"
 
 
 def test_a_relative_xdg_cache_home_is_ignored_as_its_specification_says(
@@ -246,7 +246,7 @@ def test_a_relative_xdg_cache_home_is_ignored_as_its_specification_says(
     monkeypatch.delenv("STEPFORGE_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    assert build.cache_folder() == tmp_path / ".cache" / "stepforge"
+    assert disk_cache.cache_folder() == tmp_path / ".cache" / "stepforge"
 
 
 @pytest.fixture(params=["/proc/self/fd", "/nonexistent"], ids=["by-descriptor", "by-copy"])
@@ -380,7 +380,7 @@ def test_builds_that_were_interrupted_days_ago_are_removed(cache: Path) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / name).write_text("half a fil")
     cache.chmod(0o700)
-    limit = time.time() - build.ABANDONED_S
+    limit = time.time() - disk_cache.ABANDONED_S
     os.utime(abandoned, (limit - 60, limit - 60))
     os.utime(theirs, (limit - 60, limit - 60))
     young = cache / "build-4e5f6a7b"
@@ -392,7 +392,7 @@ def test_builds_that_were_interrupted_days_ago_are_removed(cache: Path) -> None:
     assert young.exists()
 
 
-@pytest.mark.skipif(build.fcntl is None, reason="this system has no file locks")
+@pytest.mark.skipif(disk_cache.fcntl is None, reason="this system has no file locks")
 def test_a_build_that_lasts_for_days_is_not_removed_while_its_process_lives(
     cache: Path, tmp_path: Path, real_compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,7 +471,7 @@ def test_other_flags_make_another_kernel(
     cache: Path, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_right()
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, flag))
     for _ in range(2):
         assert_right()
         assert len(set(map(key_of, kernels(cache)))) == 2
@@ -514,9 +514,9 @@ def test_an_instruction_set_that_the_processor_lacks(
 ) -> None:
     """Its kernels would crash the process at their first instruction."""
     processor_of_level_3(monkeypatch)
-    assert build.instruction_set() == "x86-64-v3"
+    assert compiler.instruction_set() == "x86-64-v3"
     monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v2")
-    assert build.instruction_set() == "x86-64-v2"
+    assert compiler.instruction_set() == "x86-64-v2"
     monkeypatch.setenv("STEPFORGE_ISA", "x86-64-v4")
     assert "on this processor it must be x86-64-v3, x86-64-v2" in refusal()
 
@@ -589,7 +589,7 @@ def test_a_compiler_that_does_not_end(
     cache: Path, named_compiler: Path, sleeps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
-    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 0.3)
     begin = time.monotonic()
     assert refusal() == f"{named_compiler} did not finish within 0.3 s"
     assert time.monotonic() - begin < 10
@@ -612,7 +612,7 @@ def test_the_children_of_a_compiler_that_does_not_end_are_ended_too(
     pid_file = tmp_path / "child"
     sleeps = f"sleep 60 & echo $! > {pid_file}.new; mv {pid_file}.new {pid_file}; wait"
     executable(named_compiler, f'if [ "$1" = --version ]; then echo 1; else {sleeps}; fi')
-    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(compiler, "COMPILE_TIMEOUT_S", 2.0)
     assert "did not finish" in refusal()
     child = int(pid_file.read_text())
     deadline = time.monotonic() + 10
@@ -631,7 +631,7 @@ def test_a_compiler_whose_name_no_shell_can_read(
 def test_a_compiler_that_is_removed_meanwhile(
     cache: Path, named_compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "compiler", lambda: (str(named_compiler),))
+    monkeypatch.setattr(compiler, "compiler", lambda: (str(named_compiler),))
     assert refusal() == f"{named_compiler} cannot be run (No such file or directory)"
 
 

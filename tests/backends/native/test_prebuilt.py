@@ -13,7 +13,7 @@ import torch
 
 import stepforge
 from stepforge.backends import native
-from stepforge.backends.native import build, prebuilt
+from stepforge.backends.native import build, compiler, prebuilt
 from tests.backends.graphs import INSTRUCTION_SETS, c_of, graph_of, in_new_process
 from tests.backends.native.faults import (
     altered,
@@ -39,7 +39,7 @@ def ahead(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the kernel for every instruction set; the cache does not exist yet."""
     folder = tmp_path / "ahead"
     for isa in INSTRUCTION_SETS.values():
-        prebuilt.compile_ahead(folder, SOURCE, isa, build.compiler())
+        prebuilt.compile_ahead(folder, SOURCE, isa, compiler.compiler())
     monkeypatch.setenv("STEPFORGE_PREBUILT", str(folder))
     return folder
 
@@ -137,7 +137,7 @@ def test_a_kernel_of_another_source_or_other_flags_is_never_loaded(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Path(prebuilt.load(SOURCE + "\n")._name).parent == cache
-    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DUNUSED"))
+    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-DUNUSED"))
     assert loaded().parent == cache
 
 
@@ -206,7 +206,7 @@ def test_prebuilt_kernels_can_be_read_by_all_and_written_by_the_owner(
 ) -> None:
     """Whatever the umask: one user installs, and others step."""
     folder = tmp_path / "new" / "ahead"
-    kernel = prebuilt.compile_ahead(folder, SOURCE, BEST, build.compiler())
+    kernel = prebuilt.compile_ahead(folder, SOURCE, BEST, compiler.compiler())
     assert mode_of(kernel) == 0o644
     assert [mode_of(folder) for folder in (*kernel.parents,)[:3]] == [0o755] * 3
 
@@ -240,7 +240,7 @@ def test_only_other_versions_are_removed(ahead: Path) -> None:
 def test_the_instruction_sets_to_prebuild_are_those_of_this_architecture(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert set(prebuilt.instruction_sets()) <= {*build.LEVELS, ""}
+    assert set(prebuilt.instruction_sets()) <= {*compiler.LEVELS, ""}
     assert "" in prebuilt.instruction_sets(), "every processor needs a kernel"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert prebuilt.instruction_sets() == ("",)
@@ -277,7 +277,7 @@ def test_a_state_of_another_dtype_goes_through_torch_operations_with_a_warning(
     """A checkpoint may bring one at any time, after the choice of the backend."""
     folder = tmp_path / "ahead"
     source = c_of(graph_of("Adam"), torch.float32)
-    prebuilt.compile_ahead(folder, source, BEST, build.compiler())
+    prebuilt.compile_ahead(folder, source, BEST, compiler.compiler())
     in_new_process(
         step_with_a_state_of_another_dtype, STEPFORGE_PREBUILT=str(folder), CC="/nonexistent"
     )

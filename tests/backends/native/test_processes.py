@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from stepforge.backends.native import build
+from stepforge.backends.native import compiler
 from tests.backends.graphs import in_new_process
 from tests.backends.native.faults import assert_right, executable, kernels, leftovers, wait_for
 
@@ -27,13 +27,13 @@ if [ "$1" = --version ]; then echo 1; exit; fi
 touch {folder}/started
 {then}
 for wait in $(seq 3000); do [ -e {folder}/go ] && break; sleep 0.05; done
-exec {shlex.join(build.compiler())} "$@"
+exec {shlex.join(compiler.compiler())} "$@"
 """
     return str(executable(folder / "waiting-cc", script))
 
 
 def fork_while_a_thread_compiles(name: str) -> None:
-    folder, real = Path(name), shlex.join(build.compiler())
+    folder, real = Path(name), shlex.join(compiler.compiler())
     os.environ["CC"] = waiting_compiler(folder)
     signal.alarm(120)
     failures: list[BaseException] = []
@@ -70,8 +70,8 @@ def test_a_child_compiles_while_a_thread_of_its_parent_does(tmp_path: Path) -> N
 
 
 def step_in_a_signal_handler(name: str) -> None:
-    folder, real = Path(name), shlex.join(build.compiler())
-    compiler = waiting_compiler(folder, then=f"kill -USR1 {os.getpid()}")
+    folder, real = Path(name), shlex.join(compiler.compiler())
+    waiting = waiting_compiler(folder, then=f"kill -USR1 {os.getpid()}")
     handled = []
 
     def handle(signum: int, frame: object) -> None:
@@ -82,7 +82,7 @@ def step_in_a_signal_handler(name: str) -> None:
 
     signal.signal(signal.SIGUSR1, handle)
     signal.alarm(120)
-    os.environ["CC"] = compiler
+    os.environ["CC"] = waiting
     assert_right()
     assert handled == [signal.SIGUSR1]
 

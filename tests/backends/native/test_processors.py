@@ -22,7 +22,7 @@ import torch
 
 from stepforge.backends import Batch, native
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.native import build
+from stepforge.backends.native import compiler
 from stepforge.backends.native.source import c_source
 from tests.backends.graphs import special_values
 from tests.conformance.table import OPTIMIZERS, forced
@@ -181,7 +181,7 @@ def steps() -> list[Step]:
 
 def built(command: Sequence[str], sources: Sequence[str], folder: Path) -> Path:
     """Compile the program with these kernels."""
-    flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+    flags = [flag for flag in compiler.FLAGS if flag not in ("-shared", "-fPIC")]
     names = [f"run_{index}" for index in range(len(sources))]
     main, *files = folder / "main.c", *(folder / f"{name}.o" for name in names)
     prototypes, addresses = ", ".join(names), ", ".join(f"&{name}" for name in names)

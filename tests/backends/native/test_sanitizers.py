@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from stepforge.backends.native import build
+from stepforge.backends.native import compiler
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.spec import arithmetic_of
 from tests.backends.graphs import c_of, graph_of, run_compiler
@@ -104,8 +104,8 @@ def sanitized(kernel: str, widths: list[int], folder: Path) -> subprocess.Comple
     """Compile and run the program."""
     c_file, executable = folder / "program.c", folder / "program"
     c_file.write_text(program(kernel, widths))
-    flags = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
-    march = [f"-march={build.instruction_set()}"] if build.instruction_set() else []
+    flags = [flag for flag in compiler.FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
+    march = [f"-march={compiler.instruction_set()}"] if compiler.instruction_set() else []
     done = run_compiler([*flags, "-O1", "-g", *march, *SANITIZERS, c_file, "-o", executable, "-lm"])
     assert done.returncode == 0, done.stderr
     return subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepforge.backends.native import build
+from stepforge.backends.native import compiler
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.source import c_source
@@ -269,12 +269,12 @@ def _gcc() -> None:
 )
 @every_optimizer
 def test_gcc_vectorizes_the_loop(name: str, level: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    if not build.instruction_set():
+    if not compiler.instruction_set():
         pytest.skip("the levels of x86-64 are not this processor's")
     text = c_of(graph_of(name), dtype, arithmetic_of(dtype))
     c_file = tmp_path / "kernel.c"
     c_file.write_text(text)
-    flags = [*build.FLAGS, f"-march={level}", "-fopt-info-vec", "-S"]
+    flags = [*compiler.FLAGS, f"-march={level}", "-fopt-info-vec", "-S"]
     report = run_compiler([*flags, c_file, "-o", tmp_path / "kernel.s"]).stderr
     loops = [n for n, line in enumerate(text.splitlines(), 1) if "i < count; i++" in line]
     if dtype == torch.float16 and level == "x86-64-v3":

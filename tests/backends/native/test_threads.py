@@ -18,7 +18,7 @@ import torch
 
 import stepforge
 from stepforge.backends import native
-from stepforge.backends.native import Kernel, build, kernel_for
+from stepforge.backends.native import Kernel, kernel_for, openmp
 from tests.backends.graphs import (
     INSTRUCTION_SETS,
     Columns,
@@ -51,7 +51,7 @@ SPLITS = {
 }
 
 pytestmark = pytest.mark.skipif(
-    build.thread_pool() is None, reason="torch has loaded no OpenMP runtime that kernels can share"
+    openmp.thread_pool() is None, reason="torch has loaded no OpenMP runtime that kernels can share"
 )
 
 

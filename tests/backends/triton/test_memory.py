@@ -301,7 +301,7 @@ def test_a_cache_that_was_not_safe_takes_sources_once_it_is(cache: Path) -> None
 def test_a_cache_that_others_may_write_to_is_refused(cache: Path) -> None:
     cache.mkdir()
     cache.chmod(0o777)
-    with pytest.raises(kernel.build.BuildError, match="can be written to by others"):
+    with pytest.raises(kernel.disk_cache.BuildError, match="can be written to by others"):
         kernel.load("x = 1\n")
 
 

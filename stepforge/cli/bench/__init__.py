@@ -1,0 +1,1 @@
+"""``stepforge bench``: step times beside torch.optim and the limit of memory."""

@@ -1,0 +1,75 @@
+"""Settings of the benchmark that depend on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stepforge.cli.bench.implementations import (
+    GPU_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
+    Implementation,
+)
+from stepforge.cli.bench.targets import (
+    FIRST_STEP_TARGET,
+    GPU_TARGETS,
+    GROUPS_TARGET,
+    TARGETS,
+    Targets,
+)
+from stepforge.cli.bench.timing import EventTimer, HostTimer, Timer, timer_for
+
+__all__ = ["DeviceSettings", "settings_for"]
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """The settings of the benchmark for one device.
+
+    Attributes:
+        device: the device of the parameters.
+        timer: the timer of a step.
+        implementations: the implementations to compare.
+        temporaries: the temporary memory of an implementation, as a multiple of the parameters'
+            size.
+        targets: the target ratios.
+        groups_target: the largest ratio of the time of many param groups to the time of one, if
+            stated.
+        first_step_target: the largest difference between the first and the second step in seconds,
+            if stated.
+    """
+
+    device: torch.device
+    timer: Timer
+    implementations: Sequence[Implementation]
+    temporaries: int
+    targets: Targets
+    groups_target: float | None = None
+    first_step_target: float | None = None
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """True if a step only queues work, so that host and device each need time for it."""
+        return isinstance(self.timer, EventTimer)
+
+
+def settings_for(device: torch.device) -> DeviceSettings:
+    """Return the settings for a device, which must be the current one of its type."""
+    if device.type == "cpu":
+        return DeviceSettings(
+            device,
+            HostTimer(),
+            IMPLEMENTATIONS,
+            # The original gradients, and the temporaries of torch.optim's slowest implementation.
+            temporaries=3,
+            targets=TARGETS,
+            groups_target=GROUPS_TARGET,
+            first_step_target=FIRST_STEP_TARGET,
+        )
+    # The same, and the surplus of the limit's copy; on a GPU stepforge's foreach works on a whole
+    # batch at once.
+    return DeviceSettings(
+        device, timer_for(device), GPU_IMPLEMENTATIONS, temporaries=16, targets=GPU_TARGETS
+    )

@@ -1,0 +1,393 @@
+"""Sections of the benchmark's report: each measures, prints a table and yields JSON entries.
+
+The implementations are called "arms" in JSON, and storage formats "ways".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import stepforge
+from stepforge.cli.bench.cells import is_at_most, marked, number, peak_megabytes, percent
+from stepforge.cli.bench.device_settings import DeviceSettings
+from stepforge.cli.bench.formats import FLOAT32, INT8_TARGET, measure_formats
+from stepforge.cli.bench.fresh_process import PROCESSES, extra_memory, time_first_step
+from stepforge.cli.bench.implementations import LIMIT, OURS, TORCH
+from stepforge.cli.bench.lower_bounds import bytes_per_element
+from stepforge.cli.bench.measure import (
+    WARM_UPS,
+    make_gradients,
+    measure_groups,
+    measure_implementations,
+)
+from stepforge.cli.bench.results import Result
+from stepforge.cli.bench.timing import StepTime
+from stepforge.cli.bench.workloads import Workload
+from stepforge.cli.tables import new_table, print_whole
+
+__all__ = ["Screen", "first_steps", "formats", "groups", "memory", "steps"]
+
+#: The spread above which a result is doubtful. On an idle machine the quartiles are a few percent
+#: of the median apart.
+_WIDE_SPREAD = 0.3
+
+#: The columns of ratios, and their attributes in :class:`Ratios`.
+_RATIOS = {
+    "of the\nlimit": "of_limit",
+    "x torch's\nbest": "against_best",
+    "x torch's\ndefault": "against_default",
+}
+
+
+class Screen:
+    """Tables and a progress bar on a console.
+
+    The bar is drawn between rounds: a thread that draws would be timed too.
+    """
+
+    def __init__(self, console: Console, optimizers: Sequence[str]) -> None:
+        self.console = console
+        self._width = max(map(len, optimizers))
+
+    def show(self, title: str, table: Table) -> None:
+        """Print a table under its title."""
+        self.console.print(f"\n[bold]{escape(title)}[/]", soft_wrap=True)
+        print_whole(self.console, table)
+
+    @contextmanager
+    def progress(
+        self, task: str, optimizers: Sequence[str], ticks: int
+    ) -> Iterator[Callable[[str], Callable[[], None]]]:
+        """Show a progress bar over some optimizers.
+
+        Args:
+            task: its description.
+            optimizers: the optimizers' names.
+            ticks: the ticks of each optimizer.
+
+        Yields:
+            A function that takes the name of the next optimizer and returns its tick function.
+        """
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            auto_refresh=False,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        with bar:
+            bar_task = bar.add_task(task, total=ticks * len(optimizers))
+
+            def start(optimizer: str) -> Callable[[], None]:
+                description = f"{task} {optimizer:<{self._width}}"
+                bar.update(bar_task, description=description, refresh=True)
+                return lambda: bar.update(bar_task, advance=1, refresh=True)
+
+            yield start
+
+
+# Steps. -------------------------------------------------------------------------------------------
+
+
+def steps(
+    screen: Screen,
+    settings: DeviceSettings,
+    workloads: Sequence[Workload],
+    optimizers: Sequence[str],
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """Time every implementation of every optimizer on every workload."""
+    for workload in workloads:
+        results = []
+        gradients = make_gradients(workload.shapes, settings.device)
+        with screen.progress(workload.name, optimizers, WARM_UPS + rounds) as start:
+            for optimizer in optimizers:
+                times = measure_implementations(
+                    optimizer,
+                    gradients,
+                    rounds=rounds,
+                    implementations=settings.implementations,
+                    timer=settings.timer,
+                    tick=start(optimizer),
+                )
+                results.append(Result.of(workload.name, optimizer, times, settings.targets))
+        screen.show(f"{workload}: step()", _steps_table(results, settings))
+        if any(LIMIT.name not in result.seconds for result in results):
+            screen.console.print(
+                "Without the limit, for want of a kernel: `stepforge doctor` says why."
+            )
+        doubtful = [result.optimizer for result in results if _is_doubtful(result)]
+        if doubtful:
+            screen.console.print(
+                f"The times of {', '.join(doubtful)} spread widely: something else used the "
+                "machine, measure again.",
+                soft_wrap=True,
+            )
+        if settings.is_asynchronous:
+            speeds = [x for r in results for x in _copy_speed(r, workload.elements).values()]
+            fastest = number(max(speeds, default=0.0), 1e-9)
+            screen.console.print(f"The limit's fastest copy moved {fastest} GB/s.")
+        for result in results:
+            yield _steps_entry(result, settings) | _copy_speed(result, workload.elements)
+    for implementation in settings.implementations:
+        screen.console.print(f"  [bold]{implementation.name:<20}[/]{implementation.description}")
+    if settings.is_asynchronous:
+        screen.console.print(
+            "ms is the time of the host or the GPU, whichever is longer; in training they overlap. "
+            "If it exceeds GPU ms, the host takes longer.",
+            soft_wrap=True,
+        )
+
+
+def _is_doubtful(result: Result) -> bool:
+    return any((result.spread(name) or 0) > _WIDE_SPREAD for name in result.seconds)
+
+
+def _steps_entry(result: Result, settings: DeviceSettings) -> dict[str, Any]:
+    optimizer = getattr(stepforge, result.optimizer)(
+        [torch.zeros(1, device=settings.device, requires_grad=True)]
+    )
+    return {
+        "workload": result.workload,
+        "optimizer": result.optimizer,
+        "backend": stepforge.explain(optimizer).served[0].backend,
+        "bytes_per_element": bytes_per_element(result.optimizer),
+        "arms": {
+            name: {
+                "seconds": list(seconds),
+                "median": result.median(name),
+                "spread": result.spread(name),
+                **(_parts(result.times[name]) if settings.is_asynchronous else {}),
+                **dataclasses.asdict(result.ratios(name)),
+            }
+            for name, seconds in result.seconds.items()
+        },
+        "target": dataclasses.asdict(result.target) if result.target else None,
+        "reached": result.reached,
+    }
+
+
+def _copy_speed(result: Result, elements: int) -> dict[str, float]:
+    """Return the bytes per second that the limit reads and writes on a GPU; empty on a CPU."""
+    seconds = result.median_on_device(LIMIT.name)
+    moved = bytes_per_element(result.optimizer) * elements
+    return {"limit_bytes_per_second": moved / seconds} if seconds else {}
+
+
+def _parts(times: Sequence[StepTime]) -> dict[str, list[float | None]]:
+    return {
+        "host_seconds": [time.host for time in times],
+        "device_seconds": [time.device for time in times],
+    }
+
+
+def _steps_table(results: Iterable[Result], settings: DeviceSettings) -> Table:
+    # On a GPU torch.optim's default is its foreach, so GPU ms can take the place of that column.
+    ratio_columns = {
+        heading: ratio
+        for heading, ratio in _RATIOS.items()
+        if not (settings.is_asynchronous and ratio == "against_default")
+    }
+    on_device = ["GPU ms"] if settings.is_asynchronous else []
+    table = _table(["optimizer", "implementation"], ["ms", *on_device, "spread", *ratio_columns])
+    for result in results:
+        optimizer = result.optimizer
+        for implementation in settings.implementations:
+            name = implementation.name
+            if name not in result.seconds:
+                continue
+            is_ours = implementation == OURS
+            ratios = vars(result.ratios(name))
+            reached = result.reached if is_ours else {}
+            table.add_row(
+                optimizer,
+                Text(name, style="bold" if is_ours else ""),
+                number(result.median(name), 1e3),
+                *(number(result.median_on_device(name), 1e3) for _ in on_device),
+                percent(result.spread(name)),
+                *(marked(ratios[ratio], reached.get(ratio)) for ratio in ratio_columns.values()),
+            )
+            optimizer = ""
+            if is_ours and result.target:
+                target = vars(result.target)
+                table.add_row(
+                    "",
+                    Text("  to reach", style="dim"),
+                    *("" for _ in ("ms", *on_device, "spread")),
+                    *(marked(target[ratio], None) for ratio in ratio_columns.values()),
+                )
+        table.add_section()
+    return table
+
+
+# Param groups. ------------------------------------------------------------------------------------
+
+
+def groups(
+    screen: Screen,
+    settings: DeviceSettings,
+    workloads: Sequence[Workload],
+    optimizers: Sequence[str],
+    rounds: int,
+    count: int,
+) -> Iterator[dict[str, Any]]:
+    """Time one param group and many.
+
+    Args:
+        screen: the console.
+        settings: the settings for the device.
+        workloads: the workloads, each with at least ``count`` tensors.
+        optimizers: the optimizers' names.
+        rounds: the number of measured steps.
+        count: the larger number of param groups.
+    """
+    for workload in workloads:
+        table = _table(
+            ["optimizer", "implementation"], ["ms, one", f"ms, {count}", "ratio", "at most"]
+        )
+        gradients = make_gradients(workload.shapes, settings.device)
+        with screen.progress(f"{workload.name}, groups", optimizers, WARM_UPS + rounds) as start:
+            for optimizer in optimizers:
+                seconds = measure_groups(
+                    optimizer,
+                    gradients,
+                    count,
+                    rounds=rounds,
+                    timer=settings.timer,
+                    tick=start(optimizer),
+                )
+                arms: dict[str, Any] = {}
+                for implementation in (TORCH, OURS):
+                    name, is_ours = implementation.name, implementation == OURS
+                    one, many = (statistics.median(seconds[name][n]) for n in (1, count))
+                    target = settings.groups_target if is_ours else None
+                    table.add_row(
+                        "" if is_ours else optimizer,
+                        name,
+                        number(one, 1e3),
+                        number(many, 1e3),
+                        marked(many / one, is_at_most(many / one, target)),
+                        number(target),
+                    )
+                    arms[name] = {"seconds": seconds[name], "ratio": many / one}
+                yield {"workload": workload.name, "optimizer": optimizer, "arms": arms}
+        screen.show(f"{workload}: one param group or {count}", table)
+
+
+# Storage formats. ---------------------------------------------------------------------------------
+
+
+def formats(
+    screen: Screen,
+    settings: DeviceSettings,
+    workloads: Sequence[Workload],
+    optimizers: Sequence[str],
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """Time every storage format of weights and states."""
+    for workload in workloads:
+        table = _table(["optimizer", "weights and states"], ["ms", "of float32", "at most"])
+        gradients = make_gradients(workload.shapes, settings.device)
+        with screen.progress(f"{workload.name}, formats", optimizers, WARM_UPS + rounds) as start:
+            for optimizer in optimizers:
+                times = measure_formats(
+                    optimizer,
+                    gradients,
+                    rounds=rounds,
+                    timer=settings.timer,
+                    tick=start(optimizer),
+                )
+                float32 = statistics.median(times[FLOAT32.name])
+                ways: dict[str, Any] = {}
+                for name, seconds in times.items():
+                    ratio = statistics.median(seconds) / float32
+                    target = INT8_TARGET.get((workload.name, name))
+                    table.add_row(
+                        optimizer if name == FLOAT32.name else "",
+                        name,
+                        number(statistics.median(seconds), 1e3),
+                        marked(ratio, is_at_most(ratio, target)),
+                        number(target),
+                    )
+                    ways[name] = {"seconds": seconds, "ratio": ratio}
+                table.add_section()
+                yield {"workload": workload.name, "optimizer": optimizer, "ways": ways}
+        screen.show(f"{workload}: step() by storage format", table)
+
+
+# Fresh processes. ---------------------------------------------------------------------------------
+
+
+def first_steps(
+    screen: Screen,
+    settings: DeviceSettings,
+    workloads: Sequence[Workload],
+    optimizers: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Time the first step of a fresh process."""
+    table = _table(["workload", "optimizer"], ["ms", "at most"])
+    target = settings.first_step_target
+    for workload in workloads:
+        with screen.progress(f"{workload.name}, first step", optimizers, 1 + PROCESSES) as start:
+            for optimizer in optimizers:
+                seconds = time_first_step(optimizer, workload, start(optimizer), settings.device)
+                table.add_row(
+                    workload.name,
+                    optimizer,
+                    marked(1e3 * seconds, is_at_most(seconds, target)),
+                    number(target, 1e3),
+                )
+                yield {"workload": workload.name, "optimizer": optimizer, "seconds": seconds}
+    screen.show("the first step of a fresh process minus the second", table)
+
+
+def memory(
+    screen: Screen,
+    settings: DeviceSettings,
+    workloads: Sequence[Workload],
+    optimizers: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """Measure the peak memory of a step."""
+    implementations = [i for i in settings.implementations if i.bound is None]
+    for workload in workloads:
+        largest = 4 * max(map(math.prod, workload.shapes))
+        table = _table(["optimizer"], [i.name.replace(" ", "\n") for i in implementations])
+        with screen.progress(f"{workload.name}, memory", optimizers, 1) as start:
+            for optimizer in optimizers:
+                tick = start(optimizer)
+                peaks = extra_memory(optimizer, workload, settings.device)
+                table.add_row(
+                    optimizer,
+                    *(peak_megabytes(peaks.get(i.name), largest) for i in implementations),
+                )
+                yield {
+                    "workload": workload.name,
+                    "optimizer": optimizer,
+                    "largest_parameter": largest,
+                    "extra_bytes": peaks,
+                }
+                tick()
+        screen.show(
+            f"{workload}: memory that a step adds at its peak, MB "
+            f"(the largest parameter has {largest / 1e6:,.1f})",
+            table,
+        )
+
+
+def _table(labels: Iterable[str], numbers: Iterable[str]) -> Table:
+    return new_table(labels, numbers, is_dense=True)

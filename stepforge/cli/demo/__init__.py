@@ -1,0 +1,1 @@
+"""``stepforge demo``: every optimizer beside its torch.optim twin, on handwritten digits."""

@@ -1,0 +1,68 @@
+"""The kernels of the built-in optimizers: their specs and generated sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from stepforge.backends.native.dtypes import STORABLE
+from stepforge.backends.native.source import c_source
+from stepforge.backends.spec import KernelSpec
+from stepforge.backends.triton.source import triton_source
+from stepforge.formats import int8_blocks, split_weight, tensor_name
+from stepforge.rules import ALL
+
+__all__ = ["PLAIN", "c_sources", "isa_name", "specs", "triton_sources"]
+
+#: The name in options and messages of the instruction set that every processor of a kind has. The
+#: library names it "".
+PLAIN = "plain"
+
+#: The numbers of dimensions of Triton sources: 0 for dense tensors, 2 for strided ones.
+_TRITON_DIMS = (0, 2)
+
+
+def specs() -> Iterator[KernelSpec]:
+    """Yield the kernels of every built-in optimizer under every choice of its flags.
+
+    Parameters, gradients and states all have one dtype; or states are in int8, and parameters in
+    float32, or in bfloat16 with 24 bits.
+    """
+    forms = [(cls.rule, graph) for cls in ALL.values() for graph in cls.rule.graphs()]
+    for rule, graph in forms:
+        for dtype in STORABLE:
+            yield KernelSpec.of(graph, dict.fromkeys(("p", "g", *rule.states), dtype))
+    for rule, graph in forms:
+        states = {x: int8_blocks(s.unsigned) for x, s in rule.states.items() if not s.scalar}
+        for dtype, weight_formats in (
+            (torch.float32, {}),
+            (torch.bfloat16, {"p": split_weight(torch.bfloat16, 24)}),
+        ):
+            formats = states | weight_formats
+            dtypes = {"p": dtype, "g": dtype} | {
+                tensor_name(column, part): part.dtype
+                for column, format_ in formats.items()
+                for part in format_.parts
+            }
+            yield KernelSpec.of(graph, dtypes, formats)
+
+
+def c_sources() -> list[str]:
+    """Return the C source of each of :func:`specs`, each once."""
+    return list(dict.fromkeys(map(c_source, specs())))
+
+
+def triton_sources() -> list[str]:
+    """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton."""
+    return list(dict.fromkeys(triton_source(s, dims) for s in specs() for dims in _TRITON_DIMS))
+
+
+def isa_name(isa: str) -> str:
+    """Return the name of an instruction set in options and messages.
+
+    Example:
+        >>> isa_name("x86-64-v3"), isa_name("")
+        ('x86-64-v3', 'plain')
+    """
+    return isa or PLAIN

@@ -1,0 +1,222 @@
+"""The command: its report, its tables, and its sentences about bad input.
+
+Measured times are never judged. They vary, so the tests of ratios use times by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import stepforge
+from stepforge.cli import make_app
+from stepforge.cli.bench import fresh_process
+from stepforge.cli.bench.formats import STORAGE_FORMATS, has_int8_states
+from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT
+from stepforge.cli.bench.results import Result
+from stepforge.cli.bench.targets import Ratios
+from stepforge.cli.bench.workloads import WORKLOADS, read_shapes
+
+ROOT = Path(__file__).parents[3]
+NEEDS_PROC = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(make_app(), ["bench", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def report_of(tmp_path: Path, *arguments: object) -> dict:
+    output = tmp_path / "bench.json"
+    run(*arguments, "--threads", 1, "--json", output)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    path = tmp_path / "few.json"
+    path.write_text("[[4, 3], [], [70000]]")
+    return path
+
+
+# Steps. -------------------------------------------------------------------------------------------
+
+
+def test_report_and_table(tmp_path, few):
+    names = ["--optimizer", "adam", "--optimizer", "NAdam"]
+    output = tmp_path / "[" / "].json"  # "[/]" would end a style if it were taken for markup
+    output.parent.mkdir()
+    printed = run("--shapes", few, *names, "--rounds", 2, "--threads", 1, "--json", output)
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert {"stepforge", "torch", "Python", "numpy", "CPU"} <= set(report["machine"])
+    assert report["machine"]["numpy"] == np.__version__
+    assert report["settings"] == {"rounds": 2, "warm_ups": 2, "threads": 1, "scale": 1.0}
+    assert report["workloads"] == [{"name": "few", "tensors": 3, "elements": 70_013}]
+    assert len(report["load"]) == 2
+    assert [step["optimizer"] for step in report["steps"]] == ["Adam", "NAdam"]
+    for step in report["steps"]:
+        expected = {i.name for i in IMPLEMENTATIONS if i.exists(step["optimizer"])}
+        assert expected - set(step["arms"]) <= {LIMIT.name}  # the limit needs a compiler
+        assert set(step["arms"]) <= expected
+        assert step["bytes_per_element"] == 28
+        assert step["target"] is None
+        assert step["reached"] == {}
+        assert step["backend"] in ("native", "foreach")
+        result = Result(
+            "few", step["optimizer"], {n: a["seconds"] for n, a in step["arms"].items()}
+        )
+        for name, arm in step["arms"].items():
+            assert len(arm["seconds"]) == 2
+            assert all(0 < seconds < math.inf for seconds in arm["seconds"])
+            assert arm["median"] == pytest.approx(sum(arm["seconds"]) / 2)
+            assert Ratios(arm["of_limit"], arm["against_best"], arm["against_default"]) == (
+                result.ratios(name)
+            )
+            assert f"\n{'Adam':<11}{name}" in printed or f"{name} " in printed
+    assert "few: 3 tensors, 70,013 elements" in printed
+    assert f"\nAll times: {output}\n" in printed
+    assert "…" not in printed  # nothing is cut off at 80 columns
+
+
+def test_workloads_are_shrunk_and_then_have_no_target(tmp_path):
+    chosen = ["--workload", "large", "--workload", "model", "--optimizer", "Adagrad"]
+    report = report_of(tmp_path, *chosen, "--scale", 1e-4, "--rounds", 1)
+    assert [w["tensors"] for w in report["workloads"]] == [1, 148]
+    assert report["workloads"][0] == {"name": "large x 0.0001", "tensors": 1, "elements": 16_000}
+    assert [step["target"] for step in report["steps"]] == [None, None]
+
+
+def test_the_script_is_the_command(monkeypatch, capsys):
+    script = ROOT / "benchmarks" / "step.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--scale", "0"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    assert "--scale" in capsys.readouterr().err
+
+
+# Other sections. ----------------------------------------------------------------------------------
+
+
+def test_groups(tmp_path, few):
+    chosen = ["--shapes", few, "--optimizer", "AdamW", "--rounds", 1]
+    report = report_of(tmp_path, *chosen, "--groups", 3)
+    assert "steps" not in report
+    (groups,) = report["groups"]
+    assert set(groups["arms"]) == {"torch", "stepforge"}
+    for arm in groups["arms"].values():
+        assert set(arm["seconds"]) == {"1", "3"}
+        assert arm["ratio"] == pytest.approx(arm["seconds"]["3"][0] / arm["seconds"]["1"][0])
+
+
+def test_formats(tmp_path):
+    """Oracle: the list of storage formats."""
+    shapes = tmp_path / "wide.json"
+    shapes.write_text("[[64, 128], [7]]")
+    chosen = ["--shapes", shapes, "--optimizer", "AdamW", "--rounds", 1]
+    report = report_of(tmp_path, *chosen, "--formats")
+    (entry,) = report["formats"]
+    assert list(entry["ways"]) == [storage.name for storage in STORAGE_FORMATS]
+    assert entry["ways"]["float32"]["ratio"] == 1
+    assert all(way["seconds"][0] > 0 for way in entry["ways"].values())
+    assert has_int8_states(WORKLOADS["large"])
+    assert not has_int8_states(WORKLOADS["small"])
+
+
+def test_formats_need_a_parameter_that_is_large_enough(few):
+    result = CliRunner().invoke(make_app(), ["bench", "--shapes", str(few), "--formats"])
+    assert result.exit_code == 2
+    assert "no workload has a parameter that is large" in result.output
+
+
+def test_first_step_is_measured_in_fresh_processes(tmp_path, few, monkeypatch):
+    seconds = fresh_process._run("first step", "RAdam", read_shapes(few)[0].shapes)
+    assert len(seconds) == 2
+    assert all(0 < x < math.inf for x in seconds)
+    # A process takes seconds to import torch.
+    monkeypatch.setattr(fresh_process, "_run", lambda *_: seconds)
+    report = report_of(tmp_path, "--shapes", few, "--optimizer", "RAdam", "--first-step")
+    assert report["first_step"] == [
+        {"workload": "few", "optimizer": "RAdam", "seconds": seconds[0] - seconds[1]}
+    ]
+    assert "steps" not in report
+
+
+@NEEDS_PROC
+def test_memory_sees_a_temporary_and_finds_none_of_ours(tmp_path):
+    """Oracle: torch's foreach path, whose temporaries are as large as the parameters."""
+    shapes = tmp_path / "one.json"
+    shapes.write_text("[[4000000]]")
+    report = report_of(tmp_path, "--shapes", shapes, "--optimizer", "Adam", "--memory")
+    (memory,) = report["memory"]
+    assert memory["largest_parameter"] == 16_000_000
+    extra = memory["extra_bytes"]
+    assert set(extra) == {i.name for i in IMPLEMENTATIONS if i.bound is None}
+    assert extra["torch foreach"] > 15_000_000
+    for implementation in IMPLEMENTATIONS:
+        if implementation.library is stepforge:
+            assert extra[implementation.name] < 6_000_000
+
+
+def test_memory_that_cannot_be_measured_gets_one_sentence(few, monkeypatch, tmp_path):
+    monkeypatch.setattr(fresh_process, "_STATUS", tmp_path / "missing")
+    result = CliRunner().invoke(make_app(), ["bench", "--shapes", str(few), "--memory"])
+    assert result.exit_code == 1
+    assert result.output.splitlines()[-1] == (
+        "stepforge: the peak of memory can be measured on Linux only"
+    )
+
+
+# Bad input. ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--workload", "huge"),
+        ("--optimizer", "SGD"),
+        ("--rounds", "0"),
+        ("--threads", "0"),
+        ("--scale", "0"),
+        ("--scale", "nan"),
+        ("--groups", "1"),
+        ("--groups", "1001"),
+        ("--device", "gpu"),
+        ("--device", "meta"),
+        ("--device", "cuda:99"),
+    ],
+)
+def test_bad_values_get_one_sentence(option, value):
+    result = CliRunner().invoke(make_app(), ["bench", option, value])
+    assert result.exit_code == 2
+    # typer quotes the option only in its own messages.
+    assert f"Invalid value for {option}" in result.output.splitlines()[-1].replace("'", "")
+
+
+def test_a_report_that_cannot_be_written_is_said_before_measuring(tmp_path):
+    (tmp_path / "file").touch()
+    for output in (tmp_path, tmp_path / "file" / "bench.json"):
+        result = CliRunner().invoke(make_app(), ["bench", "--json", str(output)])
+        assert result.exit_code == 2
+        assert "--json" in result.output
+
+
+def test_a_bad_scale_is_named():
+    result = CliRunner().invoke(make_app(), ["bench", "--scale", "1001"])
+    sentence = "1001 is no factor; it must be above 0 and at most 1000."
+    assert result.output.splitlines()[-1] == f"Error: Invalid value for --scale: {sentence}"
+
+
+@NEEDS_PROC
+def test_more_than_fits_into_memory_is_said_before_measuring():
+    result = CliRunner().invoke(make_app(), ["bench", "--workload", "large", "--scale", "1000"])
+    assert result.exit_code == 2
+    assert "large x 1000 needs about" in result.output.splitlines()[-1]

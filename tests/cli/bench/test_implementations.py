@@ -1,0 +1,191 @@
+"""Implementations and lower bounds: each does what its name says, and all take turns."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stepforge.backends.disk_cache import BuildError
+from stepforge.cli.bench import lower_bounds
+from stepforge.cli.bench.implementations import (
+    ACCESS,
+    GPU_IMPLEMENTATIONS,
+    IMPLEMENTATIONS,
+    LIMIT,
+    OURS,
+    TORCH,
+    Implementation,
+    start_if_available,
+)
+from stepforge.cli.bench.lower_bounds import Copy, bytes_per_element
+from stepforge.cli.bench.measure import make_gradients, measure, measure_implementations
+from stepforge.rules import ALL
+
+OPTIMIZERS = [i for i in IMPLEMENTATIONS if i.bound is None]
+WITHOUT_FUSED = [i.name for i in IMPLEMENTATIONS if i.name != "torch fused"]
+
+
+def test_only_some_optimizers_have_a_fused_implementation_of_torch():
+    assert len({i.name for i in IMPLEMENTATIONS}) == len(IMPLEMENTATIONS)
+    for name in ALL:
+        existing = {i.name for i in IMPLEMENTATIONS if i.exists(name)}
+        assert existing - {"torch fused"} == set(WITHOUT_FUSED)
+        assert ("torch fused" in existing) == (name in ("Adagrad", "Adam", "AdamW"))
+
+
+@pytest.mark.parametrize("implementation", OPTIMIZERS, ids=lambda i: i.name)
+def test_an_implementation_steps_its_own_copies_on_fresh_gradients(implementation):
+    """Oracle: torch.optim.Adam, stepped by hand."""
+    gradients = make_gradients([(3, 2), (4,)])
+    before = [gradient.clone() for gradient in gradients]
+    runner = implementation.start("Adam", gradients)
+    params = [gradient.clone() for gradient in gradients]
+    optimizer = torch.optim.Adam(params)
+    seen = set()
+    for _ in range(2):
+        runner.set_gradients(gradients)
+        runner.step()
+        seen |= {id(p.grad) for p in runner.params} | {p.grad.data_ptr() for p in runner.params}
+        for p, gradient in zip(params, gradients):
+            p.grad = gradient.clone()
+        optimizer.step()
+    for ours, p, gradient, original in zip(runner.params, params, gradients, before):
+        torch.testing.assert_close(ours, p)
+        assert torch.equal(gradient, original)
+        assert gradient.data_ptr() not in seen
+
+
+@pytest.mark.parametrize("implementation", [TORCH, OURS], ids=lambda i: i.name)
+def test_groups_hold_all_parameters_with_rates_of_their_own(implementation):
+    runner = implementation.start("RAdam", make_gradients(5 * [(2,)]), groups=3)
+    groups = runner.optimizer.param_groups
+    assert [len(group["params"]) for group in groups] == [2, 2, 1]
+    assert {id(p) for group in groups for p in group["params"]} == set(map(id, runner.params))
+    assert len({group["lr"] for group in groups}) == 3
+
+
+class Recorder:
+    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
+        self.name, self.log = name, log
+
+    def set_gradients(self, gradients):
+        self.log.append(("set_gradients", self.name))
+
+    def step(self):
+        self.log.append(("step", self.name))
+
+
+def test_runners_take_turns_and_warm_ups_do_not_count():
+    log: list[tuple[str, str]] = []
+    ticks = []
+    times = measure(
+        {name: Recorder(name, log) for name in "abc"},
+        [],
+        rounds=3,
+        warm_ups=2,
+        tick=lambda: ticks.append(len(log)),
+    )
+    assert {name: len(steps) for name, steps in times.items()} == dict.fromkeys("abc", 3)
+    assert [call for call, _ in log] == 15 * ["set_gradients", "step"]
+    assert [name for _, name in log[::2]] == [name for _, name in log[1::2]]
+    assert ticks == [6, 12, 18, 24, 30]
+    rounds = [tuple(name for _, name in log[i : i + 6 : 2]) for i in range(0, 30, 6)]
+    assert all(sorted(order) == list("abc") for order in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_gradients_are_the_same_on_each_device():
+    (here,), (there,) = (make_gradients([(4, 2)], device) for device in ("cpu", "meta"))
+    assert there.device.type == "meta"
+    assert (there.shape, there.dtype) == (here.shape, here.dtype)
+
+
+# Lower bounds. ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_limit_moves_what_a_step_moves(name):
+    """Oracle: the bytes that the targets are stated for, and arrays of ones."""
+    assert bytes_per_element(name) == (20 if name == "Adagrad" else 28)
+    ones = [torch.ones(5), torch.ones(70_000), torch.ones(2, 3)]
+    try:
+        limit = LIMIT.start(name, ones)
+    except BuildError as error:
+        pytest.skip(str(error))
+    limit.set_gradients(ones)
+    limit.step()
+    moments = 1 if name == "Adagrad" else 2
+    assert len(limit.tensors) == 2 + moments
+    values = {n: {float(t.min()) for t in ts} | {float(t.max()) for t in ts}
+              for n, ts in limit.tensors.items()}  # fmt: skip
+    assert values.pop("g") == {1.0}
+    assert values.pop("p") == {2.0}
+    assert list(values.values()) == moments * [{1.0}]  # from zero
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_limit_copies_half_of_what_a_step_moves(name):
+    """A copy reads each byte and writes it. Oracle: the bytes that the targets are stated for."""
+    gradients = [torch.ones(5), torch.ones(2, 3), torch.ones(())]
+    limit = GPU_IMPLEMENTATIONS[0].start(name, gradients)
+    assert isinstance(limit, Copy)
+    assert 2 * limit.source.nbytes == 12 * bytes_per_element(name)
+    limit.source.random_()
+    limit.set_gradients(gradients)
+    limit.step()
+    assert torch.equal(limit.target, limit.source)
+    assert limit.target.data_ptr() != limit.source.data_ptr()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_access_touches_what_a_step_writes_and_changes_nothing(name):
+    """Oracle: autograd's version counters, and arrays of ones."""
+    ones = [torch.ones(5), torch.ones(2, 3)]
+    access = ACCESS.start(name, ones)
+    access.set_gradients(ones)
+    before = [x._version for x in access.written]
+    access.step()
+    assert len(access.written) == 2 * (2 if name == "Adagrad" else 3)
+    assert [x._version for x in access.written] == [version + 1 for version in before]
+    assert all(torch.equal(p, one) for p, one in zip(access.params, ones))
+
+
+# Missing implementations. -------------------------------------------------------------------------
+
+
+def test_the_limit_is_left_out_without_a_compiler(monkeypatch):
+    def no_kernel(*_):
+        raise BuildError("no C compiler is on the PATH")
+
+    monkeypatch.setattr(lower_bounds, "Kernel", no_kernel)
+    times = measure_implementations("NAdam", make_gradients([(2,)]), rounds=1)
+    assert list(times) == [name for name in WITHOUT_FUSED if name != LIMIT.name]
+
+
+def test_gpu_implementations_have_the_names_of_those_on_a_cpu():
+    """Only the reference is missing, as its launches would take too long."""
+    names = [i.name for i in IMPLEMENTATIONS]
+    assert [i.name for i in GPU_IMPLEMENTATIONS] == [n for n in names if n != "stepforge reference"]
+
+
+class Lacking(torch.optim.Adam):
+    """Raises only at its first step that the device has no such kernel, as torch does."""
+
+    def step(self, closure=None):
+        raise NotImplementedError("Could not run 'aten::_fused_adam_'")
+
+
+def test_a_kernel_that_the_device_lacks_is_left_out():
+    library = types.SimpleNamespace(Adam=Lacking)
+    fused = replace(GPU_IMPLEMENTATIONS[4], library=library)
+    assert fused.name == "torch fused"
+    gradients = make_gradients([(2,)])
+    assert start_if_available(fused, "Adam", gradients) is None
+    times = measure_implementations("Adam", gradients, rounds=1, implementations=[fused, OURS])
+    assert list(times) == [OURS.name]
+    other = Implementation("x", "", library)
+    with pytest.raises(NotImplementedError):  # for any other implementation it is an error
+        measure_implementations("Adam", gradients, rounds=1, implementations=[other])
