@@ -55,7 +55,7 @@ def _decades(generator: torch.Generator, shape: tuple[int, int]) -> Tensor:
 KINDS = (
     Kind("Gaussian", "all gradients of a block are of one size", _equal, _normal),
     Kind("heavy", "Student's t with 2 degrees of freedom, of infinite variance", _equal, _student),
-    Kind("extreme", "sizes lie evenly over six powers of ten", _decades, _normal),
+    Kind("extreme", "sizes are log-uniform over six powers of ten", _decades, _normal),
 )  # fmt: skip
 
 

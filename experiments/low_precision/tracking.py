@@ -63,7 +63,7 @@ STREAMS = (
     ),
     Stream(
         "extreme",
-        "as drifting, with sizes evenly over six powers of ten",
+        "as drifting, with sizes log-uniform over six powers of ten",
         decades=6,
         drift=1.5,
     ),

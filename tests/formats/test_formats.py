@@ -71,7 +71,7 @@ def block_maxima(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("octaves", [1, 14, 60])
 def test_signed_codes_err_by_a_sixteenth_down_to_15_octaves(octaves: int) -> None:
-    """Half a step of 1/8. The code 1 is 1.125 / 2**15 of the scale, which is 16/15 at most."""
+    """Half a step of 1/8. Code 1 is 1.125 / 2**15 of the scale, at most 16/15 of the largest."""
     x = spread(octaves, 1)
     y = round_trip(int8_blocks(unsigned=False), x)
     smallest = 1.125 * 2.0**-15 * block_maxima(x) * 16 / 15

@@ -183,7 +183,7 @@ def outside(paths: list[Path]) -> set[str]:
     found = {name.split(".")[0] for path in paths for name in imports_of(path)}
     ours = {path.name for path in ROOT.iterdir()} | {path.stem for path in paths}
     scripts = [*(ROOT / "experiments").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
-    local = {"stepforge", *ours, *(path.stem for path in scripts), "low_precision"}
+    local = {"stepforge", *ours, *(path.stem for path in scripts)}
     foreign = found - set(sys.stdlib_module_names) - local
     return {DISTRIBUTIONS.get(name, name) for name in foreign} - {"signal"}
 

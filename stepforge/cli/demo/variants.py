@@ -43,7 +43,7 @@ VARIANTS = (
     ),
     Variant(
         "fastest",
-        "torch.optim, fused=True, or foreach=True if there is no fused; only timed",
+        "torch.optim, fused=True, else foreach=True; only timed",
         _fastest_of_torch,
         timing_label="fastest way",
         only_timed=True,

@@ -471,7 +471,7 @@ def test_other_flags_make_another_kernel(
     cache: Path, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert_right()
-    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, flag))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, flag))
     for _ in range(2):
         assert_right()
         assert len(set(map(key_of, kernels(cache)))) == 2
@@ -631,7 +631,7 @@ def test_a_compiler_whose_name_no_shell_can_read(
 def test_a_compiler_that_is_removed_meanwhile(
     cache: Path, named_compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "compiler", lambda: (str(named_compiler),))
+    monkeypatch.setattr(build, "compiler", lambda: (str(named_compiler),))
     assert refusal() == f"{named_compiler} cannot be run (No such file or directory)"
 
 

@@ -137,7 +137,7 @@ def test_a_kernel_of_another_source_or_other_flags_is_never_loaded(
     ahead: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Path(prebuilt.load(SOURCE + "\n")._name).parent == cache
-    monkeypatch.setattr(compiler, "FLAGS", (*compiler.FLAGS, "-DUNUSED"))
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DUNUSED"))
     assert loaded().parent == cache
 
 

@@ -131,7 +131,7 @@ def test_all_sixteen_bit_numbers_are_read(
     assert_same_bits(got, {"p": g.to(arithmetic)})
 
 
-# Where it is dtype.
+# Memory.
 
 
 @pytest.mark.parametrize("layout", GRADIENT_LAYOUTS)
