@@ -22,7 +22,7 @@ from stepforge.step.uniform import (
     ScalarStates,
     UniformProgram,
     param_seeds,
-    round_coefficient,
+    round_coefficients,
     step_seeds,
 )
 
@@ -164,10 +164,7 @@ class Launch:
         batch = Batch(
             self.kernel,
             columns,
-            [
-                round_coefficient(c, len(tensors.params), self.kernel.arithmetic)
-                for c in coefficients
-            ],
+            round_coefficients(coefficients, len(tensors.params), self.kernel.arithmetic),
             None if self.seeds is None else step_seeds(self.seeds, scalars),
             self.first_indices,
             self.uniform.differentiable,

@@ -18,7 +18,7 @@ from stepforge.step.uniform import shared_vector
 __all__ = ["Plan", "can_be_kept", "grouped"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The launches of a step.
 
@@ -103,10 +103,18 @@ def _has_plain_memory(param: ParamStep) -> bool:
         or param.g.is_sparse
         or step.dtype not in (torch.float32, torch.float64)
         or (param.has_device_scalars and step.device != param.p.device)
-        # A redistributed gradient is not the parameter's own.
-        or (is_sharded(param.g) and param.g is not param.p.grad)
+        or (is_sharded(param.p) and not _is_sharded_throughout(param))
         or not all(map(is_plain, map(local_part, [param.p, param.g, *tensors])))
     )
+
+
+def _is_sharded_throughout(param: ParamStep) -> bool:
+    """Return True if gradient and states are DTensors, and the gradient is the parameter's own.
+
+    A gradient with other placements than its parameter is redistributed, into a new tensor.
+    """
+    states = (param.state[tensor.key] for tensor in param.layout.tensors)
+    return param.g is param.p.grad and all(map(is_sharded, states))
 
 
 def _has_vectors(params: Sequence[ParamStep]) -> bool:

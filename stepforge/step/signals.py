@@ -43,8 +43,7 @@ class Deferred:
         self._handlers: list[tuple[int, Any]] = []
         if threading.get_ident() != threading.main_thread().ident:
             return
-        handlers = list(map(_signal.getsignal, _NUMBERS))
-        self._handlers = list(itertools.compress(zip(_NUMBERS, handlers), map(callable, handlers)))
+        self._handlers = _python_handlers(list(map(_signal.getsignal, _NUMBERS)))
         try:
             for number, _ in self._handlers:
                 _signal.signal(number, self._note)
@@ -74,3 +73,20 @@ class Deferred:
                 for again in self._handlers[position:]:
                     _signal.signal(*again)
                 raise
+
+
+_seen: tuple[list[Any], list[tuple[int, Any]]] = [], []
+
+
+def _python_handlers(handlers: list[Any]) -> list[tuple[int, Any]]:
+    """Return the signals that have a Python handler, each with it.
+
+    Args:
+        handlers: the handler of each signal; mostly those of the last call, whose answer is kept.
+    """
+    global _seen
+    known, found = _seen
+    if known != handlers:
+        found = list(itertools.compress(zip(_NUMBERS, handlers), map(callable, handlers)))
+        _seen = handlers, found
+    return found

@@ -28,7 +28,7 @@ __all__ = [
     "ScalarStates",
     "UniformProgram",
     "param_seeds",
-    "round_coefficient",
+    "round_coefficients",
     "shared_vector",
     "step_seeds",
 ]
@@ -295,14 +295,26 @@ def _wide(value: Any) -> Any:
     return value.reshape(()) if value.numel() == 1 and value.dim() != 1 else value
 
 
-def round_coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
-    """Round a result of the uniform program to the dtype of the arithmetic.
+def round_coefficients(columns: list[Any], count: int, dtype: torch.dtype) -> list[Coefficient]:
+    """Round results of the uniform program to the dtype of the arithmetic.
 
     Args:
-        values: one number, or one per parameter in an array, vector or list.
+        columns: for each result one number, or one per parameter in an array, vector or list.
         count: the number of parameters.
         dtype: float32 or float64.
     """
+    if _FLOAT_ONLY.issuperset(map(type, columns)):  # the usual case, in a few C calls
+        if dtype == torch.float64:
+            return columns
+        try:
+            packed = struct.pack(f"{len(columns)}f", *columns)
+        except OverflowError:
+            return list(map(_to_float32, columns))
+        return list(struct.unpack(f"{len(columns)}f", packed))
+    return [_round_coefficient(values, count, dtype) for values in columns]
+
+
+def _round_coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
     if isinstance(values, torch.Tensor):
         return values.to(torch.float64).expand(count).to(dtype)
     if isinstance(values, list):
@@ -326,6 +338,7 @@ def _to_float32(number: float) -> float:
 
 
 _FLOAT = struct.Struct("f")
+_FLOAT_ONLY = frozenset({float})
 
 
 def param_seeds(

@@ -221,6 +221,24 @@ def test_compiled_and_plain_steps_may_alternate() -> None:
     assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
 
 
+@pytest.mark.parametrize("cls", [stepforge.AdamW, stepforge.NAdam], ids=lambda cls: cls.__name__)
+def test_compiled_and_plain_steps_keep_their_plans_while_they_alternate(cls: type) -> None:
+    """aot_eager passes copies to the operator, at other addresses in each step; eager does not."""
+    pair = Pair(cls, backend="eager", lr=LR)
+    pair.advance(range(2))
+    plans = []
+    for step in range(2, 8):
+        give_gradients(pair.params, step)
+        give_gradients(pair.plain_params, step)
+        (pair.compiled.step if step % 2 else pair.step)()
+        pair.plain.step()
+        stepper = pair.compiled._stepper
+        plans.append((stepper.plan, stepper.given_plan))
+    assert None not in plans[-1]
+    assert plans[-1] == plans[-2] == plans[-3]
+    assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
+
+
 def test_a_parameter_replaced_without_recompilation_raises() -> None:
     pair = Pair(stepforge.Adam, lr=LR)
     pair.advance(range(1))

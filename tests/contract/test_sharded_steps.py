@@ -100,3 +100,104 @@ def test_a_partial_gradient_is_summed_once(mesh: DeviceMesh) -> None:
     stepforge.AdamW([p]).step()
     assert isinstance(p.grad, DTensor)
     assert p.grad.placements == (Partial(),)
+
+
+# Kept plans.
+
+
+def replace_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    (p,) = optimizer.param_groups[0]["params"]
+    p._local_tensor = p._local_tensor.clone() + 1
+
+
+def swap_memory_of_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    (p,) = optimizer.param_groups[0]["params"]
+    p._local_tensor.data = p._local_tensor.clone() - 1
+
+
+def replace_local_tensor_of_state(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    (p,) = optimizer.param_groups[0]["params"]
+    state = optimizer.state[p]["exp_avg"]
+    state._local_tensor = state._local_tensor * 2
+
+
+def replace_state_by_its_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    """A step refuses it: the state of a DTensor is no whole tensor."""
+    (p,) = optimizer.param_groups[0]["params"]
+    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"]._local_tensor
+
+
+def move_to_another_mesh(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    """A step refuses it: gradients stay on the old mesh."""
+    (p,) = optimizer.param_groups[0]["params"]
+    other = init_device_mesh("cpu", (1, 1))
+    p.data = distribute_tensor(p.full_tensor().detach(), other, [Shard(0), Replicate()])
+
+
+def change_the_learning_rate(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    optimizer.param_groups[0]["lr"] = 0.5
+
+
+def state_reloaded(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        replace_local_tensor,
+        swap_memory_of_local_tensor,
+        replace_local_tensor_of_state,
+        replace_state_by_its_local_tensor,
+        move_to_another_mesh,
+        change_the_learning_rate,
+        state_reloaded,
+    ],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+def test_a_kept_plan_of_dtensors_is_as_good_as_a_new_one(
+    backend: str, mutate: Any, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: an optimizer that builds a new plan for every step; errors too."""
+    monkeypatch.setenv("STEPFORGE_BACKEND", backend)
+
+    def history(*, forgets: bool) -> list[Any]:
+        p = sharded(mesh)
+        optimizer = stepforge.AdamW([p], lr=0.1)
+        seen: list[Any] = []
+        for step in range(6):
+            if step == 3:
+                with torch.no_grad():
+                    mutate(optimizer, mesh)
+            p.grad = placed(torch.full((4, 6), float(step + 1)), Shard(0), mesh)
+            if forgets:
+                optimizer._stepper.plan = None
+            try:
+                optimizer.step()
+            except RuntimeError as error:
+                seen.append(str(error).partition("at 0x")[0])
+            state = optimizer.state[p]
+            seen += [p._local_tensor.clone(), *(x.clone() for x in state.values())]
+        return seen
+
+    for got, wanted in zip(history(forgets=False), history(forgets=True), strict=True):
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(
+                getattr(got, "_local_tensor", got), getattr(wanted, "_local_tensor", wanted)
+            )
+        else:
+            assert got == wanted
+
+
+def test_a_plan_of_dtensors_is_kept(mesh: DeviceMesh) -> None:
+    p = sharded(mesh)
+    optimizer = stepforge.AdamW([p])
+    plans = []
+    for step in range(3):
+        p.grad = placed(torch.full((4, 6), float(step + 1)), Shard(0), mesh)
+        optimizer.step()
+        plans.append(optimizer._stepper.plan)
+    assert plans[0] is not None
+    assert plans[1] is plans[0]
+    assert plans[2] is plans[0]

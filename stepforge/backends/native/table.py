@@ -14,6 +14,9 @@ from stepforge.formats import BLOCK
 
 __all__ = ["Table"]
 
+#: The types of coefficients that all parameters share.
+_NUMBERS = frozenset({float, int, bool})
+
 
 class Table:
     """The addresses and sizes of parameters with dense memory.
@@ -86,7 +89,7 @@ class Table:
         if self.is_aliased():
             reference.run(batch, grad_scale=grad_scale)
             return
-        if any(isinstance(values, (np.ndarray, torch.Tensor)) for values in batch.coefficients):
+        if not _NUMBERS.issuperset(map(type, batch.coefficients)):
             for position, values in enumerate(batch.coefficients):
                 self.coefficients[:, position] = values
         else:
