@@ -73,7 +73,7 @@ def examine_parameter(
             found[key] = scalar_state(entry[key], member.p, group)
             if key == "step" and found[key].itemsize < 4:  # it would stick at 256, or 2048
                 found[key] = found[key].to(scalar_dtype())
-    for column, _, _ in layout.columns():
+    for column, _, _ in layout.columns:
         found |= (
             _low_bits_found(member.p, entry, unwritten, problems)
             if column == "p"

@@ -118,17 +118,19 @@ class StateLayout:
             return False
         return tuple(x.dtype for x in found[len(self.scalars) :]) == self._tensor_dtypes
 
-    def columns(self) -> Iterator[tuple[str, Format | None, list[StateTensor]]]:
-        """Yield each column with its format and its tensors in the state."""
-        for column in dict.fromkeys(tensor.column for tensor in self.tensors):
-            tensors = [tensor for tensor in self.tensors if tensor.column == column]
-            yield column, self.formats.get(column), tensors
+    @functools.cached_property
+    def columns(self) -> tuple[tuple[str, Format | None, list[StateTensor]], ...]:
+        """Each column with its format and its tensors in the state."""
+        return tuple(
+            (column, self.formats.get(column), [x for x in self.tensors if x.column == column])
+            for column in dict.fromkeys(tensor.column for tensor in self.tensors)
+        )
 
     def columns_to_change(
         self, param_state: Mapping[str, Any]
     ) -> Iterator[tuple[str, Format | None, list[StateTensor]]]:
         """Yield the columns of which a state lacks a tensor, or has it in another format."""
-        for column, format_, tensors in self.columns():
+        for column, format_, tensors in self.columns:
             found = [param_state.get(tensor.key) for tensor in tensors]
             if format_ is None and self.keeps_longer_dtypes and found[0] is not None:
                 is_right = _holds(found[0].dtype, tensors[0].part.dtype)
@@ -140,8 +142,9 @@ class StateLayout:
             if not is_right:
                 yield column, format_, tensors
 
+    @functools.cached_property
     def keys_of_other_formats(self) -> set[str]:
-        """Return the keys that a state has in other formats only."""
+        """The keys that a state has in other formats only."""
         keys = set(LOW_BITS)
         for state in self.states.values():
             keys |= {state.key}.union(*(format_keys(state, x) for x in block_formats(state)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def completed(
         and not list(layout.columns_to_change(param_state))
     ):
         return param_state
-    new = converted(layout, p, param_state)
+    new = converted(layout, p, param_state) if param_state else {}
     states = {state.key: state for state in layout.states.values()}
     for key in layout.scalars:
         if key not in param_state:
@@ -79,7 +80,9 @@ def completed(
     for column, format_, tensors in layout.columns_to_change(param_state):
         if tensors[0].key not in new:
             new |= _initial_column(layout.states.get(column), format_, tensors, p, group)
-    other = layout.keys_of_other_formats()
+    if not param_state:  # new keys are in order
+        return new
+    other = layout.keys_of_other_formats
     whole = {key: x for key, x in param_state.items() if key not in other} | new
     # In torch.optim's order, scalars first.
     return {key: whole[key] for key in [*layout.keys, *whole]}
@@ -290,10 +293,17 @@ def _initial_column(
         if p.is_complex():
             value = complex(value, value)  # real and imaginary parts are separate numbers
         return {x.key: _filled(p, x, value) for x in tensors}
+    encoded = _encoded(format_, float(value))
+    return {x.key: _filled(p, x, encoded[x.part.name]) for x in tensors}
+
+
+@functools.lru_cache(maxsize=64)
+def _encoded(format_: Format, value: float) -> dict[str, float]:
+    """Return a number in a format: the value of each part, by name."""
     # On the host, whatever the default device is.
     one = {x.name: torch.zeros(x.shape((1, 1)), dtype=x.dtype, device="cpu") for x in format_.parts}
-    format_.write(one, torch.full((1, 1), float(value), device="cpu"))
-    return {x.key: _filled(p, x, one[x.part.name].item()) for x in tensors}
+    format_.write(one, torch.full((1, 1), value, device="cpu"))
+    return {name: x.item() for name, x in one.items()}
 
 
 def _filled(p: torch.Tensor, tensor: StateTensor, value: complex) -> torch.Tensor:

@@ -23,6 +23,9 @@ from stepforge.step.params import ParamStep, WithGradient
 
 __all__ = ["GivenGuards", "Guards"]
 
+#: The parameters of each launch, with their tensors.
+Launches: TypeAlias = Sequence[tuple[Sequence[ParamStep], StepTensors]]
+
 
 @dataclass(frozen=True)
 class Guards:
@@ -52,7 +55,7 @@ class Guards:
         rule: Rule,
         groups: Sequence[Mapping[str, Any]],
         state: Mapping[Any, Any],
-        launches: Sequence[Sequence[ParamStep]],
+        launches: Launches,
     ) -> Guards:
         """Record param groups and state as they are.
 
@@ -60,10 +63,10 @@ class Guards:
             rule: the optimizer's rule.
             groups: its param groups.
             state: its state.
-            launches: the parameters of each launch.
+            launches: the parameters of each launch, with their tensors.
         """
         members = list(itertools.chain.from_iterable(_of_each(groups, "params")))
-        stepped = {id(param.p) for params in launches for param in params}
+        stepped = {id(param.p) for params, _ in launches for param in params}
         return cls(
             _GroupGuard.record(rule, groups),
             [id(p) not in stepped for p in members],
@@ -116,7 +119,7 @@ class GivenGuards:
         rule: Rule,
         groups: Sequence[Mapping[str, Any]],
         given: Sequence[WithGradient],
-        launches: Sequence[Sequence[ParamStep]],
+        launches: Launches,
     ) -> GivenGuards:
         """Record param groups and the given tensors as they are."""
         params = [p for _, p, *_ in given]
@@ -143,12 +146,12 @@ class GivenGuards:
 
 
 def _tensor_guards(
-    launches: Sequence[Sequence[ParamStep]], params: Sequence[Any], owners: Sequence[Any]
+    launches: Launches, params: Sequence[Any], owners: Sequence[Any]
 ) -> tuple[_TensorGuard, ...]:
     """Record the tensors of each launch.
 
     Args:
-        launches: the parameters of each launch.
+        launches: the parameters of each launch, with their tensors.
         params: all parameters that a step finds, in order.
         owners: the parameters that its states belong to, in order.
     """
@@ -156,10 +159,11 @@ def _tensor_guards(
     return tuple(
         _TensorGuard.record(
             launch,
+            tensors,
             _take([param_places[id(param.p)] for param in launch], len(params)),
             _take([state_places[id(param.p)] for param in launch], len(owners)),
         )
-        for launch in launches
+        for launch, tensors in launches
     )
 
 
@@ -256,11 +260,14 @@ class _TensorGuard:
 
     @classmethod
     def record(
-        cls, params: Sequence[ParamStep], take_params: _Take, take_states: _Take
+        cls,
+        params: Sequence[ParamStep],
+        found: StepTensors,
+        take_params: _Take,
+        take_states: _Take,
     ) -> _TensorGuard:
         layout = params[0].layout
         keys, scalars = layout.keys, len(layout.scalars)
-        found = StepTensors.of(params)
         tensors = [*found.params, *found.states]
         specs = None
         if found.sharded:

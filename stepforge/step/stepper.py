@@ -118,7 +118,8 @@ class Stepper:
         bound = [launch.bind(x, self.groups) for launch, x in zip(plan.launches, tensors)]
         # Each parameter has a step count of its own, whose address no vector decides.
         if can_be_kept(params, captured=False) and not self.captured:
-            guards = GivenGuards.record(self.rule, self.groups, given, grouped(params))
+            launches = list(zip(grouped(params), tensors))
+            guards = GivenGuards.record(self.rule, self.groups, given, launches)
             self.given_plan = Plan(plan.launches, guards)
         return bound
 
@@ -155,6 +156,7 @@ class Stepper:
         bound = [launch.bind(x, groups) for launch, x in zip(plan.launches, tensors)]
         enter_new_states(params, state)
         if kept:
-            guards = Guards.record(self.rule, groups, state, grouped(params))
+            launches = list(zip(grouped(params), tensors))
+            guards = Guards.record(self.rule, groups, state, launches)
             self.plan = Plan(plan.launches, guards)
         return bound
