@@ -127,7 +127,7 @@ def answer(ask: Callable[[], object]) -> object:
 
 
 def cache_circumstances() -> tuple[object, ...]:
-    """Return what is known of the cache before a build: its folder, its permissions."""
+    """Return the circumstances of a build in the cache: its folder, and if it is writable."""
     folder = answer(cache_folder)
     return folder, isinstance(folder, Path) and os.access(folder, os.W_OK)
 

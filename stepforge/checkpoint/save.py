@@ -231,7 +231,7 @@ def full_precision_weights(
         >>> model.weight.item(), full_precision_weights(model, optimizer)["weight"].item()
         (1.0, 0.999755859375)
     """
-    # Under all of its names, of which a parameter that modules share has several.
+    # Under all names: a parameter that modules share has several.
     entries = {
         name: (p, optimizer.state[p])
         for name, p in model.state_dict(keep_vars=True).items()

@@ -21,8 +21,8 @@ def adagrad(h: Any, t: Value, p: Value, g: Value, s: Value) -> tuple[Value, Valu
 class Adagrad(Optimizer, rule=adagrad):
     """Divides each element's step by the root of the sum of its squared gradients so far.
 
-    Takes sparse gradients (if ``weight_decay`` is 0), of which it reads and writes only the
-    elements that they name.
+    Takes sparse gradients if ``weight_decay`` is 0, and then reads and writes only the elements
+    that they name.
 
     State: ``sum``, in the parameter's shape and dtype, made by the constructor; ``step``.
 

@@ -73,7 +73,7 @@ class StateTensor:
     part: Part
     shape: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Its name among all tensors of a step."""
         return tensor_name(self.column, self.part)
@@ -129,7 +129,7 @@ class StateLayout:
     def columns_to_change(
         self, param_state: Mapping[str, Any]
     ) -> Iterator[tuple[str, Format | None, list[StateTensor]]]:
-        """Yield the columns of which a state lacks a tensor, or has it in another format."""
+        """Yield the columns that a state lacks a tensor of, or has in another format."""
         for column, format_, tensors in self.columns:
             found = [param_state.get(tensor.key) for tensor in tensors]
             if format_ is None and self.keeps_longer_dtypes and found[0] is not None:

@@ -184,7 +184,7 @@ def _find_tensors(
 class _GroupGuard:
     """The parameters of the groups, and the options that change what runs.
 
-    Numbers are read anew in every step; only options that graphs and backends depend on count.
+    Numbers are read in every step; only options that graphs and backends depend on are compared.
 
     Attributes:
         params: the ids of the parameters of all groups, in order.

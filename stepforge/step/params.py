@@ -153,7 +153,7 @@ def kernel_spec(
 
 
 def enter_new_states(params: Iterable[ParamStep], state: MutableMapping[Any, Any]) -> None:
-    """Enter what was missing into ``optimizer.state``."""
+    """Enter new states into ``optimizer.state``."""
     for param in params:
         entry = state.get(param.p)
         if entry is None:

@@ -39,8 +39,8 @@ class ScalarStates:
     """The step counts and scalar states of a launch's parameters.
 
     Attributes:
-        tensors: for each key, ``step`` among them: one vector, of which the parameters' own tensors
-            are the elements; or a list of those tensors.
+        tensors: for each key, ``step`` among them: one vector, whose elements are the parameters'
+            own tensors; or a list of those tensors.
     """
 
     tensors: Mapping[str, torch.Tensor | list[torch.Tensor]]

@@ -180,7 +180,7 @@ static APART void {name}(
     {_joined(lines)}
 }}
 """
-    # For a whole block with the usual arguments, the compiler drops what has no effect.
+    # For a whole block with the usual arguments, the compiler drops operations without effect.
     usual = {"count": "BLOCK", "unscale": "1", **dict.fromkeys(_conditions(spec), "1")}
     is_usual = " && ".join(f"{name} == {value}" for name, value in usual.items() if name != "count")
     given = list(declared)
