@@ -119,6 +119,13 @@ class Batch:
             return self.columns[column][index].to(self.spec.arithmetic)
         return formats[column].read(self._parts(column, index)).to(self.spec.arithmetic)
 
+    def read_all(self, column: str) -> list[torch.Tensor]:
+        """Return :meth:`read` of every parameter."""
+        is_plain = column not in self.spec.formats
+        if is_plain and self.spec.dtype_of[column] == self.spec.arithmetic:
+            return self.columns[column]
+        return [self.read(column, index) for index in range(len(self))]
+
     def store(self, column: str, index: int, value: torch.Tensor) -> None:
         """Store a parameter's values of a column."""
         formats = self.spec.formats
@@ -145,6 +152,10 @@ class Batch:
         it; on a whole tensor each would go through memory. Large parameters are cut, small ones
         share a chunk.
         """
+        sizes = [p.numel() for p in self.columns["p"]]
+        if max(sizes, default=0) <= limit:
+            yield from self._ranges(sizes, limit)
+            return
         rows: list[dict[str, torch.Tensor]] = []
         origins: list[int] = []
         offsets: list[int] = []
@@ -163,6 +174,30 @@ class Batch:
                 size += row["p"].numel()
         if rows:
             yield self._slices(rows, origins, offsets)
+
+    def _ranges(self, sizes: list[int], limit: int) -> Iterator[Batch]:
+        """Yield consecutive parameters that have about ``limit`` elements together."""
+        begin, elements = 0, 0
+        for index, size in enumerate(sizes):
+            if index > begin and elements + size > limit:
+                yield self._range(begin, index)
+                begin, elements = index, 0
+            elements += size
+        if sizes:
+            yield self._range(begin, len(sizes))
+
+    def _range(self, begin: int, end: int) -> Batch:
+        """Return the batch of some consecutive parameters."""
+        if begin == 0 and end == len(self):
+            return self
+        starts = self.first_indices
+        return replace(
+            self,
+            columns={name: column[begin:end] for name, column in self.columns.items()},
+            coefficients=[_of_params(c, slice(begin, end)) for c in self.coefficients],
+            step_seeds=None if self.step_seeds is None else self.step_seeds[begin:end],
+            first_indices=None if starts is None else starts[begin:end],
+        )
 
     def unscaled(self, grad_scale: GradScale | None) -> Batch:
         """Return the same work on unscaled gradients, which are copies if there is a scale."""
@@ -221,9 +256,13 @@ class Batch:
         )
 
 
-def _of_params(coefficient: Coefficient, indices: list[int]) -> Coefficient:
+def _of_params(coefficient: Coefficient, indices: list[int] | slice) -> Coefficient:
     if isinstance(coefficient, np.ndarray):
         return coefficient[indices]
+    if isinstance(indices, slice):
+        return (
+            coefficient[indices] if isinstance(coefficient, (torch.Tensor, list)) else coefficient
+        )
     if isinstance(coefficient, torch.Tensor):
         return coefficient[torch.tensor(indices, device=coefficient.device)]
     return [coefficient[i] for i in indices] if isinstance(coefficient, list) else coefficient
