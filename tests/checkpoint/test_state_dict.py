@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge import LoadResult
+from stepforge import LoadResult, saving
 from stepforge.hyperparameter import EXECUTION_FLAGS
 from tests.twins import (
     LR,
@@ -1007,3 +1007,10 @@ def test_the_argument_of_load_state_dict_is_named_state_dict(cls: type) -> None:
     optimizer = cls(make_params())
     optimizer.load_state_dict(state_dict=source.state_dict())
     assert_identical(optimizer.state_dict(), source.state_dict())
+
+
+def test_older_pickles_find_the_class_of_their_param_groups() -> None:
+    """Oracle: the name that such a pickle holds."""
+    named = pickle.loads(b"cstepforge.saving\nParamGroup\n.")
+    optimizer = stepforge.Adam([torch.zeros(1)])
+    assert named is saving.ParamGroup is type(optimizer.param_groups[0])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import stepforge
 from experiments.low_precision import __main__ as script
 from experiments.low_precision import memory, page, pictures, stall, tracking, training
 from experiments.low_precision.candidates import (
@@ -48,6 +49,7 @@ from experiments.low_precision.training import (
     language_model,
     load,
 )
+from stepforge.accounting import account
 from stepforge.formats import BLOCK, random_uint32
 
 
@@ -210,6 +212,32 @@ def test_bytes_are_those_that_the_guide_gives(optimizer: str) -> None:
     assert int8["state"] == pytest.approx(moments_of_rule * (1 + 4 / 128), abs=1e-3)
     assert smallest["total"] == pytest.approx(int8["state"] + 5, abs=1e-3)
     assert smallest["total"] < 7.1
+
+
+def jobs() -> list[tuple[str, float]]:
+    """Return the options and the bytes of each row of the guide's table of jobs."""
+    text = page.PAGE.read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| job \| options \| bytes \|\n.*\n((?:\|.*\n)+)", text)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    return [(options, float(size)) for _, options, size in rows]
+
+
+@pytest.mark.parametrize(("options", "size"), jobs(), ids=lambda x: str(x))
+def test_the_guide_has_the_bytes_of_the_options_that_it_recommends(
+    options: str, size: float
+) -> None:
+    """Oracle: the account of a large matrix; the guide rounds to two decimals."""
+    given = {
+        name: int(value) if value.isdigit() else value == "True" or value.strip('"')
+        for name, value in re.findall(r"`(\w+)=([^`]+)`", options)
+    }
+    dtype = torch.float32 if "weights in float32" in options else torch.bfloat16
+    p = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    optimizer = stepforge.AdamW([p], **given)
+
+    counted = account(optimizer.rule, optimizer.param_groups[0], p)
+
+    assert counted.total / counted.elements == pytest.approx(size, abs=0.005)
 
 
 # Training. ----------------------------------------------------------------------------------------

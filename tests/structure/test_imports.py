@@ -44,7 +44,7 @@ checkpoint.result checkpoint.save checkpoint.match
 checkpoint.check_state
 checkpoint.load
 checkpoint.reshard
-checkpoint
+checkpoint saving
 optimizer
 rules.
 rules
