@@ -21,7 +21,7 @@ from stepforge.rule import Rule
 from stepforge.step.launch import StepTensors
 from stepforge.step.params import ParamStep, WithGradient
 
-__all__ = ["GivenGuards", "Guards"]
+__all__ = ["GivenGuards", "Guards", "Launches"]
 
 #: The parameters of each launch, with their tensors.
 Launches: TypeAlias = Sequence[tuple[Sequence[ParamStep], StepTensors]]
@@ -39,14 +39,12 @@ class Guards:
         groups: the param groups.
         without_gradient: for each parameter of the groups, in order, True if it had no gradient.
         state_keys: the ids of the keys of ``optimizer.state``, in order.
-        environment: the variables that choose backends.
         launches: the tensors of each launch.
     """
 
     groups: _GroupGuard
     without_gradient: list[bool]
     state_keys: list[int]
-    environment: tuple[str | None, ...]
     launches: tuple[_TensorGuard, ...]
 
     @classmethod
@@ -71,7 +69,6 @@ class Guards:
             _GroupGuard.record(rule, groups),
             [id(p) not in stepped for p in members],
             list(map(id, state)),
-            _environment(),
             _tensor_guards(launches, members, list(state)),
         )
 
@@ -84,8 +81,6 @@ class Guards:
             groups: the param groups.
             state: the optimizer's state.
         """
-        if self.environment != _environment():
-            return "an environment variable that chooses backends has changed"
         if list(map(id, state)) != self.state_keys:
             return "optimizer.state has other keys"
         params = self.groups.find_params(groups)
@@ -104,13 +99,11 @@ class GivenGuards:
     Attributes:
         groups: the param groups.
         indices: the indices in the optimizer of the parameters that are given.
-        environment: the variables that choose backends.
         launches: the tensors of each launch.
     """
 
     groups: _GroupGuard
     indices: list[int]
-    environment: tuple[str | None, ...]
     launches: tuple[_TensorGuard, ...]
 
     @classmethod
@@ -126,7 +119,6 @@ class GivenGuards:
         return cls(
             _GroupGuard.record(rule, groups),
             [index for index, *_ in given],
-            _environment(),
             _tensor_guards(launches, params, params),
         )
 
@@ -134,8 +126,6 @@ class GivenGuards:
         self, groups: Sequence[Mapping[str, Any]], given: Sequence[WithGradient]
     ) -> list[StepTensors] | str:
         """Return the tensors of each launch; or why the plan is stale."""
-        if self.environment != _environment():
-            return "an environment variable that chooses backends has changed"
         members = self.groups.find_params(groups)
         if isinstance(members, str):
             return members
@@ -182,7 +172,7 @@ def _find_tensors(
 
 @dataclass(frozen=True)
 class _GroupGuard:
-    """The parameters of the groups, and the options that change what runs.
+    """The parameters of the groups, and the options and variables that change what runs.
 
     Numbers are read in every step; only options that graphs and backends depend on are compared.
 
@@ -192,6 +182,7 @@ class _GroupGuard:
         read_flags: reads the options of a group that change what runs, whatever their value.
         flags: the flags of each group.
         amounts: for each option that changes what runs if it is zero, its value in each group.
+        environment: the variables that choose backends.
     """
 
     params: list[int]
@@ -199,6 +190,7 @@ class _GroupGuard:
     read_flags: Callable[[Mapping[str, Any]], Any]
     flags: list[Any]
     amounts: dict[str, list[Any]]
+    environment: tuple[str | None, ...]
 
     @classmethod
     def record(cls, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> _GroupGuard:
@@ -212,10 +204,13 @@ class _GroupGuard:
             read_flags,
             list(map(read_flags, groups)),
             {n: _of_each(groups, n) for n, h in rule.hyperparameters.items() if h.zero_is_off},
+            _environment(),
         )
 
     def find_params(self, groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor] | str:
         """Return the parameters of all groups; or what has changed."""
+        if self.environment != _environment():
+            return "an environment variable that chooses backends has changed"
         params = _of_each(groups, "params")
         members = list(itertools.chain.from_iterable(params))
         if list(map(len, params)) != self.counts or list(map(id, members)) != self.params:

@@ -10,12 +10,12 @@ import torch
 
 from stepforge.rule import Rule
 from stepforge.state.sharding import is_plain, is_sharded, local_part
-from stepforge.step.guards import GivenGuards, Guards
+from stepforge.step.guards import GivenGuards, Guards, Launches
 from stepforge.step.launch import Launch, StepTensors
 from stepforge.step.params import ParamStep
 from stepforge.step.uniform import shared_vector
 
-__all__ = ["Plan", "can_be_kept", "grouped"]
+__all__ = ["Plan", "can_be_kept"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Plan:
         groups: Sequence[Mapping[str, Any]],
         *,
         vectors: bool = False,
-    ) -> tuple[Plan, list[StepTensors]]:
+    ) -> tuple[Plan, Launches]:
         """Group parameters into launches.
 
         Args:
@@ -48,14 +48,14 @@ class Plan:
             vectors: True to make one vector of each launch's scalar states, as a kept plan needs.
 
         Returns:
-            The plan, and the tensors of this step for each launch.
+            The plan, and the parameters of each launch with their tensors in this step.
         """
-        together = grouped(params)
+        together = _grouped(params)
         launches = tuple(Launch.of(rule, each, groups, vectors=vectors) for each in together)
-        return cls(launches), [StepTensors.of(each) for each in together]
+        return cls(launches), [(each, StepTensors.of(each)) for each in together]
 
 
-def grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:
+def _grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:
     """Group the parameters that one launch can step.
 
     They share a backend, a kernel, a device, and the dtypes of scalar states. Options that are not
@@ -89,7 +89,7 @@ def can_be_kept(params: Sequence[ParamStep], *, captured: bool) -> bool:
     if not params or not all(map(_has_plain_memory, params)):
         return False
     return not captured or all(
-        _has_vectors(launch) for launch in grouped(params) if launch[0].group["capturable"]
+        _has_vectors(launch) for launch in _grouped(params) if launch[0].group["capturable"]
     )
 
 

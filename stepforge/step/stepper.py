@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
 from stepforge.step.guards import GivenGuards, Guards
-from stepforge.step.launch import BoundLaunch, run
+from stepforge.step.launch import BoundLaunch, StepTensors, run
 from stepforge.step.params import (
     ParamStep,
     WithGradient,
@@ -21,7 +21,7 @@ from stepforge.step.params import (
     enter_new_states,
     params_with_gradient,
 )
-from stepforge.step.plan import Plan, can_be_kept, grouped
+from stepforge.step.plan import Plan, can_be_kept
 from stepforge.step.traced import TracedParams
 
 __all__ = ["Stepper"]
@@ -85,6 +85,7 @@ class Stepper:
         Raises:
             RuntimeError, TypeError, ValueError: the step is impossible. Nothing has changed.
         """
+        self.captured |= is_capturing()
         run(self._bind_kept() or self._bind_new(), grad_scale)
 
     def step_given(self, given: list[WithGradient]) -> None:
@@ -104,7 +105,7 @@ class Stepper:
         if isinstance(tensors, str):
             self.given_plan = None
             return None
-        return [launch.bind(x, self.groups) for launch, x in zip(self.given_plan.launches, tensors)]
+        return self._bind(self.given_plan, tensors)
 
     def _bind_given_new(self, given: list[WithGradient]) -> list[BoundLaunch]:
         """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
@@ -114,11 +115,10 @@ class Stepper:
                 "the options of a param group ask for other states than when the step was "
                 "compiled: call torch.compiler.reset()"
             )
-        plan, tensors = Plan.build(self.rule, params, self.groups)
-        bound = [launch.bind(x, self.groups) for launch, x in zip(plan.launches, tensors)]
+        plan, launches = Plan.build(self.rule, params, self.groups)
+        bound = self._bind(plan, [tensors for _, tensors in launches])
         # Each parameter has a step count of its own, whose address no vector decides.
-        if can_be_kept(params, captured=False) and not self.captured:
-            launches = list(zip(grouped(params), tensors))
+        if not self.captured and can_be_kept(params, captured=False):
             guards = GivenGuards.record(self.rule, self.groups, given, launches)
             self.given_plan = Plan(plan.launches, guards)
         return bound
@@ -136,14 +136,13 @@ class Stepper:
 
     def _bind_kept(self) -> list[BoundLaunch] | None:
         """Bind the kept plan to the tensors of this step; None if there is none that fits."""
-        self.captured |= is_capturing()
         if self.plan is None or not isinstance(self.plan.guards, Guards):
             return None
         tensors = self.plan.guards.find(self.groups, self.state)
         if isinstance(tensors, str):
             self.plan = None
             return None
-        return [launch.bind(x, self.groups) for launch, x in zip(self.plan.launches, tensors)]
+        return self._bind(self.plan, tensors)
 
     def _bind_new(self) -> list[BoundLaunch]:
         """Build a plan, bind it, and keep it if it may serve further steps."""
@@ -152,11 +151,15 @@ class Stepper:
         kept = can_be_kept(params, captured=self.captured)
         # A compiler may not write to tensors that alias others, such as elements of a vector.
         vectors = kept and self.traced is None
-        plan, tensors = Plan.build(self.rule, params, groups, vectors=vectors)
-        bound = [launch.bind(x, groups) for launch, x in zip(plan.launches, tensors)]
+        plan, launches = Plan.build(self.rule, params, groups, vectors=vectors)
+        bound = self._bind(plan, [tensors for _, tensors in launches])
         enter_new_states(params, state)
         if kept:
-            launches = list(zip(grouped(params), tensors))
             guards = Guards.record(self.rule, groups, state, launches)
             self.plan = Plan(plan.launches, guards)
         return bound
+
+    def _bind(self, plan: Plan, tensors: Sequence[StepTensors]) -> list[BoundLaunch]:
+        """Bind each launch of a plan to its tensors in this step."""
+        groups = self.groups
+        return [launch.bind(each, groups) for launch, each in zip(plan.launches, tensors)]

@@ -48,7 +48,7 @@ def test_the_search_finds_what_it_should() -> None:
 
 def test_rules_are_enumerated_in_one_place() -> None:
     found = [place for place in enumerations(set(ALL)) if place.startswith("stepforge/")]
-    # Those are in ``ALL`` and in two ``__all__``.
+    # The places are ``ALL`` and two ``__all__``.
     assert set(found) == {"stepforge/__init__.py", "stepforge/rules/__init__.py"}
 
 

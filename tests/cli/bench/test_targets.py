@@ -63,7 +63,7 @@ def test_reached_is_judged_ratio_by_ratio():
         "against_best": False,
         "against_default": None,
     }
-    # Of the limit 0.75 < 0.88; against the best 1.5 of 1; against the default 6 of 4.
+    # Ratios of the times: 0.75 of the limit (0.88), 1.5 of the best (1), 6 of the default (4).
     assert list(Result("large", "Adam", SECONDS).reached.values()) == [False, True, True]
     # The same times against NAdam's targets, which are 4 times the best and 4 times the default.
     assert list(Result("large", "NAdam", SECONDS).reached.values()) == [False, False, True]
