@@ -99,6 +99,10 @@ class Rule:
             self._graphs[key] = self._traced(statics)
         return self._graphs[key]
 
+    def option_names(self, symbols: Iterable[str]) -> list[str]:
+        """Return the options that symbols of the graph come from, each once."""
+        return list(dict.fromkeys(self._components[symbol][0] for symbol in symbols))
+
     def option_values(self, groups: Iterable[Mapping[str, Any]], symbol: str) -> list[Any]:
         """Return each param group's value of a symbol of the graph.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import Batch, Gradients, LazyColumns
 
 __all__ = ["Aliasing", "Spans", "addresses", "extent", "increment_versions", "is_aliased"]
 
@@ -48,14 +48,18 @@ class Aliasing:
         self._states = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
         self._occupied = np.array([g.numel() > 0 for g in gradients])
         self._extents = np.array([extent(g) for g in gradients], np.uint64)
-        self.bind_gradients(gradients)
-
-    def bind_gradients(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Take other gradients of the same layouts."""
         self.gradients = addresses(gradients)
+        self._disjoint = False
+
+    def bind_gradients(self, gradients: Gradients) -> None:
+        """Take other gradients of the same layouts."""
+        gradients.write_addresses(self.gradients)
+        self._disjoint = gradients.disjoint
 
     def found(self) -> bool:
         """Return True if the memory of a parameter or state is also another tensor's."""
+        if self._disjoint:
+            return False
         begins = self.gradients[self._occupied]
         ends = begins + self._extents[self._occupied]
         return self._states.overlap or self._states.touch(begins, ends)
@@ -68,6 +72,9 @@ def is_aliased(batch: Batch) -> bool:
 
 def increment_versions(batch: Batch) -> None:
     """Tell autograd of writes through pointers, so that it refuses a stale backward."""
+    if isinstance(batch.columns, LazyColumns):
+        batch.columns.increment_versions()
+        return
     written = (batch.columns[name] for name in batch.spec.written)
     torch.autograd.graph.increment_version(list(itertools.chain.from_iterable(written)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
@@ -19,7 +19,9 @@ __all__ = [
     "CHUNK_ELEMENTS",
     "Batch",
     "Coefficient",
+    "Gradients",
     "KernelTable",
+    "LazyColumns",
     "Seeds",
     "is_capturing",
 ]
@@ -38,8 +40,55 @@ Seeds: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 class KernelTable(Protocol):
     """The part of a batch that a backend keeps for the next step of the same tensors."""
 
-    def bind_gradients(self, gradients: list[torch.Tensor]) -> None:
+    def bind_gradients(self, gradients: Gradients) -> None:
         """Take the gradients of the next step. Raises before any kernel has run if it cannot."""
+
+
+class Gradients(Protocol):
+    """The gradients of a step, one per parameter, of the layouts that a table was made for."""
+
+    @property
+    def disjoint(self) -> bool:
+        """True if surely no memory of the step overlaps; False if that is to be checked."""
+
+    def write_addresses(self, out: np.ndarray[Any, Any]) -> None:
+        """Write the address of each gradient into an array of uint64."""
+
+
+class LazyColumns(Mapping[str, list[torch.Tensor]]):
+    """Columns of a batch that become lists when they are asked for: a kernel needs none.
+
+    Args:
+        names: the names of the columns.
+        read: returns the tensors of a column.
+        increment_versions: tells autograd that a kernel has written to the tensors.
+    """
+
+    __slots__ = ("_columns", "_names", "_read", "increment_versions")
+
+    def __init__(
+        self,
+        names: Collection[str],
+        read: Callable[[str], list[torch.Tensor]],
+        increment_versions: Callable[[], None],
+    ) -> None:
+        self._names = names
+        self._read = read
+        self._columns: dict[str, list[torch.Tensor]] = {}
+        self.increment_versions = increment_versions
+
+    def __getitem__(self, name: str) -> list[torch.Tensor]:
+        if name not in self._columns:
+            if name not in self._names:
+                raise KeyError(name)
+            self._columns[name] = self._read(name)
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def is_capturing() -> bool:
@@ -48,7 +97,7 @@ def is_capturing() -> bool:
     return ready and torch.cuda.is_current_stream_capturing()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Batch:
     """Parameters of one kernel and one device, and the values of one step.
 
@@ -66,7 +115,7 @@ class Batch:
     """
 
     spec: KernelSpec
-    columns: dict[str, list[torch.Tensor]]
+    columns: Mapping[str, list[torch.Tensor]]
     coefficients: list[Coefficient]
     step_seeds: Seeds | None = None
     first_indices: np.ndarray[Any, Any] | None = None
@@ -205,7 +254,7 @@ class Batch:
         if factor == 1.0:
             return self
         gradients = [g.to(self.spec.arithmetic) * factor for g in self.columns["g"]]
-        return self.with_columns(self.columns | {"g": gradients})
+        return self.with_columns({**self.columns, "g": gradients})
 
     def coefficients_by_param(self) -> list[list[Any]]:
         """Return each coefficient as a list, one Python number or tensor per parameter."""

@@ -100,7 +100,16 @@ def _is_visible(param: ParamStep) -> bool:
 _steppers: weakref.WeakValueDictionary[int, Stepper] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("stepforge::step", mutates_args=("params", "states"))
+_library = torch.library.Library("stepforge", "DEF")
+# torch.library.custom_op would wrap it in layers of Python that count versions, tensor by tensor:
+# the kernels do so themselves, in less time.
+_library.define(
+    "step(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] states, "
+    "int stepper, int[] groups, int[] indices) -> ()"
+)
+
+
+@torch.library.impl(_library, "step", "CompositeExplicitAutograd")
 def _step(
     params: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
@@ -133,7 +142,7 @@ def _step(
         owner.step_given(list(zip(indices, params, gradients, of_groups, entries)))
 
 
-@_step.register_fake
+@torch.library.register_fake("stepforge::step", lib=_library)
 def _(
     params: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],

@@ -2,7 +2,10 @@
 
 A kept step must never run with stale addresses, so its guards compare all that a plan depends on:
 param groups and options, the keys of ``optimizer.state``, and every tensor's address and layout.
-They compare in loops that run in C: a Python loop would take longer than the kernels.
+
+There are two kinds with the same answers. Those in C++ (guards.cpp) read a thousand tensors several
+times as fast. Those in this file need no compiler, and are their oracle. They compare in loops that
+run in C: a Python loop would take longer than the kernels.
 """
 
 from __future__ import annotations
@@ -11,178 +14,250 @@ import itertools
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import astuple, dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from stepforge import extension
 from stepforge.hyperparameter import EXECUTION_FLAGS, is_off
 from stepforge.rule import Rule
+from stepforge.state.sharding import is_sharded
 from stepforge.step.launch import StepTensors
 from stepforge.step.params import ParamStep, WithGradient
 
-__all__ = ["GivenGuards", "Guards", "Launches"]
+__all__ = ["Groups", "Guards", "PythonGuards", "Source", "Watched", "in_cpp", "record"]
 
-#: The parameters of each launch, with their tensors.
-Launches: TypeAlias = Sequence[tuple[Sequence[ParamStep], StepTensors]]
+#: The origin of a step's states: ``optimizer.state``; or the parameters, gradients and states that
+#: the operator of ``torch.compile`` is given.
+Source: TypeAlias = "Mapping[Any, Any] | Sequence[WithGradient]"
+
+#: The param groups of an optimizer.
+Groups: TypeAlias = Sequence[Mapping[str, Any]]
+
+#: The environment variables that choose what runs.
+_VARIABLES = ("STEPFORGE_BACKEND", "STEPFORGE_ISA", "STEPFORGE_GUARDS")
 
 
-@dataclass(frozen=True)
-class Guards:
+class Guards(Protocol):
     """The record of everything a plan depends on.
 
     It owns no parameter, gradient, state or group, so what the user drops is freed at once. It
     knows parameters by their ids. If another one has come to bear an id, it is read from the groups
     and the state like any other, and its address and layout are compared.
-
-    Attributes:
-        groups: the param groups.
-        without_gradient: for each parameter of the groups, in order, True if it had no gradient.
-        state_keys: the ids of the keys of ``optimizer.state``, in order.
-        launches: the tensors of each launch.
     """
 
-    groups: _GroupGuard
-    without_gradient: list[bool]
-    state_keys: list[int]
-    launches: tuple[_TensorGuard, ...]
-
-    @classmethod
-    def record(
-        cls,
-        rule: Rule,
-        groups: Sequence[Mapping[str, Any]],
-        state: Mapping[Any, Any],
-        launches: Launches,
-    ) -> Guards:
-        """Record param groups and state as they are.
-
-        Args:
-            rule: the optimizer's rule.
-            groups: its param groups.
-            state: its state.
-            launches: the parameters of each launch, with their tensors.
-        """
-        members = list(itertools.chain.from_iterable(_of_each(groups, "params")))
-        stepped = {id(param.p) for params, _ in launches for param in params}
-        return cls(
-            _GroupGuard.record(rule, groups),
-            [id(p) not in stepped for p in members],
-            list(map(id, state)),
-            _tensor_guards(launches, members, list(state)),
-        )
-
-    def find(
-        self, groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]
-    ) -> list[StepTensors] | str:
+    def find(self, groups: Groups, source: Source) -> list[StepTensors] | str:
         """Return the tensors of each launch in the next step; or why the plan is stale.
 
         Args:
             groups: the param groups.
-            state: the optimizer's state.
+            source: the states, from the origin that was recorded.
         """
-        if list(map(id, state)) != self.state_keys:
-            return "optimizer.state has other keys"
-        params = self.groups.find_params(groups)
-        if isinstance(params, str):
-            return params
-        gradients = list(map(_grad, params))
-        if list(map(operator.is_, gradients, itertools.repeat(None))) != self.without_gradient:
-            return "other parameters have a gradient"
-        return _find_tensors(self.launches, params, gradients, list(state.values()))
+
+
+def record(watched: Watched, groups: Groups, source: Source) -> Guards:
+    """Record param groups and tensors as they are: in C++ if that is built.
+
+    Args:
+        watched: what to record.
+        groups: the param groups.
+        source: the origin of the states.
+    """
+    return in_cpp(watched, groups, source) or PythonGuards.record(watched, groups, source)
+
+
+def in_cpp(watched: Watched, groups: Groups, source: Source) -> Guards | None:
+    """Return :func:`record` in C++; None while there is no extension.
+
+    Raises:
+        RuntimeError: ``STEPFORGE_GUARDS`` asks for what there is not.
+    """
+    module = extension.module()
+    if isinstance(module, str):
+        return None
+    guards: Guards = module.Guards(
+        groups,
+        source,
+        watched.is_given,
+        [astuple(places) for places in watched.launches],
+        watched.flags,
+        watched.amounts,
+        is_off,
+        _VARIABLES,
+        watched.spec_fields,
+    )
+    return guards
 
 
 @dataclass(frozen=True)
-class GivenGuards:
-    """The record of a plan whose tensors are given, by the operator of ``torch.compile``.
+class LaunchPlaces:
+    """The places of a launch's tensors among those of a step.
 
     Attributes:
+        params: the positions of its parameters among all that a step finds.
+        states: the positions of their states.
+        keys: the keys of a state.
+        scalars: the number of those keys, at the front, that are scalars.
+        is_sharded: True if the parameters are DTensors.
+    """
+
+    params: list[int]
+    states: list[int]
+    keys: tuple[str, ...]
+    scalars: int
+    is_sharded: bool
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Everything that guards compare, without the values.
+
+    Numbers are read in every step; only options that graphs and backends depend on are compared.
+
+    Attributes:
+        flags: the options that change what runs, whatever their value.
+        amounts: the options that change what runs if they are zero.
+        launches: the tensors of each launch.
+        spec_fields: the attributes of a DTensor's spec; empty without DTensors.
+        is_given: True if ``torch.compile`` gives the tensors.
+    """
+
+    flags: tuple[str, ...]
+    amounts: tuple[str, ...]
+    launches: tuple[LaunchPlaces, ...]
+    spec_fields: tuple[str, ...]
+    is_given: bool
+
+    @classmethod
+    def by(
+        cls,
+        rule: Rule,
+        launches: Sequence[Sequence[ParamStep]],
+        params: Iterable[Any],
+        owners: Iterable[Any],
+        *,
+        is_given: bool = False,
+    ) -> Watched:
+        """Return what the plan of some launches depends on.
+
+        Args:
+            rule: the optimizer's rule.
+            launches: the parameters of each launch.
+            params: all parameters that a step finds, in order.
+            owners: the parameters that its states belong to, in order.
+            is_given: True if ``torch.compile`` gives the tensors.
+        """
+        hyperparameters = rule.hyperparameters.items()
+        param_places, state_places = _places(params), _places(owners)
+        places = tuple(
+            LaunchPlaces(
+                [param_places[id(param.p)] for param in launch],
+                [state_places[id(param.p)] for param in launch],
+                launch[0].layout.keys,
+                len(launch[0].layout.scalars),
+                is_sharded(launch[0].p),
+            )
+            for launch in launches
+        )
+        specs = [_spec(launch[0].p) for launch in launches if is_sharded(launch[0].p)]
+        return cls(
+            tuple(n for n, h in hyperparameters if h.static or n in EXECUTION_FLAGS),
+            tuple(n for n, h in hyperparameters if h.zero_is_off),
+            places,
+            # A hash is made when it is asked for, and says nothing that the others do not.
+            tuple(name for name in vars(specs[0]) if name != "_hash") if specs else (),
+            is_given,
+        )
+
+
+@dataclass(frozen=True)
+class PythonGuards:
+    """Guards that need no compiler.
+
+    Attributes:
+        watched: the things that they compare.
         groups: the param groups.
-        indices: the indices in the optimizer of the parameters that are given.
+        origins: the ids of the keys of ``optimizer.state``, in order; or the indices of the
+            parameters that are given.
+        has_gradient: for each parameter that a step finds, True if it has a gradient.
         launches: the tensors of each launch.
     """
 
+    watched: Watched
     groups: _GroupGuard
-    indices: list[int]
+    origins: list[int]
+    has_gradient: list[bool]
     launches: tuple[_TensorGuard, ...]
 
     @classmethod
-    def record(
-        cls,
-        rule: Rule,
-        groups: Sequence[Mapping[str, Any]],
-        given: Sequence[WithGradient],
-        launches: Launches,
-    ) -> GivenGuards:
-        """Record param groups and the given tensors as they are."""
-        params = [p for _, p, *_ in given]
+    def record(cls, watched: Watched, groups: Groups, source: Source) -> PythonGuards:
+        """Record param groups and tensors as they are."""
+        members = _Members.of(groups, source, is_given=watched.is_given)
         return cls(
-            _GroupGuard.record(rule, groups),
-            [index for index, *_ in given],
-            _tensor_guards(launches, params, params),
+            watched,
+            _GroupGuard.record(watched, groups),
+            members.origins,
+            _exist(members.gradients),
+            tuple(_TensorGuard.record(places, members) for places in watched.launches),
         )
 
-    def find(
-        self, groups: Sequence[Mapping[str, Any]], given: Sequence[WithGradient]
-    ) -> list[StepTensors] | str:
-        """Return the tensors of each launch; or why the plan is stale."""
-        members = self.groups.find_params(groups)
-        if isinstance(members, str):
-            return members
-        indices, params, gradients, _, states = map(list, zip(*given))
-        if indices != self.indices:
+    def find(self, groups: Groups, source: Source) -> list[StepTensors] | str:
+        """Return the tensors of each launch in the next step; or why the plan is stale."""
+        if not self.watched.is_given and list(map(id, source)) != self.origins:
+            return "optimizer.state has other keys"
+        stale = self.groups.stale(groups)
+        if stale:
+            return stale
+        members = _Members.of(groups, source, is_given=self.watched.is_given)
+        if members.origins != self.origins or _exist(members.gradients) != self.has_gradient:
             return "other parameters have a gradient"
-        return _find_tensors(self.launches, params, gradients, states)
+        found: list[StepTensors] = []
+        for guard in self.launches:
+            tensors = guard.find(members)
+            if isinstance(tensors, str):
+                return tensors
+            found.append(tensors)
+        return found
 
 
-def _tensor_guards(
-    launches: Launches, params: Sequence[Any], owners: Sequence[Any]
-) -> tuple[_TensorGuard, ...]:
-    """Record the tensors of each launch.
+@dataclass(frozen=True)
+class _Members:
+    """The tensors of a step, before they are sorted into launches.
 
-    Args:
-        launches: the parameters of each launch, with their tensors.
-        params: all parameters that a step finds, in order.
-        owners: the parameters that its states belong to, in order.
+    Attributes:
+        origins: as in :class:`PythonGuards`.
+        params: the parameters.
+        gradients: the gradient of each, or None.
+        states: the values of ``optimizer.state``; or the state of each parameter that is given.
     """
-    param_places, state_places = _places(params), _places(owners)
-    return tuple(
-        _TensorGuard.record(
-            launch,
-            tensors,
-            _take([param_places[id(param.p)] for param in launch], len(params)),
-            _take([state_places[id(param.p)] for param in launch], len(owners)),
-        )
-        for launch, tensors in launches
-    )
 
+    origins: list[int]
+    params: list[Any]
+    gradients: list[Any]
+    states: list[Any]
 
-def _find_tensors(
-    launches: Sequence[_TensorGuard], params: list[Any], gradients: list[Any], states: list[Any]
-) -> list[StepTensors] | str:
-    """Return the tensors of each launch; or why the plan is stale."""
-    found: list[StepTensors] = []
-    for guard in launches:
-        tensors = guard.find(params, gradients, states)
-        if isinstance(tensors, str):
-            return tensors
-        found.append(tensors)
-    return found
+    @classmethod
+    def of(cls, groups: Groups, source: Source, *, is_given: bool) -> _Members:
+        if is_given:
+            origins, params, gradients, _, states = map(list, zip(*source))
+            return cls(origins, params, gradients, states)
+        assert isinstance(source, Mapping)
+        params = list(itertools.chain.from_iterable(_of_each(groups, "params")))
+        return cls(list(map(id, source)), params, list(map(_grad, params)), list(source.values()))
 
 
 @dataclass(frozen=True)
 class _GroupGuard:
     """The parameters of the groups, and the options and variables that change what runs.
 
-    Numbers are read in every step; only options that graphs and backends depend on are compared.
-
     Attributes:
         params: the ids of the parameters of all groups, in order.
         counts: the number of parameters of each group.
-        read_flags: reads the options of a group that change what runs, whatever their value.
+        read_flags: reads the flags of a group.
         flags: the flags of each group.
         amounts: for each option that changes what runs if it is zero, its value in each group.
-        environment: the variables that choose backends.
+        variables: the values of the environment variables.
     """
 
     params: list[int]
@@ -190,30 +265,28 @@ class _GroupGuard:
     read_flags: Callable[[Mapping[str, Any]], Any]
     flags: list[Any]
     amounts: dict[str, list[Any]]
-    environment: tuple[str | None, ...]
+    variables: list[str | None]
 
     @classmethod
-    def record(cls, rule: Rule, groups: Sequence[Mapping[str, Any]]) -> _GroupGuard:
-        read_flags = operator.itemgetter(
-            *(n for n, h in rule.hyperparameters.items() if h.static or n in EXECUTION_FLAGS)
-        )
+    def record(cls, watched: Watched, groups: Groups) -> _GroupGuard:
+        read_flags = operator.itemgetter(*watched.flags)
         params = _of_each(groups, "params")
         return cls(
             list(map(id, itertools.chain.from_iterable(params))),
             list(map(len, params)),
             read_flags,
             list(map(read_flags, groups)),
-            {n: _of_each(groups, n) for n, h in rule.hyperparameters.items() if h.zero_is_off},
-            _environment(),
+            {name: _of_each(groups, name) for name in watched.amounts},
+            list(map(os.environ.get, _VARIABLES)),
         )
 
-    def find_params(self, groups: Sequence[Mapping[str, Any]]) -> list[torch.Tensor] | str:
-        """Return the parameters of all groups; or what has changed."""
-        if self.environment != _environment():
+    def stale(self, groups: Groups) -> str | None:
+        """Say what has changed; None if nothing has."""
+        if list(map(os.environ.get, _VARIABLES)) != self.variables:
             return "an environment variable that chooses backends has changed"
         params = _of_each(groups, "params")
-        members = list(itertools.chain.from_iterable(params))
-        if list(map(len, params)) != self.counts or list(map(id, members)) != self.params:
+        ids = list(map(id, itertools.chain.from_iterable(params)))
+        if list(map(len, params)) != self.counts or ids != self.params:
             return "the param groups have other parameters"
         if list(map(self.read_flags, groups)) != self.flags:
             return "an option that changes what runs has another value"
@@ -223,7 +296,7 @@ class _GroupGuard:
                 list(map(is_off, values)) != list(map(is_off, known))
             ):
                 return f"{name} was turned on or off"
-        return members
+        return None
 
 
 _Take: TypeAlias = Callable[[list[Any]], list[Any]]
@@ -234,85 +307,79 @@ class _TensorGuard:
     """The addresses and layouts of a launch's tensors; of their local parts if they are DTensors.
 
     Attributes:
-        take_params: takes the launch's parameters from those of all groups.
-        take_states: takes their states from the values of ``optimizer.state``.
-        keys: the keys of a state.
-        scalars: the number of those keys, at the front, that are scalars.
-        specs: the meshes and placements of parameters, gradients and states that are DTensors;
-            None if the parameters are not.
-        addresses: the addresses of the parameters, then of the states in the order of ``keys``.
+        places: the places of the tensors.
+        take_params: takes the launch's parameters, or gradients, from those of a step.
+        take_states: takes their states.
+        specs: the meshes and placements of parameters, gradients and states that are DTensors.
+        addresses: the addresses of the parameters, then of the states in the order of the keys.
         same_layout: returns True if tensors, these and then the gradients, have the same dtypes,
             shapes, strides and devices.
     """
 
+    places: LaunchPlaces
     take_params: _Take
     take_states: _Take
-    keys: tuple[str, ...]
-    scalars: int
-    specs: list[Any] | None
+    specs: list[Any]
     addresses: list[int]
     same_layout: Callable[..., bool]
 
     @classmethod
-    def record(
-        cls,
-        params: Sequence[ParamStep],
-        found: StepTensors,
-        take_params: _Take,
-        take_states: _Take,
-    ) -> _TensorGuard:
-        layout = params[0].layout
-        keys, scalars = layout.keys, len(layout.scalars)
+    def record(cls, places: LaunchPlaces, members: _Members) -> _TensorGuard:
+        take_params = _take(places.params, len(members.params))
+        take_states = _take(places.states, len(members.states))
+        params, gradients = take_params(members.params), take_params(members.gradients)
+        found, specs = _read_tensors(places, params, gradients, take_states(members.states))
         tensors = [*found.params, *found.states]
-        specs = None
-        if found.sharded:
-            states = _read([x.state for x in params], keys[scalars:])
-            specs = list(map(_spec, [*(x.p for x in params), *(x.g for x in params), *states]))
         return cls(
+            places,
             take_params,
             take_states,
-            keys,
-            scalars,
             specs,
             _addresses(tensors),
             _layout_check([*tensors, *found.gradients]),
         )
 
-    def find(
-        self, params: list[torch.Tensor], gradients: list[Any], states: list[Any]
-    ) -> StepTensors | str:
-        """Return the launch's tensors; or what has changed.
-
-        Args:
-            params: the parameters of all groups.
-            gradients: the gradient of each.
-            states: the values of ``optimizer.state``.
-        """
-        params, gradients = self.take_params(params), self.take_params(gradients)
-        sharded: list[torch.Tensor] = []
+    def find(self, members: _Members) -> StepTensors | str:
+        """Return the launch's tensors; or what has changed."""
+        params, gradients = self.take_params(members.params), self.take_params(members.gradients)
         try:
-            states = self.take_states(states)
-            tensors = _read(states, self.keys)
-            if self.specs is not None:
-                parts = _read(states, self.keys[self.scalars :])
-                if list(map(_spec, [*params, *gradients, *parts])) != self.specs:
-                    return "a DTensor has another mesh, or other placements"
-                sharded = [*params, *parts]
-                params, gradients = list(map(_local, params)), list(map(_local, gradients))
-                tensors = [x if type(x) is torch.Tensor else x._local_tensor for x in tensors]
-            has_moved = _addresses([*params, *tensors]) != self.addresses
+            states = self.take_states(members.states)
+            found, specs = _read_tensors(self.places, params, gradients, states)
+            if specs != self.specs:
+                return "a DTensor has another mesh, or other placements"
+            has_moved = _addresses([*found.params, *found.states]) != self.addresses
         # No dict, no such key, no tensor, no DTensor, or no memory.
         except (KeyError, TypeError, AttributeError, RuntimeError):
             return "a state is missing, or is no tensor"
         if has_moved:
             return "a parameter or state has another address"
-        if not self.same_layout(*params, *tensors, *gradients):
+        if not self.same_layout(*found.params, *found.states, *found.gradients):
             return "a tensor has another dtype, shape, stride or device"
-        return StepTensors(params, gradients, tensors, sharded)
+        return found
 
 
-def _environment() -> tuple[str | None, ...]:
-    return os.environ.get("STEPFORGE_BACKEND"), os.environ.get("STEPFORGE_ISA")
+def _read_tensors(
+    places: LaunchPlaces, params: list[Any], gradients: list[Any], states: list[Any]
+) -> tuple[StepTensors, list[Any]]:
+    """Return the tensors of a launch, and the specs of those that are DTensors.
+
+    Raises:
+        KeyError, TypeError, AttributeError: a state is missing, or something is no DTensor.
+    """
+    tensors = _read(states, places.keys)
+    if not places.is_sharded:
+        return StepTensors(params, gradients, tensors, len(places.keys), places.scalars), []
+    sharded = [*params, *_read(states, places.keys[places.scalars :])]
+    specs = list(map(_spec, [*sharded, *gradients]))
+    found = StepTensors(
+        list(map(_local, params)),
+        list(map(_local, gradients)),
+        [x if type(x) is torch.Tensor else x._local_tensor for x in tensors],
+        len(places.keys),
+        places.scalars,
+        sharded,
+    )
+    return found, specs
 
 
 def _take(positions: list[int], count: int) -> _Take:
@@ -336,6 +403,10 @@ def _places(keys: Iterable[Any]) -> dict[int, int]:
 _grad = operator.attrgetter("grad")
 _spec = operator.attrgetter("_spec")
 _local = operator.attrgetter("_local_tensor")
+
+
+def _exist(gradients: list[Any]) -> list[bool]:
+    return list(map(operator.is_not, gradients, itertools.repeat(None)))
 
 
 def _of_each(groups: Iterable[Mapping[str, Any]], name: str) -> list[Any]:

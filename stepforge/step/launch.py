@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import torch
 
 from stepforge.backends import Backend
-from stepforge.backends.batch import Batch, KernelTable, Seeds
+from stepforge.backends.aliasing import addresses
+from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.rule import Rule
@@ -38,6 +40,8 @@ class StepTensors:
         gradients: the gradient of each.
         states: the state of each, in the order of its layout's keys, one parameter's after the
             other's.
+        keys: the number of those keys.
+        scalars: the number of them, at the front, that are scalars.
         sharded: the DTensors among parameters and states. Autograd looks at their versions, and a
             kernel writes to their local parts.
     """
@@ -45,6 +49,8 @@ class StepTensors:
     params: list[torch.Tensor]
     gradients: list[torch.Tensor]
     states: list[torch.Tensor]
+    keys: int
+    scalars: int
     sharded: list[torch.Tensor] = field(default_factory=list)
 
     @classmethod
@@ -61,8 +67,24 @@ class StepTensors:
             [_real(part(param.p)) for param in params],
             [_real(part(param.g.resolve_conj())) for param in params],
             [_real(part(param.state[key])) for param in params for key in param.layout.keys],
+            len(params[0].layout.keys),
+            len(params[0].layout.scalars),
             [x for x in written if is_sharded(x)],
         )
+
+    @property
+    def disjoint(self) -> bool:
+        """False: whether memory overlaps is not known."""
+        return False
+
+    def write_addresses(self, out: np.ndarray[Any, Any]) -> None:
+        """Write the address of each gradient into an array of uint64."""
+        out[:] = addresses(self.gradients)
+
+    def increment_versions(self) -> None:
+        """Tell autograd that a kernel has written to parameters and states."""
+        states = [x for i, x in enumerate(self.states) if i % self.keys >= self.scalars]
+        torch.autograd.graph.increment_version([*self.params, *states])
 
 
 @dataclass
@@ -153,18 +175,18 @@ class Launch:
             RuntimeError: a tensor has no memory.
             TypeError, ValueError: an option was set by hand to something that is no number.
         """
-        keys = self.layout.keys
-        of_key = {key: slice(i, None, len(keys)) for i, key in enumerate(keys)}
         scalars = self.scalars or ScalarStates(
-            {key: tensors.states[of_key[key]] for key in self.layout.scalars}
+            {key: self._states(tensors, key) for key in self.layout.scalars}
         )
         coefficients, scalar_values = self.uniform.run(groups, scalars)
-        columns = {"p": tensors.params, "g": tensors.gradients}
-        columns |= {x.name: tensors.states[of_key[x.key]] for x in self.layout.tensors}
         batch = Batch(
             self.kernel,
-            columns,
-            round_coefficients(coefficients, len(tensors.params), self.kernel.arithmetic),
+            LazyColumns(
+                self._columns,
+                functools.partial(self._column, tensors),
+                tensors.increment_versions,
+            ),
+            round_coefficients(coefficients, len(self.uniform.group_of), self.kernel.arithmetic),
             None if self.seeds is None else step_seeds(self.seeds, scalars),
             self.first_indices,
             self.uniform.differentiable,
@@ -173,11 +195,29 @@ class Launch:
             self.table = self.backend.prepare(batch)
             self._is_prepared = True
         elif self.table is not None:
-            self.table.bind_gradients(tensors.gradients)
+            self.table.bind_gradients(tensors)
         return BoundLaunch(self, batch, scalars, scalar_values, tensors.sharded)
 
+    @functools.cached_property
+    def _columns(self) -> tuple[str, ...]:
+        """The names of the columns of a batch."""
+        return "p", "g", *(x.name for x in self.layout.tensors)
 
-@dataclass(frozen=True)
+    def _column(self, tensors: StepTensors, name: str) -> list[torch.Tensor]:
+        """Return the tensors of a column of a batch."""
+        if name == "p":
+            return tensors.params
+        if name == "g":
+            return tensors.gradients
+        return self._states(tensors, next(x.key for x in self.layout.tensors if x.name == name))
+
+    def _states(self, tensors: StepTensors, key: str) -> list[torch.Tensor]:
+        """Return the tensors of one key of the states."""
+        keys = self.layout.keys
+        return tensors.states[keys.index(key) :: len(keys)]
+
+
+@dataclass(eq=False)
 class BoundLaunch:
     """A launch with the tensors and values of one step.
 
@@ -207,11 +247,19 @@ class BoundLaunch:
         if self.sharded:
             torch.autograd.graph.increment_version(self.sharded)
         skipped = self._skipped(grad_scale)
-        rule, graph = self.launch.uniform.rule, self.batch.spec.graph
-        with torch.set_grad_enabled(self.batch.differentiable):
-            for letter, values in zip(graph.scalars, self.scalar_values):
-                self.scalars.store(rule.states[letter].key, values, skipped)
-            self.scalars.count_step(skipped)
+        if torch.is_grad_enabled() == self.batch.differentiable:  # the usual case
+            self._store_scalars(skipped)
+        else:
+            with torch.set_grad_enabled(self.batch.differentiable):
+                self._store_scalars(skipped)
+
+    def _store_scalars(self, skipped: torch.Tensor | None) -> None:
+        """Store the new scalar states and step counts."""
+        if self.scalar_values:
+            states = self.launch.uniform.rule.states
+            for letter, values in zip(self.batch.spec.graph.scalars, self.scalar_values):
+                self.scalars.store(states[letter].key, values, skipped)
+        self.scalars.count_step(skipped)
 
     def _skipped(self, grad_scale: GradScale | None) -> torch.Tensor | None:
         """Return a device boolean, true if the step is skipped; None if the host knows."""

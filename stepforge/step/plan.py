@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,15 @@ import torch
 
 from stepforge.rule import Rule
 from stepforge.state.sharding import is_plain, is_sharded, local_part
-from stepforge.step.guards import GivenGuards, Guards, Launches
-from stepforge.step.launch import Launch, StepTensors
+from stepforge.step.guards import Groups, Guards, PythonGuards, Source, Watched, in_cpp, record
+from stepforge.step.launch import BoundLaunch, Launch, StepTensors
 from stepforge.step.params import ParamStep
 from stepforge.step.uniform import shared_vector
 
 __all__ = ["Plan", "can_be_kept"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Plan:
     """The launches of a step.
 
@@ -28,17 +28,17 @@ class Plan:
     """
 
     launches: tuple[Launch, ...]
-    guards: Guards | GivenGuards | None = None
+    guards: Guards | None = None
 
     @classmethod
     def build(
         cls,
         rule: Rule,
         params: Sequence[ParamStep],
-        groups: Sequence[Mapping[str, Any]],
+        groups: Groups,
         *,
         vectors: bool = False,
-    ) -> tuple[Plan, Launches]:
+    ) -> tuple[Plan, list[list[ParamStep]]]:
         """Group parameters into launches.
 
         Args:
@@ -48,11 +48,34 @@ class Plan:
             vectors: True to make one vector of each launch's scalar states, as a kept plan needs.
 
         Returns:
-            The plan, and the parameters of each launch with their tensors in this step.
+            The plan, and the parameters of each launch.
         """
         together = _grouped(params)
         launches = tuple(Launch.of(rule, each, groups, vectors=vectors) for each in together)
-        return cls(launches), [(each, StepTensors.of(each)) for each in together]
+        return cls(launches), together
+
+    def guard(self, watched: Watched, groups: Groups, source: Source) -> None:
+        """Record param groups and tensors as they are, so that further steps can keep the plan."""
+        self.guards = record(watched, groups, source)
+
+    def find(self, groups: Groups, source: Source) -> list[StepTensors] | str:
+        """Return the tensors of each launch in the next step; or why the plan is stale.
+
+        Args:
+            groups: all param groups of the optimizer.
+            source: the origin of the states.
+        """
+        if self.guards is None:
+            return "the plan serves one step only"
+        tensors = self.guards.find(groups, source)
+        if isinstance(self.guards, PythonGuards) and not isinstance(tensors, str):
+            # The extension may have been built meanwhile.
+            self.guards = in_cpp(self.guards.watched, groups, source) or self.guards
+        return tensors
+
+    def bind(self, tensors: Sequence[StepTensors], groups: Groups) -> list[BoundLaunch]:
+        """Bind each launch to its tensors in this step."""
+        return [launch.bind(each, groups) for launch, each in zip(self.launches, tensors)]
 
 
 def _grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:

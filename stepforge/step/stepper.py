@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
-from stepforge.step.guards import GivenGuards, Guards
+from stepforge.step.guards import Groups, Source, Watched
 from stepforge.step.launch import BoundLaunch, StepTensors, run
 from stepforge.step.params import (
     ParamStep,
@@ -62,7 +62,7 @@ class Stepper:
         self.traced: TracedParams | None = None
 
     @property
-    def groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> Groups:
         """The param groups of the optimizer."""
         return self._alive().param_groups
 
@@ -86,7 +86,9 @@ class Stepper:
             RuntimeError, TypeError, ValueError: the step is impossible. Nothing has changed.
         """
         self.captured |= is_capturing()
-        run(self._bind_kept() or self._bind_new(), grad_scale)
+        groups, state = self.groups, self.state
+        bound = self._bind_kept(self.plan, groups, state) or self._bind_new(groups, state)
+        run(bound, grad_scale)
 
     def step_given(self, given: list[WithGradient]) -> None:
         """Step parameters, gradients and states that are given, as by ``torch.compile``.
@@ -95,33 +97,8 @@ class Stepper:
             RuntimeError: a state is incomplete.
         """
         self.captured |= is_capturing()
-        run(self._bind_given_kept(given) or self._bind_given_new(given))
-
-    def _bind_given_kept(self, given: list[WithGradient]) -> list[BoundLaunch] | None:
-        """Bind the kept plan of given tensors to those of this step; None if it does not fit."""
-        if self.given_plan is None or not isinstance(self.given_plan.guards, GivenGuards):
-            return None
-        tensors = self.given_plan.guards.find(self.groups, given)
-        if isinstance(tensors, str):
-            self.given_plan = None
-            return None
-        return self._bind(self.given_plan, tensors)
-
-    def _bind_given_new(self, given: list[WithGradient]) -> list[BoundLaunch]:
-        """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
-        params = self.checked(given)
-        if any(param.state is not state for param, (*_, state) in zip(params, given)):
-            raise RuntimeError(
-                "the options of a param group ask for other states than when the step was "
-                "compiled: call torch.compiler.reset()"
-            )
-        plan, launches = Plan.build(self.rule, params, self.groups)
-        bound = self._bind(plan, [tensors for _, tensors in launches])
-        # Each parameter has a step count of its own, whose address no vector decides.
-        if not self.captured and can_be_kept(params, captured=False):
-            guards = GivenGuards.record(self.rule, self.groups, given, launches)
-            self.given_plan = Plan(plan.launches, guards)
-        return bound
+        groups = self.groups
+        run(self._bind_kept(self.given_plan, groups, given) or self._bind_given(groups, given))
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.
@@ -134,32 +111,46 @@ class Stepper:
         """Check parameters, as :func:`~stepforge.step.params.check_params` does."""
         return check_params(self.rule, params, sparse_problem=self.sparse_problem)
 
-    def _bind_kept(self) -> list[BoundLaunch] | None:
-        """Bind the kept plan to the tensors of this step; None if there is none that fits."""
-        if self.plan is None or not isinstance(self.plan.guards, Guards):
+    def _bind_kept(
+        self, plan: Plan | None, groups: Groups, source: Source
+    ) -> list[BoundLaunch] | None:
+        """Bind a kept plan to the tensors of this step; None if there is none that fits."""
+        if plan is None:
             return None
-        tensors = self.plan.guards.find(self.groups, self.state)
-        if isinstance(tensors, str):
-            self.plan = None
-            return None
-        return self._bind(self.plan, tensors)
+        tensors = plan.find(groups, source)
+        return None if isinstance(tensors, str) else plan.bind(tensors, groups)
 
-    def _bind_new(self) -> list[BoundLaunch]:
+    def _bind_new(self, groups: Groups, state: dict[Any, dict[str, Any]]) -> list[BoundLaunch]:
         """Build a plan, bind it, and keep it if it may serve further steps."""
-        groups, state = self.groups, self.state
+        self.plan = None
         params = self.checked(params_with_gradient(groups, state))
         kept = can_be_kept(params, captured=self.captured)
         # A compiler may not write to tensors that alias others, such as elements of a vector.
         vectors = kept and self.traced is None
         plan, launches = Plan.build(self.rule, params, groups, vectors=vectors)
-        bound = self._bind(plan, [tensors for _, tensors in launches])
+        bound = plan.bind(list(map(StepTensors.of, launches)), groups)
         enter_new_states(params, state)
         if kept:
-            guards = Guards.record(self.rule, groups, state, launches)
-            self.plan = Plan(plan.launches, guards)
+            members = itertools.chain.from_iterable(group["params"] for group in groups)
+            plan.guard(Watched.by(self.rule, launches, members, state), groups, state)
+            self.plan = plan
         return bound
 
-    def _bind(self, plan: Plan, tensors: Sequence[StepTensors]) -> list[BoundLaunch]:
-        """Bind each launch of a plan to its tensors in this step."""
-        groups = self.groups
-        return [launch.bind(each, groups) for launch, each in zip(plan.launches, tensors)]
+    def _bind_given(self, groups: Groups, given: list[WithGradient]) -> list[BoundLaunch]:
+        """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
+        self.given_plan = None
+        params = self.checked(given)
+        if any(param.state is not state for param, (*_, state) in zip(params, given)):
+            raise RuntimeError(
+                "the options of a param group ask for other states than when the step was "
+                "compiled: call torch.compiler.reset()"
+            )
+        plan, launches = Plan.build(self.rule, params, groups)
+        bound = plan.bind(list(map(StepTensors.of, launches)), groups)
+        # Each parameter has a step count of its own, whose address no vector decides.
+        if not self.captured and can_be_kept(params, captured=False):
+            members = [p for _, p, *_ in given]
+            watched = Watched.by(self.rule, launches, members, members, is_given=True)
+            plan.guard(watched, groups, given)
+            self.given_plan = plan
+        return bound

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import stepforge
+from tests.contract.sharded_mutations import MUTATIONS, sharded
 from tests.contract.sharded_step_ranks import CASES, Case, placed, stepped
 from tests.process_groups import run_ranks
 from tests.twins import assert_identical
@@ -55,10 +56,6 @@ def in_order_of(
     """Return the results in the order of the expected ones."""
     assert set(results) == set(expected)
     return [results[key] for key in expected]
-
-
-def sharded(mesh: DeviceMesh) -> torch.nn.Parameter:
-    return torch.nn.Parameter(placed(torch.ones(4, 6), Shard(0), mesh))
 
 
 @pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=["default", "fused"])
@@ -105,62 +102,19 @@ def test_a_partial_gradient_is_summed_once(mesh: DeviceMesh) -> None:
 # Kept plans.
 
 
-def replace_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    (p,) = optimizer.param_groups[0]["params"]
-    p._local_tensor = p._local_tensor.clone() + 1
-
-
-def swap_memory_of_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    (p,) = optimizer.param_groups[0]["params"]
-    p._local_tensor.data = p._local_tensor.clone() - 1
-
-
-def replace_local_tensor_of_state(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    (p,) = optimizer.param_groups[0]["params"]
-    state = optimizer.state[p]["exp_avg"]
-    state._local_tensor = state._local_tensor * 2
-
-
-def replace_state_by_its_local_tensor(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    """A step refuses it: the state of a DTensor is no whole tensor."""
-    (p,) = optimizer.param_groups[0]["params"]
-    optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"]._local_tensor
-
-
-def move_to_another_mesh(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    """A step refuses it: gradients stay on the old mesh."""
-    (p,) = optimizer.param_groups[0]["params"]
-    other = init_device_mesh("cpu", (1, 1))
-    p.data = distribute_tensor(p.full_tensor().detach(), other, [Shard(0), Replicate()])
-
-
-def change_the_learning_rate(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    optimizer.param_groups[0]["lr"] = 0.5
-
-
-def state_reloaded(optimizer: stepforge.Optimizer, mesh: DeviceMesh) -> None:
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
 @pytest.mark.parametrize(
     "mutate",
-    [
-        replace_local_tensor,
-        swap_memory_of_local_tensor,
-        replace_local_tensor_of_state,
-        replace_state_by_its_local_tensor,
-        move_to_another_mesh,
-        change_the_learning_rate,
-        state_reloaded,
-    ],
+    MUTATIONS,
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+@pytest.mark.parametrize("guards", ["python", "cpp"])
 def test_a_kept_plan_of_dtensors_is_as_good_as_a_new_one(
-    backend: str, mutate: Any, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+    guards: str, backend: str, mutate: Any, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: an optimizer that builds a new plan for every step; errors too."""
     monkeypatch.setenv("STEPFORGE_BACKEND", backend)
+    monkeypatch.setenv("STEPFORGE_GUARDS", guards)
 
     def history(*, forgets: bool) -> list[Any]:
         p = sharded(mesh)

@@ -1,12 +1,12 @@
 """A kept plan is never stale. Oracle: an optimizer that makes a new plan in every step.
 
 Each mutation happens between steps, to an optimizer with a kept plan and to its twin, which makes
-new plans. Both must have the same bits from then on.
+new plans. Both must have the same bits from then on. All tests run with the guards in Python and
+with those in C++.
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -16,228 +16,24 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.rules import ALL
-
-#: AdamW represents Adam, from which it inherits.
-OPTIMIZERS = [cls for name, cls in ALL.items() if name != "Adam"]
-SHAPES = [(7,), (3, 5), (), (4, 2, 3), (7,)]
-
-
-def built(cls: type[stepforge.Optimizer], backend: str) -> stepforge.Optimizer:
-    torch.manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
-    groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.05, "weight_decay": 0.1}]
-    flags = {"native": {}, "foreach": {"foreach": True}, "reference": {"foreach": False}}
-    return cls(groups, **flags[backend])
-
-
-def params_of(optimizer: stepforge.Optimizer) -> list[torch.Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def set_gradients(optimizer: stepforge.Optimizer, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in params_of(optimizer):
-        p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-
-
-def first_state(optimizer: stepforge.Optimizer) -> tuple[dict[str, Any], str]:
-    """Return the state of the first parameter, and the key of its second moment."""
-    state = optimizer.state[params_of(optimizer)[0]]
-    return state, "sum" if "sum" in state else "exp_avg_sq"
-
-
-def replace_state_tensor(optimizer: stepforge.Optimizer) -> None:
-    state, name = first_state(optimizer)
-    state[name] = torch.full_like(state[name], 0.5)
-
-
-def replace_state_of_parameter(optimizer: stepforge.Optimizer) -> None:
-    p = params_of(optimizer)[0]
-    optimizer.state[p] = {k: v.clone() + 1 for k, v in optimizer.state[p].items()}
-
-
-def delete_state(optimizer: stepforge.Optimizer) -> None:
-    del optimizer.state[params_of(optimizer)[1]]
-
-
-def clear_state(optimizer: stepforge.Optimizer) -> None:
-    optimizer.state.clear()
-
-
-def write_state(optimizer: stepforge.Optimizer) -> None:
-    state, name = first_state(optimizer)
-    state[name].fill_(2.0)
-    state["step"].fill_(40.0)
-
-
-def replace_step(optimizer: stepforge.Optimizer) -> None:
-    first_state(optimizer)[0]["step"] = torch.tensor(30.0)
-
-
-def swap_step_memory(optimizer: stepforge.Optimizer) -> None:
-    first_state(optimizer)[0]["step"].data = torch.tensor(17.0)
-
-
-def rekey(optimizer: stepforge.Optimizer, new_key: Callable[[Any], Any]) -> None:
-    """Change the keys of ``optimizer.state``, and keep the order of its values."""
-    items = [(new_key(key), value) for key, value in optimizer.state.items()]
-    optimizer.state.clear()
-    optimizer.state.update(items)
-
-
-def states_of_two_parameters_swapped(optimizer: stepforge.Optimizer) -> None:
-    first, last = params_of(optimizer)[0], params_of(optimizer)[-1]
-    swapped = {first: last, last: first}
-    rekey(optimizer, lambda key: swapped.get(key, key))
-
-
-def state_moved_to_another_key(optimizer: stepforge.Optimizer) -> None:
-    first = params_of(optimizer)[0]
-    rekey(optimizer, lambda key: "aside" if key is first else key)
-
-
-def parameter_and_key_of_its_state_replaced(optimizer: stepforge.Optimizer) -> None:
-    old, new = params_of(optimizer)[0], torch.nn.Parameter(torch.ones(7))
-    optimizer.param_groups[0]["params"][0] = new
-    rekey(optimizer, lambda key: new if key is old else key)
-
-
-def state_copied_to_another_dict(optimizer: stepforge.Optimizer) -> None:
-    """Put the same tensors into another dict."""
-    p = params_of(optimizer)[0]
-    optimizer.state[p] = dict(optimizer.state[p])
-
-
-def parameters_tied(optimizer: stepforge.Optimizer) -> None:
-    params_of(optimizer)[-1].data = params_of(optimizer)[0].data
-
-
-def states_tied(optimizer: stepforge.Optimizer) -> None:
-    state, name = first_state(optimizer)
-    optimizer.state[params_of(optimizer)[-1]][name] = state[name]
-
-
-def state_of_another_dtype(optimizer: stepforge.Optimizer) -> None:
-    state, name = first_state(optimizer)
-    state[name] = state[name].to(torch.bfloat16)
-
-
-def state_memory_swapped(optimizer: stepforge.Optimizer) -> None:
-    state, name = first_state(optimizer)
-    state[name].data = state[name].data.clone() * 2
-
-
-def parameter_memory_swapped(optimizer: stepforge.Optimizer) -> None:
-    for p in params_of(optimizer):
-        p.data = p.data.clone() + 1
-
-
-def parameter_transposed_in_place(optimizer: stepforge.Optimizer) -> None:
-    p = params_of(optimizer)[1]
-    p.data = p.data.clone().t().contiguous().t()
-
-
-def all_halved(optimizer: stepforge.Optimizer) -> None:
-    for p in params_of(optimizer):
-        p.data = p.data.to(torch.bfloat16)
-    for p in params_of(optimizer):
-        p.grad = None
-
-
-def group_added(optimizer: stepforge.Optimizer) -> None:
-    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(6))], "lr": 0.3})
-
-
-def group_removed(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups.pop()
-
-
-def group_replaced(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.2}
-
-
-def params_reordered(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[0]["params"].reverse()
-
-
-def parameter_replaced(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(torch.ones(7))
-
-
-def options_changed(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[0].update(lr=0.125, eps=1e-3)
-    optimizer.param_groups[1]["weight_decay"] = 0
-
-
-def flag_changed(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[1]["maximize"] = True
-
-
-def lr_becomes_a_tensor(optimizer: stepforge.Optimizer) -> None:
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
-
-
-def lr_tensor_filled(optimizer: stepforge.Optimizer) -> None:
-    if not isinstance(optimizer.param_groups[0]["lr"], torch.Tensor):
-        lr_becomes_a_tensor(optimizer)
-        set_gradients(optimizer, 77)
-        optimizer.step()
-    optimizer.param_groups[0]["lr"].fill_(0.5)
-
-
-def gradient_missing(optimizer: stepforge.Optimizer) -> None:
-    params_of(optimizer)[2].requires_grad_(False)
-    params_of(optimizer)[2].grad = None
-
-
-def state_loaded(optimizer: stepforge.Optimizer) -> None:
-    saved = copy.deepcopy(optimizer.state_dict())
-    for param_state in saved["state"].values():
-        param_state["step"] += 5
-    optimizer.load_state_dict(saved)
-
-
-def hook_that_changes_everything(optimizer: stepforge.Optimizer) -> None:
-    def hook(optimizer: Any, args: Any, kwargs: Any) -> None:
-        options_changed(optimizer)
-        replace_state_tensor(optimizer)
-
-    optimizer.register_step_pre_hook(hook)
-
-
-MUTATIONS: list[Callable[[stepforge.Optimizer], None]] = [
-    replace_state_tensor,
-    replace_state_of_parameter,
-    delete_state,
+from tests.step.mutations import (
+    MUTATIONS,
+    OPTIMIZERS,
+    built,
     clear_state,
-    write_state,
-    replace_step,
-    swap_step_memory,
-    states_of_two_parameters_swapped,
-    state_moved_to_another_key,
-    parameter_and_key_of_its_state_replaced,
-    state_copied_to_another_dict,
-    parameters_tied,
-    states_tied,
-    state_of_another_dtype,
-    state_memory_swapped,
-    parameter_memory_swapped,
-    parameter_transposed_in_place,
-    all_halved,
-    group_added,
-    group_removed,
-    group_replaced,
-    params_reordered,
-    parameter_replaced,
-    options_changed,
-    flag_changed,
-    lr_becomes_a_tensor,
-    lr_tensor_filled,
+    first_state,
     gradient_missing,
+    params_of,
+    replace_state_tensor,
+    set_gradients,
     state_loaded,
-    hook_that_changes_everything,
-]
+)
+
+
+@pytest.fixture(autouse=True, params=["python", "cpp"])
+def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("STEPFORGE_GUARDS", request.param)
+    return str(request.param)
 
 
 def history(
@@ -277,9 +73,11 @@ def test_a_kept_plan_is_as_good_as_a_new_one(
 
 
 def in_other_layouts(g: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the same gradient in other layouts and at other offsets."""
+    """Return the same gradient in other layouts, at other offsets and of other types."""
     double = torch.empty(*g.shape[:-1], 2 * g.shape[-1])[..., ::2]
     return {
+        "parameter": torch.nn.Parameter(g.clone()),
+        "of a graph": g.clone().requires_grad_() * 1,
         "transposed": g.t().contiguous().t(),
         "with gaps": double.copy_(g),
         "negated": torch._neg_view(-g),
@@ -287,7 +85,9 @@ def in_other_layouts(g: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("layout", ["transposed", "with gaps", "negated", "shifted"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "with gaps", "negated", "shifted", "parameter", "of a graph"]
+)
 def test_a_gradient_that_changes_its_layout(layout: str) -> None:
     torch.manual_seed(0)
     p, q = (torch.nn.Parameter(x) for x in torch.ones(2, 6, 5))
@@ -295,6 +95,52 @@ def test_a_gradient_that_changes_its_layout(layout: str) -> None:
     for step in range(6):
         g = torch.randn(6, 5)
         p.grad, q.grad = (in_other_layouts(g)[layout] if step % 3 == 2 else g), g.clone()
+        optimizer.step()
+        twin.step()
+        assert torch.equal(p, q), f"step {step}"
+
+
+def test_a_gradient_of_another_shape_in_the_same_memory() -> None:
+    """A gradient is freed, and its memory becomes that of another: the address tells nothing."""
+    torch.manual_seed(0)
+    memory = torch.zeros(30)
+    p, q = (torch.nn.Parameter(x) for x in torch.ones(2, 6, 5))
+    optimizer, twin = stepforge.Adam([p]), stepforge.Adam([q], foreach=False)
+    for step in range(6):
+        g = torch.randn(6, 5)
+        stored = memory.view(5, 6).t() if step % 3 == 2 else memory.view(6, 5)
+        p.grad, q.grad = stored.copy_(g), g
+        optimizer.step()
+        twin.step()
+        assert torch.equal(p, q), f"step {step}"
+
+
+def test_a_parameter_of_another_shape_in_the_same_memory() -> None:
+    torch.manual_seed(0)
+    p, q = (torch.nn.Parameter(x) for x in torch.ones(2, 6, 5))
+    optimizer, twin = stepforge.Adam([p]), stepforge.Adam([q], foreach=False)
+    for step in range(6):
+        if step == 3:
+            for x in (p, q, *optimizer.state[p].values(), *twin.state[q].values()):
+                if x.dim():
+                    x.data = x.data.view(-1)[:20].view(4, 5)
+            p.grad = q.grad = None
+        p.grad = torch.randn(p.shape)
+        q.grad = p.grad.clone()
+        optimizer.step()
+        twin.step()
+        assert torch.equal(p, q), f"step {step}"
+
+
+def test_a_gradient_that_shares_memory_with_a_parameter() -> None:
+    """Oracle: the reference, which reads and writes in a defined order."""
+    torch.manual_seed(0)
+    p, q = (torch.nn.Parameter(x) for x in torch.ones(2, 6, 5))
+    optimizer, twin = stepforge.Adam([p]), stepforge.Adam([q], foreach=False)
+    for step in range(6):
+        g = torch.randn(6, 5)
+        is_shared = step in (3, 4)
+        p.grad, q.grad = (p.detach(), q.detach()) if is_shared else (g, g.clone())
         optimizer.step()
         twin.step()
         assert torch.equal(p, q), f"step {step}"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, addresses, increment_versions
-from stepforge.backends.batch import Batch
+from stepforge.backends.batch import Batch, Gradients
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.kernel import kernel_for
 from stepforge.formats import BLOCK
@@ -63,7 +62,7 @@ class Table:
         self.aliasing = Aliasing(batch)
         self._check_memory()
 
-    def bind_gradients(self, gradients: list[torch.Tensor]) -> None:
+    def bind_gradients(self, gradients: Gradients) -> None:
         """Take other gradients of the same layouts.
 
         Raises:
@@ -72,7 +71,7 @@ class Table:
         self.aliasing.bind_gradients(gradients)
         if self.gradient is not None:
             self.records[:, self.gradient] = self.aliasing.gradients
-            if not self.aliasing.gradients.all():
+            if np.count_nonzero(self.aliasing.gradients) < len(self.aliasing.gradients):
                 self._check_memory()
 
     def is_aliased(self) -> bool:

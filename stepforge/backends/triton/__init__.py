@@ -16,7 +16,7 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
-from stepforge.backends.batch import Batch, KernelTable
+from stepforge.backends.batch import Batch, Gradients, KernelTable
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import ParamSpec, memory_problem
 from stepforge.backends.triton.dtypes import STORABLE
@@ -121,7 +121,7 @@ class Tables:
         ]
         self.aliasing = Aliasing(batch)
 
-    def bind_gradients(self, gradients: list[torch.Tensor]) -> None:
+    def bind_gradients(self, gradients: Gradients) -> None:
         """Take other gradients of the same layouts.
 
         Raises:
