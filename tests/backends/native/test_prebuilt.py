@@ -126,7 +126,7 @@ def test_an_unloadable_kernel_is_passed_over(ahead: Path, cache: Path) -> None:
     """As from another system that shares the disk."""
     kernel = the_kernel(ahead, BEST)
     content = b"no library"
-    kernel.rename(kernel.with_name(f"{key_of(kernel)}-{build._digest(content)}.so"))
+    kernel.rename(kernel.with_name(f"{key_of(kernel)}-{build.digest(content)}.so"))
     the_kernel(ahead, BEST).write_bytes(content)
     assert bears_its_digest(the_kernel(ahead, BEST))
     assert loaded().parent == cache
