@@ -35,13 +35,13 @@ def find_cpp_guards() -> str:
     from stepforge.backends import disk_cache
 
     if os.environ.get("STEPFORGE_GUARDS") == "python":
-        return "Python, as STEPFORGE_GUARDS asks for"
+        return extension.described(extension.status())
     built = extension.build_into_cache()
     if isinstance(built, str):
         os.environ["STEPFORGE_GUARDS"] = "python"
-        return f"Python: {built}"
-    os.environ["STEPFORGE_PREBUILT"] = str(disk_cache.cache_folder())
-    return f"C++: {built.__file__}"
+    else:
+        os.environ["STEPFORGE_PREBUILT"] = str(disk_cache.cache_folder())
+    return extension.described(built)
 
 
 GUARDS = find_cpp_guards()

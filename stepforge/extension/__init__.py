@@ -24,7 +24,7 @@ from stepforge.backends.native import build, prebuilt
 from stepforge.extension import background, compiler, load, target
 from stepforge.extension.order import Order
 
-__all__ = ["build_into", "build_into_cache", "module", "prune", "status"]
+__all__ = ["build_into", "build_into_cache", "described", "module", "prune", "status"]
 
 #: The subfolder of extensions, in the cache and in the folder of prebuilt kernels.
 _SUBFOLDER = "extension"
@@ -34,7 +34,7 @@ _LOOK_S = 1.0
 _LOOK_FACTOR = 20.0
 
 _BUILDING = "the C++ guards are being built in the background"
-_NOT_BUILT = "the C++ guards are not built yet: the first step starts that in the background"
+_NOT_BUILT = "the C++ guards are not built yet: the first step has them built"
 _ASKED_FOR_PYTHON = "STEPFORGE_GUARDS asks for python"
 
 _module: ModuleType | None = None
@@ -138,6 +138,16 @@ def prune(folder: Path, keep: Container[Path]) -> None:
     for path in prebuilt.shelf(folder, _SUBFOLDER).glob("*.so"):
         if path not in keep and target.is_outdated(path):
             path.unlink(missing_ok=True)
+
+
+def described(found: ModuleType | str) -> str:
+    """Return the language of the guards for what :func:`module` has returned, and the reason.
+
+    Example:
+        >>> described("no C++ compiler is on the PATH: install g++ or clang++")
+        'Python: no C++ compiler is on the PATH: install g++ or clang++'
+    """
+    return f"Python: {found}" if isinstance(found, str) else "C++"
 
 
 def _asked() -> str | None:

@@ -379,9 +379,7 @@ def test_another_value_is_refused(ahead: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_status_starts_no_build(cache: Path, cxx: Path, tmp_path: Path) -> None:
-    assert extension.status() == (
-        "the C++ guards are not built yet: the first step starts that in the background"
-    )
+    assert extension.status() == ("the C++ guards are not built yet: the first step has them built")
     assert not cache.parent.exists()
     assert calls(tmp_path) == 0
 

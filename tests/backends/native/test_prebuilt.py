@@ -279,5 +279,8 @@ def test_a_state_of_another_dtype_goes_through_torch_operations_with_a_warning(
     source = c_of(graph_of("Adam"), torch.float32)
     prebuilt.compile_ahead(folder, source, BEST, compiler.compiler())
     in_new_process(
-        step_with_a_state_of_another_dtype, STEPFORGE_PREBUILT=str(folder), CC="/nonexistent"
+        step_with_a_state_of_another_dtype,
+        STEPFORGE_PREBUILT=str(folder),
+        STEPFORGE_GUARDS="python",
+        CC="/nonexistent",
     )
