@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: a wheel that carries kernels is one for a platform.
 
 ``make wheel`` makes one: the environment variable ``STEPFORGE_KERNELS`` names a folder that
-``stepforge prebuild --output`` has filled. Without it the package is pure Python, whatever kernels
-lie in the checkout.
+``stepforge prebuild --output`` has filled, with guards in C++ too. Without it the package is pure
+Python, whatever kernels lie in the checkout.
 """
 
 import os
@@ -47,7 +47,11 @@ class BuildWithKernels(build_py):
 
 
 class WheelForAnyPython(bdist_wheel):
-    """Kernels know nothing of Python: their wheel is one for a platform, not for a version."""
+    """Kernels know nothing of Python: their wheel is one for a platform, not for a version.
+
+    The guards in C++ are for one Python and one torch. Their file is named by both, so that others
+    leave it alone and use the guards in Python, or build their own.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
         """The tag of the wheel's name."""

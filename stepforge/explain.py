@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from stepforge.accounting import Account, account
 from stepforge.backends import ParamSpec, choose
+from stepforge.extension import described, status
 from stepforge.rule import Rule
 from stepforge.state.layout import dtypes_after_step, state_layout
 from stepforge.step.params import kernel_spec
@@ -121,11 +122,14 @@ class Explanation:
         optimizer: the name of the optimizer's class.
         served: the parameters that backends step, group by group.
         frozen: the parameters that are not trained, group by group.
+        guards: the language of the guards, which check in each step that the plan of the last one
+            still fits: "C++", or "Python" and the reason.
     """
 
     optimizer: str
     served: tuple[Served, ...]
     frozen: tuple[Frozen, ...] = ()
+    guards: str = "Python"
 
     @property
     def account(self) -> Account:
@@ -137,8 +141,9 @@ class Explanation:
         return sorted([*self.served, *self.frozen], key=lambda part: part.group)
 
     def __str__(self) -> str:
-        lines = [self.optimizer, *map(str, self._parts)]
-        return "\n".join([*lines, f"in all {self.account}"] if len(self._parts) > 1 else lines)
+        in_all = [f"in all {self.account}"] if len(self._parts) > 1 else []
+        lines = [self.optimizer, *map(str, self._parts), *in_all, f"guards in {self.guards}"]
+        return "\n".join(lines)
 
 
 def explain(optimizer: torch.optim.Optimizer) -> Explanation:
@@ -156,6 +161,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
     Raises:
         TypeError: the optimizer is not one of this library.
         RuntimeError: the backend of ``fused=True`` or ``STEPFORGE_BACKEND`` is not available.
+        ValueError: ``STEPFORGE_BACKEND`` or ``STEPFORGE_GUARDS`` has a value that it cannot have.
 
     Example:
         >>> import torch, stepforge
@@ -166,6 +172,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         group 0: foreach (2 parameters, 8,256 elements, float32 on cpu)
           10.11 bytes an element: weights 4, gradients 4, states 2.05, scales 0.06
           not int8 for 1 parameter, 64 elements: fewer than 4,096 elements
+        guards in ...
     """
     # Optimizers of this library have a rule. Their class cannot be imported here.
     if not hasattr(optimizer, "rule"):
@@ -174,6 +181,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         type(optimizer).__name__,
         tuple(_served(optimizer, optimizer.rule)),
         tuple(_frozen(optimizer, optimizer.rule)),
+        described(status()),
     )
 
 

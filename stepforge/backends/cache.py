@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
-__all__ = ["made_once"]
+__all__ = ["made_once", "stands_s"]
 
 #: Seconds after which a failure is retried though nothing seems to have changed.
 RETRY_S = 60.0
@@ -60,6 +60,11 @@ class _Failure:
     until: float
 
 
+def stands_s(took_s: float) -> float:
+    """Return the seconds for which a failure stands that took so many seconds."""
+    return max(RETRY_S, RETRY_FACTOR * took_s)
+
+
 def made_once(
     circumstances: Callable[[], Any],
 ) -> Callable[[Callable[[*Arguments], T | str]], Callable[[*Arguments], T | str]]:
@@ -89,7 +94,7 @@ def made_once(
                 result = make(*args)
                 if isinstance(result, str):
                     end = time.monotonic()
-                    until = end + max(RETRY_S, RETRY_FACTOR * (end - begin))
+                    until = end + stands_s(end - begin)
                     failures[args] = _Failure(result, circumstances(), until)
                 else:
                     made[args] = result

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from stepforge.backends import trust
 
@@ -30,6 +31,7 @@ __all__ = [
     "answer",
     "cache_circumstances",
     "cache_folder",
+    "locked",
     "unwritable",
     "work_folder",
 ]
@@ -39,8 +41,8 @@ __all__ = [
 ABANDONED_S = 24 * 3600.0
 
 
-#: The files of a build folder: a C source, its library, a Triton source, and the lock.
-_WORK_FILES = ("kernel.c", "kernel.so", "kernel.py", "lock")
+#: The files of a build folder: sources and their libraries, and the lock.
+_WORK_FILES = ("kernel.c", "kernel.so", "kernel.py", "guards.cpp", "guards.so", "failed", "lock")
 
 
 #: The errors of a file system without locks; a build folder is then in use while it is young.
@@ -55,19 +57,25 @@ class BuildError(Exception):
     """A kernel cannot be built; the reason is one sentence."""
 
 
-def cache_folder() -> Path:
+def cache_folder(subfolder: str = "", *, make: bool = True) -> Path:
     """Return the folder of compiled kernels; made with mode 0700 if it is missing.
 
     ``STEPFORGE_CACHE`` if set, else ``stepforge`` in the user's cache folder.
 
+    Args:
+        subfolder: the name of a folder in it to return instead.
+        make: False to leave a missing folder missing.
+
     Raises:
         BuildError: it cannot be made, or others than its owner may write to it or replace it.
     """
-    folder = _named_cache()
+    folder = _named_cache(subfolder)
     try:
         # Both before and after: nothing is made where others may write.
         untrusted = trust.untrusted_way(folder)
         if untrusted is None:
+            if not make and not folder.exists():
+                return folder
             trust.make_folder(folder, 0o700)
             untrusted = trust.untrusted_way(folder)
         status = folder.stat() if untrusted is None else None
@@ -91,8 +99,8 @@ def cache_folder() -> Path:
     return folder
 
 
-def _named_cache() -> Path:
-    """Return the resolved path of the cache.
+def _named_cache(subfolder: str) -> Path:
+    """Return the resolved path of the cache, or of a folder in it.
 
     Raises:
         BuildError: the user has no home to keep it in.
@@ -107,7 +115,7 @@ def _named_cache() -> Path:
             f"the kernel cache {named} has no place, as no home folder is known: "
             "set HOME, or STEPFORGE_CACHE to a folder of yours"
         )
-    return Path(os.path.realpath(path))
+    return Path(os.path.realpath(os.path.join(path, subfolder)))
 
 
 def unwritable(folder: Path, error: OSError) -> BuildError:
@@ -143,30 +151,58 @@ def work_folder(folder: Path) -> Iterator[Path]:
     # No TemporaryDirectory: a forked child would remove it, too, at its end.
     work = Path(tempfile.mkdtemp(dir=folder, prefix="build-"))
     try:
-        with _locked(work / "lock"):
+        with locked(work / "lock"):
             yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[int]:
     """Hold the lock of a file, made if it is missing; released when the process ends.
 
+    A file system without locks gives them to everyone.
+
+    Args:
+        path: the file.
+        wait: True to wait for another process that holds it.
+
+    Yields:
+        The descriptor. A child that inherits it holds the lock, too.
+
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and ``wait`` is False.
         OSError: the file cannot be made.
     """
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, PRIVATE)) as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
+        _lock_files.add(file)
+        try:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
                     raise
-        yield
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+            yield file.fileno()
+        finally:
+            _lock_files.discard(file)
+
+
+#: The open files of locks.
+_lock_files: set[IO[str]] = set()
+
+
+def _after_fork() -> None:
+    """Let go of the parent's locks, which a child would hold for its life, and wait for itself."""
+    for file in list(_lock_files):
+        file.close()
+    _lock_files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _sweep(folder: Path) -> None:
@@ -175,5 +211,5 @@ def _sweep(folder: Path) -> None:
         with contextlib.suppress(OSError):  # it is another user's, in use, or just being swept
             old = time.time() - left.stat().st_mtime > ABANDONED_S
             if old and set(os.listdir(left)) <= set(_WORK_FILES):
-                with _locked(left / "lock"):
+                with locked(left / "lock"):
                     shutil.rmtree(left)

@@ -12,19 +12,23 @@ import numpy as np
 import torch
 
 import stepforge
+from stepforge import extension
 from stepforge.backends import disk_cache
 from stepforge.backends.native import compiler, openmp, prebuilt
 from stepforge.cli import devices, kernels
+from stepforge.extension import target
 
 __all__ = ["as_line", "describe", "describe_in_detail"]
 
-#: The environment variables that change which kernels run.
+#: The environment variables that change which kernels and guards run.
 _VARIABLES = (
     "STEPFORGE_BACKEND",
+    "STEPFORGE_GUARDS",
     "STEPFORGE_ISA",
     "STEPFORGE_PREBUILT",
     "STEPFORGE_CACHE",
     "CC",
+    "CXX",
     "TRITON_INTERPRET",
 )
 
@@ -47,7 +51,7 @@ def describe() -> dict[str, str]:
 
 
 def describe_in_detail() -> dict[str, str]:
-    """Return versions, processor, compiler, kernels, accelerators and environment variables."""
+    """Return versions, processor, compiler, kernels, guards, GPUs and environment variables."""
     machine = describe()
     return {
         "stepforge": machine["stepforge"],
@@ -59,6 +63,7 @@ def describe_in_detail() -> dict[str, str]:
         "compiler": _or_error(_compiler),
         "prebuilt kernels": _or_error(_prebuilt_kernels),
         "kernel cache": _or_error(_kernel_cache),
+        "guards": _guards(),
         "threads": _threads(),
         "accelerators": _accelerators(),
         "triton": devices.triton_version(),
@@ -125,6 +130,17 @@ def _kernel_cache() -> str:
     plural = "" if len(sizes) == 1 else "s"
     content = f"{folder}: {len(sizes)} kernel{plural}, {sum(sizes) / 1e6:.1f} MB"
     return content if os.access(folder, os.W_OK) else f"{content}; it cannot be written to"
+
+
+def _guards() -> str:
+    try:
+        found = extension.status()
+    except ValueError as error:  # STEPFORGE_GUARDS
+        return f"none: {error}"
+    if isinstance(found, str):
+        return extension.described(found)
+    folder = Path(str(found.__file__)).parent
+    return f"{extension.described(found)} (built for {target.description()}) in {folder}"
 
 
 def _threads() -> str:

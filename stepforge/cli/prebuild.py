@@ -1,4 +1,4 @@
-"""``stepforge prebuild``: the kernels of all built-in optimizers, compiled ahead of time."""
+"""``stepforge prebuild``: kernels and guards, compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from stepforge import extension
 from stepforge.backends import disk_cache, trust
 from stepforge.backends.native import compiler, prebuilt
 from stepforge.cli import kernels
 from stepforge.cli.kernels import PLAIN, isa_name
 from stepforge.cli.output_files import folder_option
+from stepforge.extension import compiler as cpp_compiler
+from stepforge.extension import target
 
 __all__ = ["prebuild"]
 
@@ -55,11 +58,13 @@ def prebuild(
         ),
     ] = None,
 ) -> None:
-    """Compile the kernels of all built-in optimizers.
+    """Compile the kernels of all built-in optimizers, and the guards in C++.
 
     Stepping then needs no compiler. The kernels serve every choice of flags, with parameters,
     gradients and states all of one dtype; other mixtures are left to the compiler, or to torch
-    operations. Outside the package, they are used if STEPFORGE_PREBUILT names their folder.
+    operations. The guards are for this torch and this Python; without a C++ compiler they are left
+    out, and steps use those in Python. Outside the package, kernels and guards are used if
+    STEPFORGE_PREBUILT names their folder. The exit code is 1 if a compiler fails.
     """
     console = Console(highlight=False)
     if sources is None:
@@ -89,6 +94,8 @@ def _prebuild(console: Console, output: Path | None, levels: Sequence[str]) -> N
         if not failures:
             for level in levels:
                 prebuilt.prune(folder, level, keep=paths)
+        took = time.perf_counter() - began
+        guards, failed = _build_guards(console, folder)
     except OSError as error:
         if output is None:
             raise SystemExit(
@@ -100,15 +107,15 @@ def _prebuild(console: Console, output: Path | None, levels: Sequence[str]) -> N
     size = sum(path.stat().st_size for path in paths) / 1e6
     names = ", ".join(map(isa_name, levels))
     lines = [
-        f"{len(paths)} kernels for {names}: {size:.1f} MB in {folder}, "
-        f"in {time.perf_counter() - began:.1f} s"
+        f"{len(paths)} kernels for {names}: {size:.1f} MB in {folder}, in {took:.1f} s",
+        guards,
     ]
     if paths and not _is_used(folder):
         lines.append(f"To use them: STEPFORGE_PREBUILT={folder}")
     lines += [f"{count} could not be compiled: {why}" for why, count in failures.most_common(3)]
     for line in lines:
         console.print(escape(line), soft_wrap=True)
-    if failures:
+    if failures or failed:
         raise typer.Exit(1)
 
 
@@ -159,6 +166,31 @@ def _compile_all(
             pool.shutdown(cancel_futures=True)
             raise
     return paths, failures
+
+
+def _build_guards(console: Console, folder: Path) -> tuple[str, bool]:
+    """Build the guards in C++.
+
+    Returns:
+        A line of the report, and True if a compiler has failed.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    try:
+        cpp_compiler.checked_tool()
+    except disk_cache.BuildError as error:
+        return f"no guards in C++: {error}", False
+    began = time.perf_counter()
+    try:
+        with console.status("compiling the guards in C++"):
+            path = extension.build_into(folder)
+    except disk_cache.BuildError as error:
+        return f"no guards in C++: {error}", True
+    extension.prune(folder, keep={path})
+    size = path.stat().st_size / 1e6
+    took = time.perf_counter() - began
+    return f"guards in C++ for {target.description()}: {size:.1f} MB, in {took:.1f} s", False
 
 
 def _is_used(folder: Path) -> bool:

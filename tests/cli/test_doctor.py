@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from stepforge import extension
 from stepforge.backends import FUSED, disk_cache, triton
 from stepforge.backends.native import compiler, openmp, prebuilt
 from stepforge.cli import devices, make_app
@@ -22,10 +24,12 @@ from tests.cli.compilers import needs_compiler
 DTYPES = ("float32", "bfloat16", "float16", "float64", "complex64")
 VARIABLES = (
     "STEPFORGE_BACKEND",
+    "STEPFORGE_GUARDS",
     "STEPFORGE_ISA",
     "STEPFORGE_PREBUILT",
     "STEPFORGE_CACHE",
     "CC",
+    "CXX",
     "TRITON_INTERPRET",
 )
 
@@ -141,6 +145,33 @@ def test_all_dtypes_are_told_by_their_whole_names(columns):
     )
     assert tuple(heading.split()[4:]) == DTYPES
     assert len(heading) <= 80  # it fits on a usual terminal
+
+
+def test_the_guards(monkeypatch, tmp_path: Path):
+    """Oracle: what steps get, which is the module or the reason why there is none."""
+    found = extension.module()
+    if isinstance(found, str):
+        assert line(run()[1], "guards") == f"Python: {found}"
+    else:
+        versions = f"torch {torch.__version__}, {sysconfig.get_config_var('SOABI')}"
+        folder = Path(str(found.__file__)).parent
+        assert line(run()[1], "guards") == f"C++ (built for {versions}) in {folder}"
+    reason = "STEPFORGE_GUARDS asks for python"
+    assert line(run(STEPFORGE_GUARDS="python")[1], "guards") == f"Python: {reason}"
+    monkeypatch.setattr(extension, "_module", None)
+    monkeypatch.setenv("STEPFORGE_PREBUILT", "")
+    monkeypatch.setenv("STEPFORGE_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    reason = "CXX names '/nonexistent', which is not on the PATH: install g++ or clang++"
+    assert line(run(CXX="/nonexistent")[1], "guards") == f"Python: {reason}"
+
+
+def test_guards_that_do_not_exist():
+    code, output = run(STEPFORGE_GUARDS="rust")
+    assert code == 1
+    why = "STEPFORGE_GUARDS is 'rust'; it must be one of python, cpp"
+    assert line(output, "guards") == f"none: {why}"
+    assert output.splitlines()[-1] == f"no native for any of them: {why}"
 
 
 def test_no_openmp_pool(monkeypatch):

@@ -6,13 +6,16 @@ import hashlib
 import itertools
 import os
 import re
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from stepforge import extension
 from stepforge.backends.native import compiler, prebuilt
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
@@ -25,6 +28,7 @@ from tests.backends.graphs import c_of, graph_of
 from tests.backends.native.faults import bears_its_digest, executable
 from tests.cli.compilers import needs_compiler
 from tests.conformance.table import OPTIMIZERS, VARIANTS
+from tests.extension.compilers import copying, ready_made
 
 ISA = compiler.instruction_set()
 NAME = ISA or "plain"
@@ -34,9 +38,10 @@ FEW = c_sources()[::40]
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile only some sources."""
+    """Compile only some sources, and no C++."""
     needs_compiler()
     monkeypatch.setattr(kernels, "c_sources", lambda: FEW)
+    monkeypatch.setenv("CXX", "/nonexistent")
 
 
 def run(*arguments: object) -> Result:
@@ -187,6 +192,59 @@ exec {real} "$@"
     assert f"2 could not be compiled: {why}\n" in result.output
     assert len(names(folder)) == len(others) + 1
     assert (folder / NAME / old).exists()
+
+
+# Guards. ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few")
+def test_guards_are_built_for_this_torch_and_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler copies a ready-made library. Oracle: what steps find in the folder."""
+    monkeypatch.setenv("CXX", str(copying(tmp_path, ready_made(tmp_path))))
+    folder = tmp_path / "kernels"
+    result = run("--output", folder, "--isa", NAME)
+    assert result.exit_code == 0, result.output
+    versions = f"torch {torch.__version__}, {sysconfig.get_config_var('SOABI')}"
+    assert f"\nguards in C++ for {versions}: 0.0 MB, in " in result.output
+    (guards,) = folder.glob("extension/*")
+    assert bears_its_digest(guards)
+    monkeypatch.setattr(extension, "_module", None)
+    monkeypatch.setenv("STEPFORGE_PREBUILT", str(folder))
+    found = extension.module()
+    assert isinstance(found, ModuleType)
+    assert found.__file__ == str(guards)
+    # Again it leaves the same, nothing of another source, and what is for another torch.
+    old = guards.with_name(re.sub("-[0-9a-f]{32}-", f"-{'0' * 32}-", guards.name))
+    other = guards.with_name(guards.name.replace(torch.__version__, "2.9.9"))
+    for path in (old, other):
+        path.touch()
+    assert run("--output", folder, "--isa", NAME).exit_code == 0
+    assert sorted(folder.glob("extension/*")) == sorted([guards, other])
+
+
+@pytest.mark.usefixtures("few")
+def test_without_a_cpp_compiler_there_are_kernels_alone(tmp_path: Path) -> None:
+    result = run("--output", tmp_path, "--isa", NAME)
+    assert result.exit_code == 0
+    why = "CXX names '/nonexistent', which is not on the PATH: install g++ or clang++"
+    assert f"\nno guards in C++: {why}\n" in result.output
+    assert len(names(tmp_path)) == len(FEW)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_failing_cpp_compiler_leaves_the_kernels_and_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = executable(tmp_path / "failing-c++", "echo 'error: out of paper' >&2; exit 1")
+    monkeypatch.setenv("CXX", str(failing))
+    folder = tmp_path / "kernels"
+    result = run("--output", folder, "--isa", NAME)
+    assert result.exit_code == 1
+    assert f"\nno guards in C++: {failing} failed: error: out of paper\n" in result.output
+    assert len(names(folder)) == len(FEW)
+    assert list(folder.glob("extension/*")) == []
 
 
 # Sources. -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge import backends
+from stepforge import backends, extension
 from stepforge.accounting import Account
 from stepforge.explain import Frozen, InFull
 from tests.twins import (
@@ -429,12 +429,40 @@ def test_the_text_has_bytes_per_element() -> None:
         "  16 bytes an element: weights 4, gradients 4, states 8",
         "  not int8 for 2 parameters, 256 elements: fewer than 4,096 elements",
         "in all 10.07 bytes an element: weights 4, gradients 4, states 2.01, scales 0.06",
+        f"guards in {extension.described(extension.module())}",
     ]
 
 
 def test_the_text_has_no_bytes_per_element_without_elements() -> None:
     text = str(stepforge.explain(stepforge.Adam(make_params([(0, 3)]), foreach=True)))
-    assert text == "Adam\ngroup 0: foreach (1 parameter, 0 elements, float32 on cpu)"
+    assert text.splitlines()[:-1] == [
+        "Adam",
+        "group 0: foreach (1 parameter, 0 elements, float32 on cpu)",
+    ]
+
+
+# Guards
+
+
+def test_the_text_ends_with_the_guards_and_why_they_are_in_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: what steps get, which is a module or the reason why there is none."""
+    optimizer = stepforge.Adam(make_params())
+    explanation = stepforge.explain(optimizer)
+    found = extension.module()
+    assert explanation.guards == (f"Python: {found}" if isinstance(found, str) else "C++")
+    assert str(explanation).splitlines()[-1] == f"guards in {explanation.guards}"
+    monkeypatch.setenv("STEPFORGE_GUARDS", "python")
+    reason = "STEPFORGE_GUARDS asks for python"
+    assert str(stepforge.explain(optimizer)).endswith(f"\nguards in Python: {reason}")
+
+
+def test_unknown_guards_are_refused_with_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = stepforge.Adam(make_params())
+    monkeypatch.setenv("STEPFORGE_GUARDS", "abacus")
+    with pytest.raises(ValueError, match=r"'abacus'.*python, cpp"):
+        stepforge.explain(optimizer)
 
 
 # Frozen parameters
@@ -475,6 +503,7 @@ def test_the_text_has_frozen_parameters() -> None:
         "  16 bytes an element: weights 4, gradients 4, states 8",
         "  not 24 bits for 2 parameters, 1,000 elements: float32 has them already",
         "in all 3.4 bytes an element: weights 2.2, gradients 0.4, states 0.8",
+        f"guards in {extension.described(extension.module())}",
     ]
 
 

@@ -12,6 +12,7 @@ import warnings
 import torch
 
 import stepforge
+from stepforge import extension
 from stepforge.rules import ALL
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
@@ -73,4 +74,6 @@ def without_kernel():
 
 if __name__ == "__main__":
     results = {"compare": compare, "without_kernel": without_kernel}[sys.argv[1]]()
-    print(json.dumps(results | {"file": stepforge.__file__}))
+    found = extension.module()
+    guards = found if isinstance(found, str) else found.__file__
+    print(json.dumps(results | {"file": stepforge.__file__, "guards": guards}))

@@ -23,19 +23,23 @@ import torch
 from stepforge.backends import disk_cache
 from stepforge.backends.native import build, compiler
 from stepforge.cli.kernels import c_sources
+from stepforge.extension import compiler as cpp_compiler
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ("stepforge", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+KERNELS = "stepforge/backends/native/kernels"
 ISA = compiler.instruction_set()
 #: The number of comparisons: forms of the rules (2 by Adagrad's flag, 8 by Adam's three flags, 4 by
 #: two flags of each other rule), times 2 for weight decay, times 5 dtypes.
 FORMS = (2 + 8 + 4 + 4 + 4) * 2 * 5
 
 
-def needs_compiler() -> None:
+def needs_compiler(cpp: bool = False) -> None:
     """Skip the test if there is no compiler."""
     try:
         compiler.compiler()
+        if cpp:
+            cpp_compiler.checked_tool()
     except disk_cache.BuildError as error:
         pytest.skip(str(error))
 
@@ -119,23 +123,43 @@ def libraries(wheel: Path) -> list[str]:
 
 def test_a_wheel_with_kernels_steps_without_a_compiler(tmp_path: Path) -> None:
     """Only kernels of this processor's best instruction set; ``make wheel`` makes all of them."""
-    needs_compiler()
+    needs_compiler(cpp=True)
     kernels = tmp_path / "kernels"
     cli = [sys.executable, "-c", "from stepforge.cli import main; main()"]
     run([*cli, "prebuild", "--output", kernels, "--isa", ISA or "plain"])
     wheel = make_wheel(tmp_path, STEPFORGE_KERNELS=str(kernels))
 
     assert re.fullmatch(r"stepforge-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
-    inside = f"stepforge/backends/native/kernels/{ISA or 'plain'}/"
-    assert len(libraries(wheel)) == len(c_sources())
-    assert all(name.startswith(inside) for name in libraries(wheel))
+    found = libraries(wheel)
+    inside = [name for name in found if name.startswith(f"{KERNELS}/{ISA or 'plain'}/")]
+    (guards,) = set(found) - set(inside)
+    assert len(inside) == len(c_sources())
+    assert guards.startswith(f"{KERNELS}/extension/guards-torch{torch.__version__}-")
 
     cache = tmp_path / "cache"
     results = run_without_compiler(install(wheel, tmp_path / "env"), "compare", cache)
     assert results["differing"] == []
     assert results["compared"] == FORMS
     assert results["served"] == ["native"]
+    assert results["guards"].endswith(guards)
     assert not cache.exists(), "a kernel was compiled"
+
+
+def test_a_wheel_whose_guards_are_for_another_torch_steps_on_guards_in_python(
+    tmp_path: Path,
+) -> None:
+    hashes = f"{'0' * 32}-{'1' * 32}"
+    guards = tmp_path / "kernels" / "extension" / f"guards-torch2.9.9-cpython-311-{hashes}.so"
+    guards.parent.mkdir(parents=True)
+    guards.write_bytes(b"would crash")
+    wheel = make_wheel(tmp_path, STEPFORGE_KERNELS=str(tmp_path / "kernels"))
+    results = run_without_compiler(
+        install(wheel, tmp_path / "env"), "without_kernel", tmp_path / "cache"
+    )
+    assert results["guards"] == (
+        "no C++ compiler is on the PATH: install g++ or clang++; the extension in the package was "
+        f"built for torch 2.9.9, and this is {torch.__version__}"
+    )
 
 
 def test_only_the_owner_can_write_kernels_of_a_wheel_whatever_the_umask(tmp_path: Path) -> None:
@@ -155,7 +179,8 @@ def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path)
     wheel = make_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert libraries(wheel) == []
-    assert "stepforge/cli/selftest/hashes.json" in zipfile.ZipFile(wheel).namelist()
+    for data in ("cli/selftest/hashes.json", "step/guards.cpp"):
+        assert f"stepforge/{data}" in zipfile.ZipFile(wheel).namelist()
 
     results = run_without_compiler(
         install(wheel, tmp_path / "env"), "without_kernel", tmp_path / "cache"
@@ -166,6 +191,7 @@ def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path)
     assert results["served"] == "foreach"
     (warning,) = results["warnings"]
     assert warning.endswith(reason)
+    assert results["guards"] == "no C++ compiler is on the PATH: install g++ or clang++"
 
 
 def test_a_wheel_without_the_kernels_asked_for_is_not_made(tmp_path: Path) -> None:

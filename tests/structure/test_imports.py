@@ -32,6 +32,9 @@ backends.reference
 backends.foreach backends.native. backends.triton.
 backends.native backends.triton
 backends
+extension.compiler extension.order extension.load
+extension.target extension.background
+extension
 step.params step.signals step.uniform
 step.launch step.traced
 step.guards

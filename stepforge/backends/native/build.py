@@ -14,7 +14,7 @@ import itertools
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -29,7 +29,16 @@ from stepforge.backends.native.compiler import (
     run,
 )
 
-__all__ = ["compile_into", "intact", "key_of", "load", "opened"]
+__all__ = [
+    "compile_into",
+    "compile_library",
+    "digest",
+    "intact",
+    "key_of",
+    "load",
+    "opened",
+    "place_to_load",
+]
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -50,7 +59,7 @@ def load(source: str) -> ctypes.CDLL:
         if library is None:
             raise
         return library
-    version = _digest("\0".join([compiler_version(command), *command]).encode())[:8]
+    version = digest("\0".join([compiler_version(command), *command]).encode())[:8]
     library = opened(folder, f"{key}-{version}")
     if library is not None:
         return library
@@ -73,7 +82,7 @@ def compile_into(
     *extra: str,
     mode: int = PRIVATE,
 ) -> Path:
-    """Compile a source into a file whose name begins with ``name``.
+    """Compile a kernel's source into a file whose name begins with ``name``.
 
     Args:
         folder: an existing folder.
@@ -88,32 +97,65 @@ def compile_into(
         BuildError: the compiler fails.
         OSError: the folder cannot be written to.
     """
+    march = [f"-march={isa}"] if isa else []
+    flagged = [*command, *FLAGS, *march, *extra]
+    return compile_library(folder, name, source, "kernel.c", flagged, ["-lm"], mode=mode)
+
+
+def compile_library(
+    folder: Path,
+    name: str,
+    source: str,
+    source_name: str,
+    command: Sequence[str],
+    libraries: Sequence[str],
+    *,
+    mode: int = PRIVATE,
+    timeout_s: float | None = None,
+) -> Path:
+    """Compile a source into a file whose name begins with ``name``.
+
+    Args:
+        folder: an existing folder.
+        name: the start of the file's name; the hash of its content follows.
+        source: the text of the source.
+        source_name: the name of its file, for the compiler and its messages.
+        command: the command of the compiler, with its flags.
+        libraries: its arguments for linking.
+        mode: the mode of the file, whatever the umask.
+        timeout_s: the seconds that the compiler may take; None for those of a kernel.
+
+    Raises:
+        BuildError: the compiler fails.
+        OSError: the folder cannot be written to.
+    """
     with work_folder(folder) as work:
-        c_file, so_file = work / "kernel.c", work / "kernel.so"
-        c_file.write_text(source, encoding="utf-8")
-        march = [f"-march={isa}"] if isa else []
-        done = run([*command, *FLAGS, *march, *extra, str(c_file), "-o", str(so_file), "-lm"])
-        if done.returncode != 0 or not so_file.exists():
-            said = first_line(done.stderr.replace(str(c_file), c_file.name))
+        source_file = work / source_name
+        library = source_file.with_suffix(".so")
+        source_file.write_text(source, encoding="utf-8")
+        done = run([*command, str(source_file), "-o", str(library), *libraries], timeout_s)
+        if done.returncode != 0 or not library.exists():
+            said = first_line(done.stderr.replace(str(source_file), source_name))
             raise BuildError(f"{command[0]} failed: {said}")
-        built = folder / f"{name}-{_digest(so_file.read_bytes())}.so"
-        so_file.chmod(mode)
-        # Readers see the whole file or none, even if others build the same kernel now.
-        os.replace(so_file, built)
+        built = folder / f"{name}-{digest(library.read_bytes())}.so"
+        library.chmod(mode)
+        # Readers see the whole file or none, even if others build the same one now.
+        os.replace(library, built)
         return built
 
 
 def key_of(source: str, isa: str) -> str:
     """Return the hash of all inputs of a kernel except the compiler."""
-    return _digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
+    return digest("\0".join([source, *FLAGS, isa, platform.machine()]).encode())
 
 
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """Return the hash that names a file of this content."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def intact(folder: Path, name: str) -> Iterator[Path]:
-    """Yield the files of kernels with that name (a pattern) that may be loaded.
+    """Yield the libraries with that name (a pattern) that may be loaded.
 
     Their content matches their name, and nobody else may change them.
     """
@@ -136,13 +178,13 @@ def _files(folder: Path, name: str) -> list[Path]:
 
 @contextlib.contextmanager
 def _verified(path: Path) -> Iterator[BinaryIO]:
-    """Open the file of a kernel.
+    """Open the file of a library.
 
     Raises:
         OSError: it cannot be opened, others may change it, or its name is not that of its content.
     """
     with trust.open_trusted(path) as file:
-        if path.stem.split("-")[-1] != _digest(file.read()):
+        if path.stem.split("-")[-1] != digest(file.read()):
             raise OSError(f"{path.name} does not hold what its name says")
         yield file
 
@@ -153,7 +195,7 @@ def _library(path: Path) -> ctypes.CDLL:
     Raises:
         OSError: it must not be loaded, does not load, or is no kernel.
     """
-    with _verified(path) as file, _place_to_load(file, path) as place:
+    with place_to_load(path) as place:
         try:
             # Name it after the file, since the path in ``place`` means nothing later.
             library = ctypes.CDLL(str(path), handle=ctypes.CDLL(place)._handle)
@@ -172,11 +214,20 @@ _loads = itertools.count(1)
 
 
 @contextlib.contextmanager
-def _place_to_load(file: BinaryIO, path: Path) -> Iterator[str]:
-    """Yield a path that names exactly an open file until it has been loaded.
+def place_to_load(path: Path) -> Iterator[str]:
+    """Yield a path that names the checked file of a library until it has been loaded.
 
     It is new each time: the loader takes one path for one library, even if the file changes.
+
+    Raises:
+        OSError: the file must not be loaded.
     """
+    with _verified(path) as file, _place_of(file, path) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def _place_of(file: BinaryIO, path: Path) -> Iterator[str]:
     number = str(file.fileno())
     if os.path.exists(f"{_OPEN_FILES}/{number}"):
         # A new spelling of the folder: "/." for every 1 in the bits of a number, "/" for every 0.

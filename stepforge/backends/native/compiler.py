@@ -1,4 +1,4 @@
-"""The C compiler: its command, its flags, and the instruction sets of this processor."""
+"""Compilers: their commands, and a kernel's flags and instruction sets on this processor."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from stepforge.backends.disk_cache import BuildError
@@ -18,6 +19,7 @@ __all__ = [
     "COMPILE_TIMEOUT_S",
     "FLAGS",
     "LEVELS",
+    "command_of",
     "compiler",
     "compiler_version",
     "first_line",
@@ -100,17 +102,34 @@ def compiler() -> tuple[str, ...]:
     Raises:
         BuildError: there is none.
     """
-    cc = os.environ.get("CC", "")
+    return command_of("C", "CC", ("cc", "gcc", "clang"))
+
+
+def command_of(language: str, variable: str, programs: Sequence[str]) -> tuple[str, ...]:
+    """Return the command of a compiler.
+
+    Args:
+        language: the language that it compiles.
+        variable: the environment variable that names it.
+        programs: the programs to look for if the variable is not set: the system's, and those that
+            can be installed.
+
+    Raises:
+        BuildError: there is none.
+    """
+    value = os.environ.get(variable, "")
     try:
-        named = shlex.split(cc)
+        named = shlex.split(value)
     except ValueError as error:
-        raise BuildError(f"CC is {cc!r}, which is no command ({error})") from None
-    for program, *arguments in [named] if named else [["cc"], ["gcc"], ["clang"]]:
+        raise BuildError(f"{variable} is {value!r}, which is no command ({error})") from None
+    for program, *arguments in [named] if named else [[program] for program in programs]:
         path = shutil.which(program)
         if path:
             return path, *arguments
-    missing = f"CC names {named[0]!r}, which is not" if named else "no C compiler is"
-    raise BuildError(f"{missing} on the PATH: install gcc or clang")
+    missing = (
+        f"{variable} names {named[0]!r}, which is not" if named else f"no {language} compiler is"
+    )
+    raise BuildError(f"{missing} on the PATH: install {' or '.join(programs[1:])}")
 
 
 def compiler_version(command: tuple[str, ...]) -> str:
@@ -140,12 +159,13 @@ def _version_of(command: tuple[str, ...], modified_ns: int) -> str:
     return lines[0] if lines else " ".join(command)
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a compiler.
+def run(command: list[str], timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a compiler, for at most :data:`COMPILE_TIMEOUT_S` unless told otherwise.
 
     Raises:
         BuildError: it cannot be run, or takes too long.
     """
+    timeout_s = COMPILE_TIMEOUT_S if timeout_s is None else timeout_s
     try:
         with subprocess.Popen(
             command,
@@ -157,12 +177,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
             start_new_session=True,  # so that its children can be ended with it
         ) as process:
             try:
-                output, errors = process.communicate(timeout=COMPILE_TIMEOUT_S)
+                output, errors = process.communicate(timeout=timeout_s)
             except BaseException:  # also Ctrl-C, which does not reach another session
                 _kill(process)
                 raise
     except subprocess.TimeoutExpired:
-        raise BuildError(f"{command[0]} did not finish within {COMPILE_TIMEOUT_S:g} s") from None
+        raise BuildError(f"{command[0]} did not finish within {timeout_s:g} s") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run ({error.strerror})") from None
     return subprocess.CompletedProcess(command, process.returncode, output, errors)

@@ -42,15 +42,15 @@ def folder() -> Path | None:
     """
     named = os.environ.get("STEPFORGE_PREBUILT")
     if named is None:
-        return _trusted(FOLDER)
+        return trusted(FOLDER)
     if not named:
         return None
     if not os.path.isdir(named):
         raise BuildError(f"STEPFORGE_PREBUILT is {named!r}, which is no folder")
-    return _trusted(Path(named))
+    return trusted(Path(named))
 
 
-def _trusted(folder: Path) -> Path:
+def trusted(folder: Path) -> Path:
     """Return the resolved path of a folder of kernels.
 
     Raises:
@@ -77,11 +77,11 @@ def find(folder: Path, source: str, isa: str) -> Iterator[Path]:
     Raises:
         BuildError: others may put code there.
     """
-    return build.intact(_trusted(shelf(folder, isa)), build.key_of(source, isa))
+    return build.intact(trusted(shelf(folder, isa)), build.key_of(source, isa))
 
 
 def _opened(folder: Path, source: str, isa: str) -> ctypes.CDLL | None:
-    return build.opened(_trusted(shelf(folder, isa)), build.key_of(source, isa))
+    return build.opened(trusted(shelf(folder, isa)), build.key_of(source, isa))
 
 
 def load(source: str) -> ctypes.CDLL:

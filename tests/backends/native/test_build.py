@@ -265,7 +265,7 @@ def test_the_checked_bytes_are_the_loaded_bytes(
     kernel = Path(shutil.copy(original, cache))  # no process has loaded it
     monkeypatch.setenv("STEPFORGE_CACHE", str(cache))
     evil = evil_library(filled.parent / "evil.so")
-    digest = build._digest
+    digest = build.digest
 
     def exchange(content: bytes) -> str:
         if content == before:
@@ -273,7 +273,7 @@ def test_the_checked_bytes_are_the_loaded_bytes(
         return digest(content)
 
     before = kernel.read_bytes()
-    monkeypatch.setattr(build, "_digest", exchange)
+    monkeypatch.setattr(build, "digest", exchange)
     assert_right()
     assert not evil.exists(), "nothing was exchanged"
 

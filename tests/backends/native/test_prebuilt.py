@@ -126,7 +126,7 @@ def test_an_unloadable_kernel_is_passed_over(ahead: Path, cache: Path) -> None:
     """As from another system that shares the disk."""
     kernel = the_kernel(ahead, BEST)
     content = b"no library"
-    kernel.rename(kernel.with_name(f"{key_of(kernel)}-{build._digest(content)}.so"))
+    kernel.rename(kernel.with_name(f"{key_of(kernel)}-{build.digest(content)}.so"))
     the_kernel(ahead, BEST).write_bytes(content)
     assert bears_its_digest(the_kernel(ahead, BEST))
     assert loaded().parent == cache
@@ -279,5 +279,8 @@ def test_a_state_of_another_dtype_goes_through_torch_operations_with_a_warning(
     source = c_of(graph_of("Adam"), torch.float32)
     prebuilt.compile_ahead(folder, source, BEST, compiler.compiler())
     in_new_process(
-        step_with_a_state_of_another_dtype, STEPFORGE_PREBUILT=str(folder), CC="/nonexistent"
+        step_with_a_state_of_another_dtype,
+        STEPFORGE_PREBUILT=str(folder),
+        STEPFORGE_GUARDS="python",
+        CC="/nonexistent",
     )

@@ -164,7 +164,10 @@ def test_a_compiler_that_contracts_or_fails_is_found(tmp_path: Path) -> None:
     wrong = f'exec {" ".join(compiler.compiler())} "$@" -ffp-contract=fast'
     script = executable(tmp_path / "cc", f"{fails}\n{wrong}")
     code, output = run_afresh(
-        CC=str(script), STEPFORGE_CACHE=str(tmp_path / "cache"), STEPFORGE_PREBUILT=""
+        CC=str(script),
+        STEPFORGE_CACHE=str(tmp_path / "cache"),
+        STEPFORGE_PREBUILT="",
+        STEPFORGE_GUARDS="python",
     )
     assert code == 1
     count = case_count(FEW)
