@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import cast
 
@@ -164,7 +164,15 @@ TORCH = Implementation("torch", "torch.optim, default flags", torch.optim)
 _FOREACH = Implementation(
     "torch foreach", "torch.optim, foreach=True", torch.optim, {"foreach": True}
 )
-_FUSED = Implementation("torch fused", "torch.optim, fused=True", torch.optim, {"fused": True})
+# Some of torch's constructors take ``fused`` even if there is no such kernel: for a device, or for
+# DTensors.
+_FUSED = Implementation(
+    "torch fused",
+    "torch.optim, fused=True",
+    torch.optim,
+    {"fused": True},
+    missing=(NotImplementedError,),
+)
 OURS = Implementation("stepforge", "stepforge, default flags", stepforge)
 #: The way without a compiler and without prebuilt kernels.
 OUR_FOREACH = Implementation(
@@ -182,16 +190,15 @@ PLAINLY = Implementation(
 )
 #: The implementations on a CPU. Tables and reports follow this tuple.
 IMPLEMENTATIONS = (LIMIT, ACCESS, TORCH, _FOREACH, _FUSED, OURS, OUR_FOREACH, _OUR_REFERENCE)
-#: The implementations on a GPU. The names are the same, so that the same ratios are taken. Some of
-#: torch's constructors take ``fused`` even if the device has no such kernel. The reference is left
-#: out: a launch for each operation of each tensor measures launches, and they would fill the
-#: device's queue, which then makes the host wait.
+#: The implementations on a GPU. The names are the same, so that the same ratios are taken. The
+#: reference is left out: a launch for each operation of each tensor measures launches, and they
+#: would fill the device's queue, which then makes the host wait.
 GPU_IMPLEMENTATIONS = (
     Implementation("limit", "one copy on the device, of as many bytes as a step moves", bound=Copy),
     ACCESS,
     TORCH,
     _FOREACH,
-    replace(_FUSED, missing=(NotImplementedError,)),
+    _FUSED,
     OURS,
     OUR_FOREACH,
 )

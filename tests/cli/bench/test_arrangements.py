@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from stepforge.cli import devices
 from stepforge.cli.bench.arrangements import COMPILED, PLAIN, SHARDED, Form
+from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import (
     ACCESS,
     IMPLEMENTATIONS,
@@ -20,7 +21,9 @@ from stepforge.cli.bench.implementations import (
     TORCH,
     Implementation,
 )
-from stepforge.cli.bench.measure import make_gradients
+from stepforge.cli.bench.measure import make_gradients, measure_implementations
+from stepforge.cli.bench.workloads import Workload
+from stepforge.rules import ALL
 
 # Modules of torch warn that they are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -38,6 +41,14 @@ def stepped(implementation: Implementation, form: Form) -> list[torch.Tensor]:
             runner.set_gradients(gradients)
             runner.step()
     return [p.to_local() if isinstance(p, DTensor) else p for p in runner.params]
+
+
+def measured(optimizer: str, form: Form) -> set[str]:
+    """Return the names of the implementations that step a form."""
+    workload, settings = Workload("few", tuple(SHAPES), form=form), settings_for(devices.CPU)
+    names = set(measure_implementations(optimizer, workload, settings, rounds=1))
+    # The limit needs a compiler.
+    return names | {i.name for i in settings.implementations_for(workload) if i.bound is not None}
 
 
 # Sharded. -----------------------------------------------------------------------------------------
@@ -64,6 +75,14 @@ def test_sharded_parameters_gradients_and_states_are_dtensors(implementation):
     assert len(seen) == 2 * len(SHAPES)
     for ours, plain in zip(stepped(implementation, SHARDED), stepped(implementation, PLAIN)):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_implementation_steps_sharded_parameters(name):
+    """torch lacks one: fused Adagrad has no sharding strategy."""
+    existing = {i.name for i in (*IMPLEMENTATIONS, PLAINLY) if i.exists(name)}
+    lacking = {"torch fused"} if name == "Adagrad" else set()
+    assert measured(name, SHARDED) - lacking == existing - lacking
 
 
 def test_the_process_group_is_destroyed():
@@ -140,6 +159,13 @@ def test_no_optimizer_uses_up_the_compilations_of_another(graphs):
     for count in range(1, 13):
         stepped(OURS, COMPILED)
         assert len(graphs) == 3 * count
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_implementation_steps_compiled(name, graphs):
+    existing = {i.name for i in (*IMPLEMENTATIONS, PLAINLY) if i.exists(name)}
+    assert measured(name, COMPILED) == existing - {"torch foreach"}
+    assert graphs
 
 
 def test_compiled_needs_a_compiler_of_cpp(monkeypatch):

@@ -125,10 +125,12 @@ def test_a_run_without_options_is_short():
     assert names(everything=True) == list(WORKLOADS)
 
 
-def test_groups(tmp_path, few):
+def test_groups(tmp_path):
+    few = tmp_path / "few.json"
+    few.write_text("[[64, 128], [7], [3]]")
     chosen = ["--shapes", few, "--optimizer", "AdamW", "--rounds", 1, "--formats"]
     report = report_of(tmp_path, *chosen, "--groups", 3)
-    assert [entry["workload"] for entry in report["formats"]] == ["few"]  # of one group
+    assert [entry["workload"] for entry in report["formats"]] == ["few"]  # in one group
     assert [(w["name"], w["groups"]) for w in report["workloads"]] == [("few in groups", 3)]
     ((arms),) = [step["arms"] for step in report["steps"]]
     assert {"torch", "stepforge", PLAINLY.name} <= set(arms)
