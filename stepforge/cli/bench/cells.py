@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-__all__ = ["is_at_most", "marked", "number", "peak_megabytes", "percent"]
+__all__ = ["at_most", "marked", "number", "peak_megabytes", "percent"]
 
 #: The resolution of peak memory in bytes. The system counts pages, and some of them late, so the
 #: temporary of a smaller parameter does not stand out.
@@ -29,11 +29,6 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def is_at_most(value: float, target: float | None) -> bool | None:
-    """Return True if a value reaches an upper target; None without a target."""
-    return None if target is None else value <= target
-
-
 def marked(value: float | None, reached: bool | None, format_spec: str = "") -> Text:
     """Return a value with a mark that shows if it reached its target; a blank without a target."""
     mark = {
@@ -43,6 +38,22 @@ def marked(value: float | None, reached: bool | None, format_spec: str = "") -> 
     }[reached]
     text = format(value, format_spec) if format_spec and value is not None else number(value)
     return Text.assemble(text, mark)
+
+
+def at_most(value: float, target: float | None, factor: float = 1) -> tuple[Text, str]:
+    """Return a value with its mark, and its upper target.
+
+    Args:
+        value: the value.
+        target: the largest value that reaches it; None without a target.
+        factor: the factor of both to the table's unit.
+
+    Example:
+        >>> [str(cell) for cell in at_most(0.25, 0.5, 1e3)]
+        ['250 \N{CHECK MARK}', '500']
+    """
+    reached = None if target is None else value <= target
+    return marked(value * factor, reached), number(target, factor)
 
 
 def peak_megabytes(extra: int | None, largest_parameter: int) -> Text:

@@ -20,7 +20,7 @@ from stepforge.cli.bench.device_settings import DeviceSettings, settings_for
 from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.fresh_process import ProcessError
 from stepforge.cli.bench.measure import WARM_UPS, memory_needed
-from stepforge.cli.bench.workloads import WORKLOADS, Workload, read_shapes
+from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload, read_shapes
 from stepforge.cli.options import OptimizerNames, current_device, optimizer_names
 from stepforge.cli.output_files import file_option, write_json
 
@@ -29,20 +29,20 @@ __all__ = ["bench"]
 #: The values of ``--workload``.
 WorkloadName = StrEnum("WorkloadName", [(name, name) for name in WORKLOADS])  # type: ignore[misc]
 
-#: The number of param groups that ``--all`` compares with one.
-_MANY_GROUPS = 500
-
 
 def bench(
     workload: Annotated[
         list[WorkloadName] | None,
-        typer.Option(help="Repeat it for several; all if neither it nor --shapes is given."),
+        typer.Option(
+            help=f"Repeat it for several; {', '.join(DEFAULT_WORKLOADS)} if neither it nor "
+            "--shapes is given, and all with --all."
+        ),
     ] = None,
     optimizer: OptimizerNames = None,
     device: Annotated[
         str, typer.Option(help="Device of the parameters: cpu, cuda, cuda:1, xpu.")
     ] = "cpu",
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each implementation to time.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to time.")] = 7,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of threads; torch's choice if not given.")
     ] = None,
@@ -57,7 +57,7 @@ def bench(
         int | None,
         typer.Option(
             min=2,
-            help="Compare one param group with this many, instead of the implementations.",
+            help="Split the tensors into this many param groups, and compare with one.",
         ),
     ] = None,
     formats: Annotated[
@@ -85,7 +85,7 @@ def bench(
         bool,
         typer.Option(
             "--all",
-            help=f"Implementations, {_MANY_GROUPS} groups, formats, the first step and memory: "
+            help="Implementations on all workloads, formats, the first step and memory: many "
             "minutes.",
         ),
     ] = False,
@@ -101,24 +101,28 @@ def bench(
     between machines and from minute to minute; the ratios of one run tell more.
     """
     settings = settings_for(current_device(device))
-    chosen = _workloads(workload, shapes, scale)
+    chosen = _workloads(workload, shapes, scale, everything)
     names = optimizer_names(optimizer)
     if threads is not None:
         torch.set_num_threads(threads)
-    groups = _MANY_GROUPS if everything and groups is None else groups
-    splittable = [w for w in chosen if groups is not None and len(w.shapes) >= groups]
-    if groups is not None and not splittable and not everything:
-        raise typer.BadParameter(
-            f"no workload has {groups} tensors to split.", param_hint="--groups"
-        )
-    with_int8 = [w for w in chosen if (formats or everything) and has_int8_states(w)]
-    if formats and not with_int8 and not everything:
-        raise typer.BadParameter(
-            "no workload has a parameter that is large enough for them.", param_hint="--formats"
-        )
-    steps = everything or not (groups or formats or first_step or memory)
-    if steps or splittable or with_int8:
-        _check_memory(chosen if steps else splittable + with_int8, names, settings)
+    # The other sections step nothing but shapes.
+    plain = [w for w in chosen if w.is_plain]
+    with_int8 = [w for w in plain if (formats or everything) and has_int8_states(w)]
+    if groups is not None:
+        chosen = [w.split(groups) for w in chosen if len(w.shapes) >= groups]
+    for option, is_given, candidates, lacking in (
+        ("--groups", groups is not None, chosen, f"{groups} tensors to split"),
+        ("--formats", formats, with_int8, "a parameter that is large enough for them"),
+        ("--first-step", first_step, plain, "plain steps"),
+        ("--memory", memory, plain, "plain steps"),
+    ):
+        if is_given and not candidates and not everything:
+            raise typer.BadParameter(f"no workload has {lacking}.", param_hint=option)
+    skipped = {w.name: why for w in chosen if (why := w.form.missing(settings.device))}
+    stepped = [w for w in chosen if w.name not in skipped]
+    steps = everything or groups is not None or not (formats or first_step or memory)
+    if stepped if steps else with_int8:
+        _check_memory(stepped if steps else with_int8, names, settings)
 
     console = Console(highlight=False)
     description = machine.describe() | {"numpy": np.__version__} | devices.describe(settings.device)
@@ -134,23 +138,31 @@ def bench(
             "scale": scale,
         },
         "workloads": [
-            {"name": w.name, "tensors": len(w.shapes), "elements": w.elements} for w in chosen
+            {
+                "name": w.name,
+                "tensors": len(w.shapes),
+                "elements": w.elements,
+                "groups": w.groups,
+                "form": w.form.description,
+                "threads": w.threads or torch.get_num_threads(),
+                "steps": w.steps,
+                "skipped": skipped.get(w.name),
+            }
+            for w in chosen
         ],
     }
     screen, error_message = sections.Screen(console, names), ""
     if steps:
-        report["steps"] = list(sections.steps(screen, settings, chosen, names, rounds))
-    if splittable and groups is not None:
-        report["groups"] = list(
-            sections.groups(screen, settings, splittable, names, rounds, groups)
-        )
+        report["steps"] = list(sections.steps(screen, settings, stepped, names, rounds))
+        for name, why in skipped.items():
+            console.print(f"\n[bold]{escape(name)}[/] is skipped: {escape(why)}.", soft_wrap=True)
     if with_int8:
         report["formats"] = list(sections.formats(screen, settings, with_int8, names, rounds))
     try:
         if first_step or everything:
-            report["first_step"] = list(sections.first_steps(screen, settings, chosen, names))
+            report["first_step"] = list(sections.first_steps(screen, settings, plain, names))
         if memory or everything:
-            report["memory"] = list(sections.memory(screen, settings, chosen, names))
+            report["memory"] = list(sections.memory(screen, settings, plain, names))
     except ProcessError as error:
         error_message = f"stepforge: {error}"
     load.append(_load())
@@ -167,12 +179,14 @@ def bench(
         raise SystemExit(error_message)
 
 
-def _workloads(names: Iterable[str] | None, shapes: Path | None, scale: float) -> list[Workload]:
+def _workloads(
+    names: Iterable[str] | None, shapes: Path | None, scale: float, everything: bool
+) -> list[Workload]:
     if not 0 < scale <= 1000:
         raise typer.BadParameter(
             f"{scale:g} is no factor; it must be above 0 and at most 1000.", param_hint="--scale"
         )
-    selected = names or ([] if shapes else WORKLOADS)
+    selected = names or ([] if shapes else WORKLOADS if everything else DEFAULT_WORKLOADS)
     chosen = [WORKLOADS[name] for name in dict.fromkeys(selected)]
     if shapes is not None:
         try:

@@ -10,16 +10,12 @@ import torch
 from stepforge.cli.bench.implementations import (
     GPU_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
+    PLAINLY,
     Implementation,
 )
-from stepforge.cli.bench.targets import (
-    FIRST_STEP_TARGET,
-    GPU_TARGETS,
-    GROUPS_TARGET,
-    TARGETS,
-    Targets,
-)
+from stepforge.cli.bench.targets import FIRST_STEP_TARGET, GPU_TARGETS, TARGETS, Targets
 from stepforge.cli.bench.timing import EventTimer, HostTimer, Timer, timer_for
+from stepforge.cli.bench.workloads import Workload
 
 __all__ = ["DeviceSettings", "settings_for"]
 
@@ -35,8 +31,6 @@ class DeviceSettings:
         temporaries: the temporary memory of an implementation, as a multiple of the parameters'
             size.
         targets: the target ratios.
-        groups_target: the largest ratio of the time of many param groups to the time of one, if
-            stated.
         first_step_target: the largest difference between the first and the second step in seconds,
             if stated.
     """
@@ -46,13 +40,18 @@ class DeviceSettings:
     implementations: Sequence[Implementation]
     temporaries: int
     targets: Targets
-    groups_target: float | None = None
     first_step_target: float | None = None
 
     @property
     def is_asynchronous(self) -> bool:
         """True if a step only queues work, so that host and device each need time for it."""
         return isinstance(self.timer, EventTimer)
+
+    def implementations_for(self, workload: Workload) -> list[Implementation]:
+        """Return the implementations to compare on a workload."""
+        plainly = [PLAINLY] if workload.is_arranged else []
+        left_out = workload.form.leaves_out
+        return [i for i in (*self.implementations, *plainly) if i.name not in left_out]
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
@@ -65,7 +64,6 @@ def settings_for(device: torch.device) -> DeviceSettings:
             # The original gradients, and the temporaries of torch.optim's slowest implementation.
             temporaries=3,
             targets=TARGETS,
-            groups_target=GROUPS_TARGET,
             first_step_target=FIRST_STEP_TARGET,
         )
     # The same, and the surplus of the limit's copy; on a GPU stepforge's foreach works on a whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import stepforge
 from stepforge.backends.disk_cache import BuildError
+from stepforge.cli.bench.arrangements import Arrangement
 from stepforge.cli.bench.lower_bounds import Access, Copy, Limit, Runner
 
 __all__ = [
@@ -21,11 +22,15 @@ __all__ = [
     "IMPLEMENTATIONS",
     "LIMIT",
     "OURS",
+    "OUR_FOREACH",
+    "PLAINLY",
     "TORCH",
     "Implementation",
     "OptimizerRunner",
     "start_if_available",
 ]
+
+_PLAIN = Arrangement()
 
 
 class OptimizerRunner:
@@ -34,22 +39,30 @@ class OptimizerRunner:
     Args:
         params: the parameters.
         optimizer: their optimizer.
+        arrangement: the arrangement of gradients and steps.
     """
 
-    def __init__(self, params: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        params: list[Tensor],
+        optimizer: torch.optim.Optimizer,
+        arrangement: Arrangement = _PLAIN,
+    ) -> None:
         self.params = params
         self.optimizer = optimizer
+        self._tensor = arrangement.tensor
+        self._step = arrangement.step(optimizer.step)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Give every parameter a fresh copy of its gradient, in its own dtype; not timed."""
         # The old gradient is freed after the new one is allocated, so that no two steps in a row
         # find gradients at the same addresses.
         for p, gradient in zip(self.params, gradients):
-            p.grad = gradient.to(p.dtype, copy=True)
+            p.grad = self._tensor(gradient.to(p.dtype, copy=True))
 
     def step(self) -> object:
         """Step all parameters; timed."""
-        return self.optimizer.step()
+        return self._step()
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Implementation:
         bound: for a lower bound, makes a runner from the optimizer's name and the parameters.
         missing: the exceptions, raised by the first step at the latest, that mean that this machine
             lacks it.
+        is_plain: True if its tensors and steps are plain in every workload.
     """
 
     name: str
@@ -72,6 +86,7 @@ class Implementation:
     flags: Mapping[str, bool] = field(default_factory=dict)
     bound: Callable[[str, list[Tensor]], Runner] | None = None
     missing: tuple[type[Exception], ...] = ()
+    is_plain: bool = False
 
     def exists(self, optimizer: str) -> bool:
         """Return True if the library's optimizer takes these flags; RAdam has no ``fused``."""
@@ -80,13 +95,15 @@ class Implementation:
         arguments = inspect.signature(getattr(self.library, optimizer)).parameters
         return all(flag in arguments for flag in self.flags)
 
-    def start(self, optimizer: str, gradients: Sequence[Tensor], groups: int = 1) -> Runner:
+    def start(
+        self, optimizer: str, gradients: Sequence[Tensor], arrangement: Arrangement = _PLAIN
+    ) -> Runner:
         """Return parameters in the shapes of the gradients, with their optimizer.
 
         Args:
             optimizer: the optimizer's name.
             gradients: a gradient for each parameter.
-            groups: the number of param groups, each with its own learning rate.
+            arrangement: the arrangement of parameters and steps. A lower bound has a plain one.
 
         Raises:
             Exception: one of ``missing``, if this machine lacks the implementation.
@@ -94,18 +111,25 @@ class Implementation:
         params = [gradient.clone() for gradient in gradients]
         if self.bound is not None:
             return self.bound(optimizer, params)
+        if self.is_plain:
+            arrangement = _PLAIN
+        params = [arrangement.tensor(p) for p in params]
         make = cast(Callable[..., torch.optim.Optimizer], getattr(self.library, optimizer))
-        if groups == 1:
-            return OptimizerRunner(params, make(params, **self.flags))
+        count = arrangement.groups
         split = [
-            {"params": params[start::groups], "lr": 1e-3 * (1 - start / groups / 2)}
-            for start in range(groups)
+            {"params": params[start::count], "lr": 1e-3 * (1 - start / count / 2)}
+            for start in range(count)
         ]
-        return OptimizerRunner(params, make(split, **self.flags))
+        return OptimizerRunner(
+            params, make(params if count == 1 else split, **self.flags), arrangement
+        )
 
 
 def start_if_available(
-    implementation: Implementation, optimizer: str, gradients: Sequence[Tensor]
+    implementation: Implementation,
+    optimizer: str,
+    gradients: Sequence[Tensor],
+    arrangement: Arrangement = _PLAIN,
 ) -> Runner | None:
     """Return the runner of an implementation, or None if the library or this machine lacks it.
 
@@ -113,11 +137,12 @@ def start_if_available(
         implementation: the implementation.
         optimizer: the optimizer's name.
         gradients: a gradient for each parameter.
+        arrangement: the arrangement of parameters and steps.
     """
     if not implementation.exists(optimizer):
         return None
     try:
-        runner = implementation.start(optimizer, gradients)
+        runner = implementation.start(optimizer, gradients, arrangement)
         if implementation.missing:
             runner.set_gradients(gradients)
             runner.step()
@@ -139,26 +164,41 @@ TORCH = Implementation("torch", "torch.optim, default flags", torch.optim)
 _FOREACH = Implementation(
     "torch foreach", "torch.optim, foreach=True", torch.optim, {"foreach": True}
 )
-_FUSED = Implementation("torch fused", "torch.optim, fused=True", torch.optim, {"fused": True})
+# Some of torch's constructors take ``fused`` even if there is no such kernel: for a device, or for
+# DTensors.
+_FUSED = Implementation(
+    "torch fused",
+    "torch.optim, fused=True",
+    torch.optim,
+    {"fused": True},
+    missing=(NotImplementedError,),
+)
 OURS = Implementation("stepforge", "stepforge, default flags", stepforge)
-_OUR_FOREACH = Implementation(
+#: The way without a compiler and without prebuilt kernels.
+OUR_FOREACH = Implementation(
     "stepforge foreach", "stepforge, foreach=True", stepforge, {"foreach": True}
 )
 _OUR_REFERENCE = Implementation(
     "stepforge reference", "stepforge, foreach=False", stepforge, {"foreach": False}
 )
+#: The same tensors as plainly as possible, beside param groups, sharded or compiled steps.
+PLAINLY = Implementation(
+    "stepforge plainly",
+    "stepforge on plain tensors in one param group, not compiled",
+    stepforge,
+    is_plain=True,
+)
 #: The implementations on a CPU. Tables and reports follow this tuple.
-IMPLEMENTATIONS = (LIMIT, ACCESS, TORCH, _FOREACH, _FUSED, OURS, _OUR_FOREACH, _OUR_REFERENCE)
-#: The implementations on a GPU. The names are the same, so that the same ratios are taken. Some of
-#: torch's constructors take ``fused`` even if the device has no such kernel. The reference is left
-#: out: a launch for each operation of each tensor measures launches, and they would fill the
-#: device's queue, which then makes the host wait.
+IMPLEMENTATIONS = (LIMIT, ACCESS, TORCH, _FOREACH, _FUSED, OURS, OUR_FOREACH, _OUR_REFERENCE)
+#: The implementations on a GPU. The names are the same, so that the same ratios are taken. The
+#: reference is left out: a launch for each operation of each tensor measures launches, and they
+#: would fill the device's queue, which then makes the host wait.
 GPU_IMPLEMENTATIONS = (
     Implementation("limit", "one copy on the device, of as many bytes as a step moves", bound=Copy),
     ACCESS,
     TORCH,
     _FOREACH,
-    replace(_FUSED, missing=(NotImplementedError,)),
+    _FUSED,
     OURS,
-    _OUR_FOREACH,
+    OUR_FOREACH,
 )

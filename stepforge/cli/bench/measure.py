@@ -10,22 +10,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from stepforge.cli.bench.device_settings import DeviceSettings
 from stepforge.cli.bench.implementations import (
     IMPLEMENTATIONS,
-    OURS,
-    TORCH,
     Implementation,
     start_if_available,
 )
 from stepforge.cli.bench.lower_bounds import Runner, traffic
 from stepforge.cli.bench.timing import HostTimer, StepTime, Timer
-from stepforge.cli.bench.workloads import Shape
+from stepforge.cli.bench.workloads import Shape, Workload
 
 __all__ = [
     "WARM_UPS",
     "make_gradients",
     "measure",
-    "measure_groups",
     "measure_implementations",
     "memory_needed",
 ]
@@ -49,6 +47,7 @@ def measure(
     *,
     rounds: int,
     warm_ups: int = WARM_UPS,
+    steps: int = 1,
     timer: Timer = _HOST_TIMER,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[StepTime]]:
@@ -57,13 +56,14 @@ def measure(
     Args:
         runners: the runners, by name.
         gradients: the gradients. Each step gets fresh copies.
-        rounds: the number of measured steps per runner.
-        warm_ups: the number of steps per runner before them.
+        rounds: the number of measured rounds.
+        warm_ups: the number of rounds before them.
+        steps: the consecutive steps per runner and round.
         timer: the timer for the gradients' device.
         tick: called after each round, warm-up rounds included.
 
     Returns:
-        The time of each measured step, by the runner's name.
+        The median step of each measured round, by the runner's name.
     """
     times: dict[str, list[StepTime]] = {name: [] for name in runners}
     # The previous runner determines the content of the caches, so the order changes every round.
@@ -71,13 +71,20 @@ def measure(
     with _no_garbage_collection():
         for index in range(warm_ups + rounds):
             for name in shuffle.sample(list(runners), len(runners)):
-                runner = runners[name]
-                runner.set_gradients(gradients)
-                time = timer.time(runner.step)
+                time = _median_step(runners[name], gradients, steps, timer)
                 if index >= warm_ups:
                     times[name].append(time)
             tick()
     return times
+
+
+def _median_step(runner: Runner, gradients: Sequence[Tensor], steps: int, timer: Timer) -> StepTime:
+    """Return the time of the median step; of the slower of two."""
+    times: list[StepTime] = []
+    for _ in range(steps):
+        runner.set_gradients(gradients)
+        times.append(timer.time(runner.step))
+    return sorted(times, key=lambda time: time.seconds)[steps // 2]
 
 
 @contextmanager
@@ -94,60 +101,35 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def measure_implementations(
     optimizer: str,
-    gradients: Sequence[Tensor],
+    workload: Workload,
+    settings: DeviceSettings,
     *,
     rounds: int,
-    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
-    timer: Timer = _HOST_TIMER,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, list[StepTime]]:
     """Time every implementation of an optimizer that this machine has.
 
     Args:
         optimizer: the optimizer's name.
-        gradients: the gradients. Each step gets fresh copies.
-        rounds: the number of measured steps per implementation.
-        implementations: the implementations for the gradients' device.
-        timer: the timer for that device.
+        workload: the workload.
+        settings: the settings for the device.
+        rounds: the number of measured rounds.
         tick: called after each round, warm-up rounds included.
     """
-    runners = {i.name: start_if_available(i, optimizer, gradients) for i in implementations}
-    available = {name: runner for name, runner in runners.items() if runner is not None}
-    return measure(available, gradients, rounds=rounds, timer=timer, tick=tick)
-
-
-def measure_groups(
-    optimizer: str,
-    gradients: Sequence[Tensor],
-    groups: int,
-    *,
-    rounds: int,
-    timer: Timer = _HOST_TIMER,
-    tick: Callable[[], object] = lambda: None,
-) -> dict[str, dict[int, list[float]]]:
-    """Time one param group and many, with default flags.
-
-    Args:
-        optimizer: the optimizer's name.
-        gradients: the gradients. Each step gets fresh copies.
-        groups: the larger number of param groups.
-        rounds: the number of measured steps per implementation and number of groups.
-        timer: the timer for the gradients' device.
-        tick: called after each round, warm-up rounds included.
-
-    Returns:
-        The seconds of each step, by implementation and number of groups.
-    """
-    runners = {
-        f"{implementation.name}/{count}": implementation.start(optimizer, gradients, count)
-        for implementation in (TORCH, OURS)
-        for count in (1, groups)
-    }
-    times = measure(runners, gradients, rounds=rounds, timer=timer, tick=tick)
-    return {
-        name: {count: [time.seconds for time in times[f"{name}/{count}"]] for count in (1, groups)}
-        for name in (TORCH.name, OURS.name)
-    }
+    gradients = make_gradients(workload.shapes, settings.device)
+    with workload.arranged() as arrangement:
+        runners = {
+            i.name: start_if_available(i, optimizer, gradients, arrangement)
+            for i in settings.implementations_for(workload)
+        }
+        return measure(
+            {name: runner for name, runner in runners.items() if runner is not None},
+            gradients,
+            rounds=rounds,
+            steps=workload.steps,
+            timer=settings.timer,
+            tick=tick,
+        )
 
 
 def memory_needed(

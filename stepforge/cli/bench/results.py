@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT, OURS, TORCH
+from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT, PLAINLY, TORCH
 from stepforge.cli.bench.targets import TARGETS, Ratios, Targets
 from stepforge.cli.bench.timing import StepTime
 
@@ -22,14 +22,14 @@ class Result:
     Attributes:
         workload: the workload's name.
         optimizer: the optimizer's name.
-        seconds: the seconds of each step, by implementation.
+        seconds: the seconds of a step in each round, by implementation.
         targets: the targets for the device.
         times: the times of host and device behind the seconds, by implementation, if available.
 
     Example:
         >>> seconds = {"limit": [3.0], "torch": [8.0], "torch foreach": [6.0], "stepforge": [4.0]}
         >>> Result("large", "Adam", seconds).ratios("stepforge")
-        Ratios(of_limit=0.75, against_best=1.5, against_default=2.0)
+        Ratios(of_limit=0.75, against_best=1.5, against_default=2.0, of_plain=None)
     """
 
     workload: str
@@ -77,21 +77,21 @@ class Result:
             of_limit=_ratio(self.median(LIMIT.name), seconds),
             against_best=_ratio(self._best_of_torch(), seconds),
             against_default=_ratio(self.median(TORCH.name), seconds),
+            of_plain=_ratio(self.median(PLAINLY.name), seconds),
         )
 
     def _best_of_torch(self) -> float | None:
         medians = (self.median(i.name) for i in IMPLEMENTATIONS if i.library is torch.optim)
         return min((seconds for seconds in medians if seconds is not None), default=None)
 
-    @property
-    def target(self) -> Ratios | None:
-        """The target of :data:`~stepforge.cli.bench.implementations.OURS`; None without one."""
-        return self.targets.get((self.workload, self.optimizer))
+    def target(self, name: str) -> Ratios | None:
+        """Return the target of an implementation; None without one."""
+        return self.targets.get((self.workload, self.optimizer, name))
 
-    @property
-    def reached(self) -> dict[str, bool | None]:
-        """True for each ratio that reaches its target; empty without a target."""
-        return self.ratios(OURS.name).reached(self.target) if self.target else {}
+    def reached(self, name: str) -> dict[str, bool | None]:
+        """Return for each ratio True if it reaches its target; an empty dict without a target."""
+        target = self.target(name)
+        return self.ratios(name).reached(target) if target else {}
 
 
 def _ratio(other: float | None, seconds: float | None) -> float | None:

@@ -20,24 +20,24 @@ from rich.table import Table
 from rich.text import Text
 
 import stepforge
-from stepforge.cli.bench.cells import is_at_most, marked, number, peak_megabytes, percent
+from stepforge.cli.bench.cells import at_most, marked, number, peak_megabytes, percent
 from stepforge.cli.bench.device_settings import DeviceSettings
 from stepforge.cli.bench.formats import FLOAT32, INT8_TARGET, measure_formats
 from stepforge.cli.bench.fresh_process import PROCESSES, extra_memory, time_first_step
-from stepforge.cli.bench.implementations import LIMIT, OURS, TORCH
+from stepforge.cli.bench.implementations import LIMIT, OURS, PLAINLY, Implementation
 from stepforge.cli.bench.lower_bounds import bytes_per_element
 from stepforge.cli.bench.measure import (
     WARM_UPS,
     make_gradients,
-    measure_groups,
     measure_implementations,
 )
 from stepforge.cli.bench.results import Result
+from stepforge.cli.bench.targets import Ratios
 from stepforge.cli.bench.timing import StepTime
 from stepforge.cli.bench.workloads import Workload
 from stepforge.cli.tables import new_table, print_whole
 
-__all__ = ["Screen", "first_steps", "formats", "groups", "memory", "steps"]
+__all__ = ["Screen", "first_steps", "formats", "memory", "steps"]
 
 #: The spread above which a result is doubtful. On an idle machine the quartiles are a few percent
 #: of the median apart.
@@ -48,6 +48,7 @@ _RATIOS = {
     "of the\nlimit": "of_limit",
     "x torch's\nbest": "against_best",
     "x torch's\ndefault": "against_default",
+    "of\nplain": "of_plain",
 }
 
 
@@ -112,21 +113,18 @@ def steps(
     rounds: int,
 ) -> Iterator[dict[str, Any]]:
     """Time every implementation of every optimizer on every workload."""
+    legend: dict[str, str] = {}
     for workload in workloads:
         results = []
-        gradients = make_gradients(workload.shapes, settings.device)
+        implementations = settings.implementations_for(workload)
+        legend |= {i.name: i.description for i in implementations}
         with screen.progress(workload.name, optimizers, WARM_UPS + rounds) as start:
             for optimizer in optimizers:
                 times = measure_implementations(
-                    optimizer,
-                    gradients,
-                    rounds=rounds,
-                    implementations=settings.implementations,
-                    timer=settings.timer,
-                    tick=start(optimizer),
+                    optimizer, workload, settings, rounds=rounds, tick=start(optimizer)
                 )
                 results.append(Result.of(workload.name, optimizer, times, settings.targets))
-        screen.show(f"{workload}: step()", _steps_table(results, settings))
+        screen.show(f"{workload}: step()", _steps_table(results, settings, implementations))
         if any(LIMIT.name not in result.seconds for result in results):
             screen.console.print(
                 "Without the limit, for want of a kernel: `stepforge doctor` says why."
@@ -144,8 +142,8 @@ def steps(
             screen.console.print(f"The limit's fastest copy moved {fastest} GB/s.")
         for result in results:
             yield _steps_entry(result, settings) | _copy_speed(result, workload.elements)
-    for implementation in settings.implementations:
-        screen.console.print(f"  [bold]{implementation.name:<20}[/]{implementation.description}")
+    for name, description in legend.items():
+        screen.console.print(f"  [bold]{name:<20}[/]{description}", soft_wrap=True)
     if settings.is_asynchronous:
         screen.console.print(
             "ms is the time of the host or the GPU, whichever is longer; in training they overlap. "
@@ -174,12 +172,16 @@ def _steps_entry(result: Result, settings: DeviceSettings) -> dict[str, Any]:
                 "spread": result.spread(name),
                 **(_parts(result.times[name]) if settings.is_asynchronous else {}),
                 **dataclasses.asdict(result.ratios(name)),
+                "target": _as_dict(result.target(name)),
+                "reached": result.reached(name),
             }
             for name, seconds in result.seconds.items()
         },
-        "target": dataclasses.asdict(result.target) if result.target else None,
-        "reached": result.reached,
     }
+
+
+def _as_dict(target: Ratios | None) -> dict[str, float | None] | None:
+    return dataclasses.asdict(target) if target else None
 
 
 def _copy_speed(result: Result, elements: int) -> dict[str, float]:
@@ -196,97 +198,45 @@ def _parts(times: Sequence[StepTime]) -> dict[str, list[float | None]]:
     }
 
 
-def _steps_table(results: Iterable[Result], settings: DeviceSettings) -> Table:
+def _steps_table(
+    results: Sequence[Result], settings: DeviceSettings, implementations: Iterable[Implementation]
+) -> Table:
+    measured = {name for result in results for name in result.seconds}
     # On a GPU torch.optim's default is its foreach, so GPU ms can take the place of that column.
     ratio_columns = {
         heading: ratio
         for heading, ratio in _RATIOS.items()
         if not (settings.is_asynchronous and ratio == "against_default")
+        and (ratio != "of_plain" or PLAINLY.name in measured)
     }
     on_device = ["GPU ms"] if settings.is_asynchronous else []
     table = _table(["optimizer", "implementation"], ["ms", *on_device, "spread", *ratio_columns])
     for result in results:
         optimizer = result.optimizer
-        for implementation in settings.implementations:
+        for implementation in implementations:
             name = implementation.name
             if name not in result.seconds:
                 continue
-            is_ours = implementation == OURS
-            ratios = vars(result.ratios(name))
-            reached = result.reached if is_ours else {}
+            ratios, reached = vars(result.ratios(name)), result.reached(name)
             table.add_row(
                 optimizer,
-                Text(name, style="bold" if is_ours else ""),
+                Text(name, style="bold" if implementation == OURS else ""),
                 number(result.median(name), 1e3),
                 *(number(result.median_on_device(name), 1e3) for _ in on_device),
                 percent(result.spread(name)),
                 *(marked(ratios[ratio], reached.get(ratio)) for ratio in ratio_columns.values()),
             )
             optimizer = ""
-            if is_ours and result.target:
-                target = vars(result.target)
+            target = result.target(name)
+            if target:
                 table.add_row(
                     "",
                     Text("  to reach", style="dim"),
                     *("" for _ in ("ms", *on_device, "spread")),
-                    *(marked(target[ratio], None) for ratio in ratio_columns.values()),
+                    *(marked(getattr(target, ratio), None) for ratio in ratio_columns.values()),
                 )
         table.add_section()
     return table
-
-
-# Param groups. ------------------------------------------------------------------------------------
-
-
-def groups(
-    screen: Screen,
-    settings: DeviceSettings,
-    workloads: Sequence[Workload],
-    optimizers: Sequence[str],
-    rounds: int,
-    count: int,
-) -> Iterator[dict[str, Any]]:
-    """Time one param group and many.
-
-    Args:
-        screen: the console.
-        settings: the settings for the device.
-        workloads: the workloads, each with at least ``count`` tensors.
-        optimizers: the optimizers' names.
-        rounds: the number of measured steps.
-        count: the larger number of param groups.
-    """
-    for workload in workloads:
-        table = _table(
-            ["optimizer", "implementation"], ["ms, one", f"ms, {count}", "ratio", "at most"]
-        )
-        gradients = make_gradients(workload.shapes, settings.device)
-        with screen.progress(f"{workload.name}, groups", optimizers, WARM_UPS + rounds) as start:
-            for optimizer in optimizers:
-                seconds = measure_groups(
-                    optimizer,
-                    gradients,
-                    count,
-                    rounds=rounds,
-                    timer=settings.timer,
-                    tick=start(optimizer),
-                )
-                arms: dict[str, Any] = {}
-                for implementation in (TORCH, OURS):
-                    name, is_ours = implementation.name, implementation == OURS
-                    one, many = (statistics.median(seconds[name][n]) for n in (1, count))
-                    target = settings.groups_target if is_ours else None
-                    table.add_row(
-                        "" if is_ours else optimizer,
-                        name,
-                        number(one, 1e3),
-                        number(many, 1e3),
-                        marked(many / one, is_at_most(many / one, target)),
-                        number(target),
-                    )
-                    arms[name] = {"seconds": seconds[name], "ratio": many / one}
-                yield {"workload": workload.name, "optimizer": optimizer, "arms": arms}
-        screen.show(f"{workload}: one param group or {count}", table)
 
 
 # Storage formats. ---------------------------------------------------------------------------------
@@ -321,8 +271,7 @@ def formats(
                         optimizer if name == FLOAT32.name else "",
                         name,
                         number(statistics.median(seconds), 1e3),
-                        marked(ratio, is_at_most(ratio, target)),
-                        number(target),
+                        *at_most(ratio, target),
                     )
                     ways[name] = {"seconds": seconds, "ratio": ratio}
                 table.add_section()
@@ -349,8 +298,7 @@ def first_steps(
                 table.add_row(
                     workload.name,
                     optimizer,
-                    marked(1e3 * seconds, is_at_most(seconds, target)),
-                    number(target, 1e3),
+                    *at_most(seconds, target, 1e3),
                 )
                 yield {"workload": workload.name, "optimizer": optimizer, "seconds": seconds}
     screen.show("the first step of a fresh process minus the second", table)

@@ -1,88 +1,156 @@
-"""Workloads of the benchmark: lists of parameter shapes."""
+"""Workloads of the benchmark: parameter shapes, and how they are stepped."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = ["WORKLOADS", "Shape", "Workload", "read_shapes"]
+import torch
+
+from stepforge.cli.bench.arrangements import COMPILED, PLAIN, SHARDED, Arrangement, Form
+
+__all__ = ["DEFAULT_WORKLOADS", "WORKLOADS", "Shape", "Workload", "read_shapes"]
 
 Shape: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Parameters of one optimizer.
+    """Parameters of one optimizer, and how they are stepped.
 
     Attributes:
         name: one word.
         shapes: the shape of each parameter.
+        groups: the number of param groups.
+        form: the form of tensors and steps.
+        threads: the number of threads; None for torch's.
+        steps: the consecutive steps of a round, each on fresh gradients. The caches are warm after
+            the first, and the median step counts.
     """
 
     name: str
     shapes: tuple[Shape, ...]
+    groups: int = 1
+    form: Form = PLAIN
+    threads: int | None = None
+    steps: int = 1
 
     @property
     def elements(self) -> int:
         """The number of elements of all parameters."""
         return sum(map(math.prod, self.shapes))
 
+    @property
+    def is_plain(self) -> bool:
+        """True if it is nothing but shapes."""
+        return self == Workload(self.name, self.shapes)
+
+    @property
+    def is_arranged(self) -> bool:
+        """True if it has many groups, or other than plain tensors and steps."""
+        return self.groups > 1 or self.form is not PLAIN
+
     def __str__(self) -> str:
-        plural = "" if len(self.shapes) == 1 else "s"
-        return f"{self.name}: {len(self.shapes):,} tensor{plural}, {self.elements:,} elements"
+        parts = [
+            f"{_count(len(self.shapes), 'tensor')}, {self.elements:,} elements",
+            f"in {self.groups:,} param groups" if self.groups > 1 else "",
+            self.form.description,
+            f"on {_count(self.threads, 'thread')}" if self.threads else "",
+        ]
+        return f"{self.name}: {', '.join(filter(None, parts))}"
 
     def scaled(self, factor: float) -> Workload:
         """Return as many tensors, with first dimensions multiplied by a factor, but at least 1.
 
         Example:
-            >>> Workload("two", ((10, 3), (2,))).scaled(0.2)
-            Workload(name='two x 0.2', shapes=((2, 3), (1,)))
+            >>> Workload("two", ((10, 3), (2,))).scaled(0.2).shapes
+            ((2, 3), (1,))
         """
-        return Workload(
-            f"{self.name} x {factor:g}",
-            tuple(
-                (max(1, round(shape[0] * factor)), *shape[1:]) if shape else ()
-                for shape in self.shapes
-            ),
+        shapes = tuple(
+            (max(1, round(shape[0] * factor)), *shape[1:]) if shape else () for shape in self.shapes
         )
+        return replace(self, name=f"{self.name} x {factor:g}", shapes=shapes)
+
+    def split(self, groups: int) -> Workload:
+        """Return the same tensors in another number of param groups.
+
+        Example:
+            >>> print(Workload("two", ((10, 3), (2,))).split(2))
+            two in groups: 2 tensors, 32 elements, in 2 param groups
+        """
+        return replace(self, name=f"{self.name} in groups", groups=groups)
+
+    @contextmanager
+    def arranged(self) -> Iterator[Arrangement]:
+        """Arrange parameters and steps for the length of a ``with`` statement.
+
+        Within, torch has the workload's number of threads.
+        """
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
+            with self.form.arrangement() as arrangement:
+                yield replace(arrangement, groups=self.groups)
+        finally:
+            torch.set_num_threads(before)
 
 
-_WIDTH = 512
-_LAYER: tuple[Shape, ...] = (
-    (_WIDTH,),  # layer norm before attention: weight, bias
-    (_WIDTH,),
-    (_WIDTH, 3 * _WIDTH),  # queries, keys and values
-    (3 * _WIDTH,),
-    (_WIDTH, _WIDTH),  # attention's output
-    (_WIDTH,),
-    (_WIDTH,),  # layer norm before the MLP
-    (_WIDTH,),
-    (_WIDTH, 4 * _WIDTH),
-    (4 * _WIDTH,),
-    (4 * _WIDTH, _WIDTH),
-    (_WIDTH,),
-)
-#: The tensors of a GPT-2 with 12 layers of width 512: 148 tensors with 45 million elements.
-_MODEL: tuple[Shape, ...] = (
-    (12_992, _WIDTH),  # token embedding
-    (1024, _WIDTH),  # position embedding
-    *12 * _LAYER,
-    (_WIDTH,),  # last layer norm
-    (_WIDTH,),
-)
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
-#: The workloads by name: one bound by memory, a real model, and one bound by overhead.
+
+def _layer(width: int) -> tuple[Shape, ...]:
+    """Return the 12 tensors of a layer of a GPT-2."""
+    return (
+        (width,),  # layer norm before attention: weight, bias
+        (width,),
+        (width, 3 * width),  # queries, keys and values
+        (3 * width,),
+        (width, width),  # attention's output
+        (width,),
+        (width,),  # layer norm before the MLP
+        (width,),
+        (width, 4 * width),
+        (4 * width,),
+        (4 * width, width),
+        (width,),
+    )
+
+
+def _model(width: int, tokens: int, positions: int) -> tuple[Shape, ...]:
+    """Return the 148 tensors of a GPT-2 with 12 layers."""
+    return (
+        (tokens, width),  # token embedding
+        (positions, width),  # position embedding
+        *12 * _layer(width),
+        (width,),  # last layer norm
+        (width,),
+    )
+
+
+_SMALL = 1000 * ((1000,),)
+#: The workloads by name. Memory bounds the first, and overhead all but the first two.
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("large", ((3125, 16_000),)),
-        Workload("model", _MODEL),
-        Workload("small", 1000 * ((1000,),)),
+        Workload("model", _model(512, tokens=12_992, positions=1024)),
+        Workload("small", _SMALL),
+        # A network of reinforcement learning.
+        Workload("tiny", 8 * ((64, 32),), threads=1, steps=100),
+        Workload("groups", _SMALL, groups=250),
+        Workload("sharded", 12 * _layer(64), form=SHARDED),
+        Workload("compiled", _model(32, tokens=256, positions=64), form=COMPILED, steps=10),
     )
 }
+#: The workloads of a run that names none: one bound by memory, a real model, and one bound by
+#: overhead.
+DEFAULT_WORKLOADS = ("large", "model", "small")
 
 
 def read_shapes(path: Path) -> list[Workload]:

@@ -9,20 +9,24 @@ import json
 import math
 import runpy
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import stepforge
 from stepforge.cli import make_app
-from stepforge.cli.bench import fresh_process
+from stepforge.cli.bench import command, fresh_process
+from stepforge.cli.bench.arrangements import COMPILED
 from stepforge.cli.bench.formats import STORAGE_FORMATS, has_int8_states
-from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT
+from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT, PLAINLY
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import Ratios
-from stepforge.cli.bench.workloads import WORKLOADS, read_shapes
+from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, WORKLOADS, read_shapes
 
 ROOT = Path(__file__).parents[3]
 NEEDS_PROC = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
@@ -59,7 +63,18 @@ def test_report_and_table(tmp_path, few):
     assert {"stepforge", "torch", "Python", "numpy", "CPU"} <= set(report["machine"])
     assert report["machine"]["numpy"] == np.__version__
     assert report["settings"] == {"rounds": 2, "warm_ups": 2, "threads": 1, "scale": 1.0}
-    assert report["workloads"] == [{"name": "few", "tensors": 3, "elements": 70_013}]
+    assert report["workloads"] == [
+        {
+            "name": "few",
+            "tensors": 3,
+            "elements": 70_013,
+            "groups": 1,
+            "form": "",
+            "threads": 1,
+            "steps": 1,
+            "skipped": None,
+        }
+    ]
     assert len(report["load"]) == 2
     assert [step["optimizer"] for step in report["steps"]] == ["Adam", "NAdam"]
     for step in report["steps"]:
@@ -67,8 +82,6 @@ def test_report_and_table(tmp_path, few):
         assert expected - set(step["arms"]) <= {LIMIT.name}  # the limit needs a compiler
         assert set(step["arms"]) <= expected
         assert step["bytes_per_element"] == 28
-        assert step["target"] is None
-        assert step["reached"] == {}
         assert step["backend"] in ("native", "foreach")
         result = Result(
             "few", step["optimizer"], {n: a["seconds"] for n, a in step["arms"].items()}
@@ -77,9 +90,9 @@ def test_report_and_table(tmp_path, few):
             assert len(arm["seconds"]) == 2
             assert all(0 < seconds < math.inf for seconds in arm["seconds"])
             assert arm["median"] == pytest.approx(sum(arm["seconds"]) / 2)
-            assert Ratios(arm["of_limit"], arm["against_best"], arm["against_default"]) == (
-                result.ratios(name)
-            )
+            assert Ratios(*(arm[ratio] for ratio in vars(Ratios(0, 0, 0)))) == result.ratios(name)
+            assert arm["target"] is None
+            assert arm["reached"] == {}
             assert f"\n{'Adam':<11}{name}" in printed or f"{name} " in printed
     assert "few: 3 tensors, 70,013 elements" in printed
     assert f"\nAll times: {output}\n" in printed
@@ -90,8 +103,9 @@ def test_workloads_are_shrunk_and_then_have_no_target(tmp_path):
     chosen = ["--workload", "large", "--workload", "model", "--optimizer", "Adagrad"]
     report = report_of(tmp_path, *chosen, "--scale", 1e-4, "--rounds", 1)
     assert [w["tensors"] for w in report["workloads"]] == [1, 148]
-    assert report["workloads"][0] == {"name": "large x 0.0001", "tensors": 1, "elements": 16_000}
-    assert [step["target"] for step in report["steps"]] == [None, None]
+    assert report["workloads"][0]["name"] == "large x 0.0001"
+    assert report["workloads"][0]["elements"] == 16_000
+    assert {arm["target"] for step in report["steps"] for arm in step["arms"].values()} == {None}
 
 
 def test_the_script_is_the_command(monkeypatch, capsys):
@@ -103,18 +117,71 @@ def test_the_script_is_the_command(monkeypatch, capsys):
     assert "--scale" in capsys.readouterr().err
 
 
-# Other sections. ----------------------------------------------------------------------------------
+def test_a_run_without_options_is_short():
+    def names(everything: bool) -> list[str]:
+        return [workload.name for workload in command._workloads(None, None, 1.0, everything)]
+
+    assert names(everything=False) == list(DEFAULT_WORKLOADS)
+    assert names(everything=True) == list(WORKLOADS)
 
 
-def test_groups(tmp_path, few):
-    chosen = ["--shapes", few, "--optimizer", "AdamW", "--rounds", 1]
+def test_groups(tmp_path):
+    few = tmp_path / "few.json"
+    few.write_text("[[64, 128], [7], [3]]")
+    chosen = ["--shapes", few, "--optimizer", "AdamW", "--rounds", 1, "--formats"]
     report = report_of(tmp_path, *chosen, "--groups", 3)
-    assert "steps" not in report
-    (groups,) = report["groups"]
-    assert set(groups["arms"]) == {"torch", "stepforge"}
-    for arm in groups["arms"].values():
-        assert set(arm["seconds"]) == {"1", "3"}
-        assert arm["ratio"] == pytest.approx(arm["seconds"]["3"][0] / arm["seconds"]["1"][0])
+    assert [entry["workload"] for entry in report["formats"]] == ["few"]  # in one group
+    assert [(w["name"], w["groups"]) for w in report["workloads"]] == [("few in groups", 3)]
+    ((arms),) = [step["arms"] for step in report["steps"]]
+    assert {"torch", "stepforge", PLAINLY.name} <= set(arms)
+    plain = arms[PLAINLY.name]["median"]
+    assert arms["stepforge"]["of_plain"] == pytest.approx(plain / arms["stepforge"]["median"])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_arranged_workloads_are_in_the_report_and_the_table(tmp_path, monkeypatch):
+    """Oracle: the workloads themselves, ``compiled`` with few tensors: torch compiles slowly."""
+    few = replace(WORKLOADS["compiled"], shapes=((4, 3), (4,)))
+    monkeypatch.setitem(WORKLOADS, "compiled", few)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(command, "DEFAULT_WORKLOADS", ("tiny", "groups", "sharded", "compiled"))
+    output = tmp_path / "bench.json"
+    chosen = ["--optimizer", "Adam", "--scale", 0.02, "--rounds", 1, "--json", output]
+    printed = run(*chosen, "--threads", 2)
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert [
+        (w["name"], w["tensors"], w["groups"], w["form"], w["threads"], w["steps"], w["skipped"])
+        for w in report["workloads"]
+    ] == [
+        ("tiny x 0.02", 8, 1, "", 1, 100, None),
+        ("groups x 0.02", 1000, 250, "", 2, 1, None),
+        ("sharded x 0.02", 144, 1, "DTensors, Shard(0) on a mesh of one process", 2, 1, None),
+        ("compiled x 0.02", 2, 1, "torch.compile(step)", 2, 10, None),
+    ]
+    for step, workload in zip(report["steps"], report["workloads"], strict=True):
+        assert step["workload"] == workload["name"]
+        arms = step["arms"]
+        assert (PLAINLY.name in arms) == ("tiny" not in step["workload"])
+        for arm in arms.values():
+            assert len(arm["seconds"]) == 1
+            assert (arm["of_plain"] is None) == (PLAINLY.name not in arms)
+    assert printed.count("plain\n") == 3  # the heading of a column
+    assert PLAINLY.description in printed
+    assert "…" not in printed
+
+
+def test_a_workload_that_the_machine_lacks_is_skipped_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    sentence = COMPILED.missing(torch.device("cpu"))
+    output = tmp_path / "bench.json"
+    printed = run("--workload", "compiled", "--json", output)
+    assert f"\ncompiled is skipped: {sentence}.\n" in printed
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert report["steps"] == []
+    assert [w["skipped"] for w in report["workloads"]] == [sentence]
+
+
+# Other sections. ----------------------------------------------------------------------------------
 
 
 def test_formats(tmp_path):
@@ -199,6 +266,13 @@ def test_bad_values_get_one_sentence(option, value):
     assert result.exit_code == 2
     # typer quotes the option only in its own messages.
     assert f"Invalid value for {option}" in result.output.splitlines()[-1].replace("'", "")
+
+
+@pytest.mark.parametrize("option", ["--formats", "--first-step", "--memory"])
+def test_other_sections_step_shapes_only(option):
+    result = CliRunner().invoke(make_app(), ["bench", "--workload", "sharded", option])
+    assert result.exit_code == 2
+    assert f"Invalid value for {option}: no workload has" in result.output.splitlines()[-1]
 
 
 def test_a_report_that_cannot_be_written_is_said_before_measuring(tmp_path):

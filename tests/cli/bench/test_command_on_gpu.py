@@ -92,8 +92,9 @@ def test_the_marks_are_those_of_a_gpus_targets(monkeypatch):
 def test_groups_have_no_target_there(few):
     code, printed = run("--shapes", few, "--optimizer", "Adam", "--groups", 3)
     assert code == 0
-    (ours,) = [line.split() for line in printed.splitlines() if "stepforge  " in line]
-    assert ours == ["stepforge", "2", "2", "1"]
+    start = " " * 11 + "stepforge  "
+    (ours,) = [line.split() for line in printed.splitlines() if line.startswith(start)]
+    assert ours == ["stepforge", "2", "2", "0%", "1", "1", "1"]
 
 
 @pytest.mark.usefixtures("simulated_gpu")
@@ -128,4 +129,5 @@ def test_the_command_on_a_gpu(gpu, few, tmp_path):
             ):
                 assert both == max(host, on_device)
                 assert 0 < both < math.inf
-    assert len(report["groups"]) == len(report["first_step"]) == len(report["memory"]) == 5
+    assert {w["groups"] for w in report["workloads"]} == {3}
+    assert len(report["first_step"]) == len(report["memory"]) == 5

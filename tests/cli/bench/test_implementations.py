@@ -8,20 +8,28 @@ from dataclasses import replace
 import pytest
 import torch
 
+import stepforge
 from stepforge.backends.disk_cache import BuildError
+from stepforge.cli import devices
 from stepforge.cli.bench import lower_bounds
+from stepforge.cli.bench.arrangements import Arrangement
+from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import (
     ACCESS,
     GPU_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     LIMIT,
+    OUR_FOREACH,
     OURS,
+    PLAINLY,
     TORCH,
     Implementation,
     start_if_available,
 )
 from stepforge.cli.bench.lower_bounds import Copy, bytes_per_element
 from stepforge.cli.bench.measure import make_gradients, measure, measure_implementations
+from stepforge.cli.bench.timing import StepTime
+from stepforge.cli.bench.workloads import WORKLOADS, Workload
 from stepforge.rules import ALL
 
 OPTIMIZERS = [i for i in IMPLEMENTATIONS if i.bound is None]
@@ -60,11 +68,34 @@ def test_an_implementation_steps_its_own_copies_on_fresh_gradients(implementatio
 
 @pytest.mark.parametrize("implementation", [TORCH, OURS], ids=lambda i: i.name)
 def test_groups_hold_all_parameters_with_rates_of_their_own(implementation):
-    runner = implementation.start("RAdam", make_gradients(5 * [(2,)]), groups=3)
+    runner = implementation.start("RAdam", make_gradients(5 * [(2,)]), Arrangement(groups=3))
     groups = runner.optimizer.param_groups
     assert [len(group["params"]) for group in groups] == [2, 2, 1]
     assert {id(p) for group in groups for p in group["params"]} == set(map(id, runner.params))
     assert len({group["lr"] for group in groups}) == 3
+
+
+def test_only_arranged_workloads_have_a_plain_step_beside_them():
+    settings = settings_for(devices.CPU)
+    for name, workload in WORKLOADS.items():
+        implementations = settings.implementations_for(workload)
+        assert (PLAINLY in implementations) == (name in ("groups", "sharded", "compiled"))
+        assert [i for i in implementations if i is not PLAINLY] == [
+            i for i in IMPLEMENTATIONS if not (name == "compiled" and i.name == "torch foreach")
+        ]
+    runner = PLAINLY.start("Adam", make_gradients(3 * [(2,)]), Arrangement(groups=3))
+    assert len(runner.optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_foreach_is_what_runs_without_a_compiler(name, monkeypatch):
+    """Oracle: the backend that STEPFORGE_BACKEND=foreach chooses."""
+    make = getattr(stepforge, name)
+    p = torch.zeros(1, requires_grad=True)
+    ours = stepforge.explain(make([p], **OUR_FOREACH.flags))
+    monkeypatch.setenv("STEPFORGE_BACKEND", "foreach")
+    forced = stepforge.explain(make([p]))
+    assert ours.served[0].backend == forced.served[0].backend == "foreach"
 
 
 class Recorder:
@@ -95,6 +126,26 @@ def test_runners_take_turns_and_warm_ups_do_not_count():
     rounds = [tuple(name for _, name in log[i : i + 6 : 2]) for i in range(0, 30, 6)]
     assert all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) > 1
+
+
+def test_the_median_of_consecutive_steps_counts():
+    """Oracle: medians by hand. Each step has fresh gradients, and only it is timed."""
+    log: list[tuple[str, str]] = []
+
+    class CountingTimer:
+        def __init__(self) -> None:
+            self.seconds = iter((9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 5.0, 4.0, 6.0))
+
+        def time(self, step):
+            assert log[-1][0] == "set_gradients"
+            step()
+            return StepTime(next(self.seconds))
+
+    times = measure(
+        {"a": Recorder("a", log)}, [], rounds=2, warm_ups=1, steps=3, timer=CountingTimer()
+    )
+    assert times == {"a": [StepTime(2.0), StepTime(5.0)]}
+    assert log == 9 * [("set_gradients", "a"), ("step", "a")]
 
 
 def test_gradients_are_the_same_on_each_device():
@@ -161,7 +212,8 @@ def test_the_limit_is_left_out_without_a_compiler(monkeypatch):
         raise BuildError("no C compiler is on the PATH")
 
     monkeypatch.setattr(lower_bounds, "Kernel", no_kernel)
-    times = measure_implementations("NAdam", make_gradients([(2,)]), rounds=1)
+    one = Workload("one", ((2,),))
+    times = measure_implementations("NAdam", one, settings_for(devices.CPU), rounds=1)
     assert list(times) == [name for name in WITHOUT_FUSED if name != LIMIT.name]
 
 
@@ -184,8 +236,10 @@ def test_a_kernel_that_the_device_lacks_is_left_out():
     assert fused.name == "torch fused"
     gradients = make_gradients([(2,)])
     assert start_if_available(fused, "Adam", gradients) is None
-    times = measure_implementations("Adam", gradients, rounds=1, implementations=[fused, OURS])
+    one = Workload("one", ((2,),))
+    settings = replace(settings_for(devices.CPU), implementations=[fused, OURS])
+    times = measure_implementations("Adam", one, settings, rounds=1)
     assert list(times) == [OURS.name]
-    other = Implementation("x", "", library)
+    settings = replace(settings, implementations=[Implementation("x", "", library)])
     with pytest.raises(NotImplementedError):  # for any other implementation it is an error
-        measure_implementations("Adam", gradients, rounds=1, implementations=[other])
+        measure_implementations("Adam", one, settings, rounds=1)
