@@ -1,8 +1,10 @@
-"""The step under ``torch.compile``: one custom operator, opaque to the compiler.
+"""The step under ``torch.compile``: outside of the graph, or as one operator in it.
 
 A compiler that traced the step would take its numbers for constants, and could not see into its
-kernels. Instead it sees the operator ``stepforge::step``, which names the tensors that it reads and
-writes, and steps them when it runs.
+kernels. So it gains nothing from a step in its graph, and takes milliseconds to pass hundreds of
+tensors. The plain step runs outside of the graph, unless there must be one graph
+(``fullgraph=True``, ``torch.export``). Then the compiler sees the operator ``stepforge::step``,
+which names the tensors that it reads and writes, and steps them when it runs.
 """
 
 from __future__ import annotations
@@ -64,11 +66,13 @@ def _call_operator(stepper: Stepper, traced: TracedParams, state: dict[Any, Any]
 
 @_outside_graph  # if the compiler has given up the step's frame, it tries the frames within
 def _make_traceable(stepper: Stepper) -> bool:
-    """Prepare a stepper to be traced; return False if its step must run outside of the graph.
+    """Prepare a stepper to be traced; return False if its step runs outside of the graph.
 
     The states must exist when the compiler traces, and must not share memory: a compiler may not
     write to tensors that alias others.
     """
+    if not _needs_one_graph():
+        return False
     try:
         params = stepper.checked(params_with_gradient(stepper.groups, stepper.state))
     except (RuntimeError, TypeError, ValueError):
@@ -91,6 +95,19 @@ Stepper.make_traceable = _make_traceable
 torch.compiler.assume_constant_result(Stepper.is_traceable)  # type: ignore[no-untyped-call]
 
 
+def _needs_one_graph() -> bool:
+    """Return True if a compiler is tracing that may not leave its graph."""
+    if torch._guards.TracingContext.try_get() is None:
+        return False  # it has left the graph already, and runs what follows as it is
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer = InstructionTranslator.current_tx()
+        return bool(tracer.one_graph or tracer.error_on_graph_break)
+    except (ImportError, AttributeError):  # private to torch: another version may not have it
+        return True
+
+
 def _is_visible(param: ParamStep) -> bool:
     """Return True if the compiler can see all tensors of a parameter."""
     states = [x for x in param.state.values() if isinstance(x, torch.Tensor)]
@@ -100,10 +117,10 @@ def _is_visible(param: ParamStep) -> bool:
 _steppers: weakref.WeakValueDictionary[int, Stepper] = weakref.WeakValueDictionary()
 
 
-_library = torch.library.Library("stepforge", "DEF")
+_library = torch.library.Library("stepforge", "DEF")  # type: ignore[no-untyped-call]
 # torch.library.custom_op would wrap it in layers of Python that count versions, tensor by tensor:
 # the kernels do so themselves, in less time.
-_library.define(
+_library.define(  # type: ignore[no-untyped-call]
     "step(Tensor(a!)[] params, Tensor[] gradients, Tensor(b!)[] states, "
     "int stepper, int[] groups, int[] indices) -> ()"
 )
@@ -142,7 +159,7 @@ def _step(
         owner.step_given(list(zip(indices, params, gradients, of_groups, entries)))
 
 
-@torch.library.register_fake("stepforge::step", lib=_library)
+@torch.library.register_fake("stepforge::step", lib=_library)  # type: ignore[untyped-decorator]
 def _(
     params: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],

@@ -1,4 +1,4 @@
-"""``torch.compile`` of a step: one operator, no graph break, compiled once.
+"""``torch.compile`` of a step: the plain step outside of the graph, or one operator in it.
 
 Oracle: the same optimizer without compilation. The operator runs the same kernels, so parameters
 and states are equal bit for bit.
@@ -237,6 +237,34 @@ def test_compiled_and_plain_steps_keep_their_plans_while_they_alternate(cls: typ
     assert None not in plans[-1]
     assert plans[-1] == plans[-2] == plans[-3]
     assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
+
+
+@pytest.mark.parametrize("cls", [stepforge.AdamW, stepforge.NAdam], ids=lambda cls: cls.__name__)
+def test_the_plain_step_runs_outside_of_the_graph_unless_there_must_be_one(cls: type) -> None:
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return module.forward
+
+    params, plain_params = make_params(), make_params()
+    optimizer, plain = cls(params, lr=LR), cls(plain_params, lr=LR)
+    step = torch.compile(optimizer.step, backend=keep)
+    fired = []
+    optimizer.register_step_post_hook(lambda *_: fired.append("post"))
+    plans = []
+    for number in range(6):
+        give_gradients(params, number)
+        (optimizer.step if number == 3 else step)()
+        run(plain, plain_params, range(number, number + 1))
+        plans.append(optimizer._stepper.plan)
+        assert_identical(snapshot(optimizer), snapshot(plain))
+    assert len(fired) == 6
+    assert plans[0] is not None
+    assert all(plan is plans[0] for plan in plans)
+    assert optimizer._stepper.traced is None
+    operators = [node.target for graph in graphs for node in graph.nodes]
+    assert torch.ops.stepforge.step not in operators
 
 
 def test_a_parameter_replaced_without_recompilation_raises() -> None:
