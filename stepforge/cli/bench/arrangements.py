@@ -120,6 +120,6 @@ COMPILED = Form(
     "torch.compile(step)",
     _compiled,
     _why_not_compiled,
-    # Compiled as slowly as torch's default, to the same kernels.
+    # It compiles as long as torch's default, to steps as fast.
     leaves_out=frozenset({"torch foreach"}),
 )

@@ -26,11 +26,7 @@ from stepforge.cli.bench.formats import FLOAT32, INT8_TARGET, measure_formats
 from stepforge.cli.bench.fresh_process import PROCESSES, extra_memory, time_first_step
 from stepforge.cli.bench.implementations import LIMIT, OURS, PLAINLY, Implementation
 from stepforge.cli.bench.lower_bounds import bytes_per_element
-from stepforge.cli.bench.measure import (
-    WARM_UPS,
-    make_gradients,
-    measure_implementations,
-)
+from stepforge.cli.bench.measure import WARM_UPS, make_gradients, measure_implementations
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import Ratios
 from stepforge.cli.bench.timing import StepTime
