@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from stepforge import extension
 from stepforge.cli import devices, machine
 from stepforge.cli.bench import sections
 from stepforge.cli.bench.device_settings import DeviceSettings, settings_for
@@ -125,7 +126,13 @@ def bench(
         _check_memory(stepped if steps else with_int8, names, settings)
 
     console = Console(highlight=False)
-    description = machine.describe() | {"numpy": np.__version__} | devices.describe(settings.device)
+    # Now, else a step in the middle would begin to use it.
+    guards = extension.described(extension.build_into_cache())
+    description = (
+        machine.describe()
+        | {"numpy": np.__version__, "guards": guards}
+        | devices.describe(settings.device)
+    )
     console.print(machine.as_line(description), soft_wrap=True)
     load = [_load()]
     report: dict[str, Any] = {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import cast
 
 import torch
@@ -40,6 +41,7 @@ class OptimizerRunner:
         params: the parameters.
         optimizer: their optimizer.
         arrangement: the arrangement of gradients and steps.
+        environment: environment variables during a step.
     """
 
     def __init__(
@@ -47,9 +49,11 @@ class OptimizerRunner:
         params: list[Tensor],
         optimizer: torch.optim.Optimizer,
         arrangement: Arrangement = _PLAIN,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.params = params
         self.optimizer = optimizer
+        self._environment = environment
         self._tensor = arrangement.tensor
         self._step = arrangement.step(optimizer.step)
 
@@ -62,7 +66,18 @@ class OptimizerRunner:
 
     def step(self) -> object:
         """Step all parameters; timed."""
-        return self._step()
+        if not self._environment:
+            return self._step()
+        before = {name: os.environ.get(name) for name in self._environment}
+        os.environ.update(self._environment)
+        try:
+            return self._step()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Implementation:
         description: text for a legend.
         library: the module of its optimizers; None for a lower bound.
         flags: arguments of the optimizer's constructor.
+        environment: environment variables during its steps.
         bound: for a lower bound, makes a runner from the optimizer's name and the parameters.
         missing: the exceptions, raised by the first step at the latest, that mean that this machine
             lacks it.
@@ -84,6 +100,7 @@ class Implementation:
     description: str
     library: ModuleType | None = None
     flags: Mapping[str, bool] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
     bound: Callable[[str, list[Tensor]], Runner] | None = None
     missing: tuple[type[Exception], ...] = ()
     is_plain: bool = False
@@ -121,7 +138,10 @@ class Implementation:
             for start in range(count)
         ]
         return OptimizerRunner(
-            params, make(params if count == 1 else split, **self.flags), arrangement
+            params,
+            make(params if count == 1 else split, **self.flags),
+            arrangement,
+            self.environment,
         )
 
 
@@ -176,7 +196,11 @@ _FUSED = Implementation(
 OURS = Implementation("stepforge", "stepforge, default flags", stepforge)
 #: The way without a compiler and without prebuilt kernels.
 OUR_FOREACH = Implementation(
-    "stepforge foreach", "stepforge, foreach=True", stepforge, {"foreach": True}
+    "stepforge foreach",
+    "stepforge, foreach=True, guards in Python",
+    stepforge,
+    {"foreach": True},
+    {"STEPFORGE_GUARDS": "python"},
 )
 _OUR_REFERENCE = Implementation(
     "stepforge reference", "stepforge, foreach=False", stepforge, {"foreach": False}
