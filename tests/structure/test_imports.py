@@ -22,6 +22,7 @@ declare formats.format
 formats.
 formats
 state.sharding
+state.alike
 state.layout
 state.values state
 backends.spec backends.trust backends.exact backends.grad_scale backends.cache
