@@ -28,6 +28,7 @@ from stepforge.state.layout import (
 )
 from stepforge.state.sharding import (
     is_cut_within_rows,
+    is_sharded,
     local,
     local_columns,
     place_like,
@@ -83,7 +84,7 @@ def completed(
     first = _completed_state(layout, params[0], group, states[0])
     if first is states[0]:
         return list(states)
-    if states[0]:  # values are converted
+    if states[0] or is_sharded(params[0]):  # values are converted, or sharded one by one
         rest = zip(params[1:], states[1:])
         return [first, *(_completed_state(layout, p, group, state) for p, state in rest)]
     # A clone has memory of its own, which is freed, pickled and moved alone.

@@ -4,12 +4,15 @@ Oracle: each parameter by itself, in an optimizer of its own, and tensors compar
 """
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import stepforge
 from stepforge.rules import ALL
@@ -258,3 +261,69 @@ def test_step_counts_of_one_element_become_elements() -> None:
     optimizer.step()
     assert [optimizer.state[p]["step"].shape for p in params] == [torch.Size([])] * 3
     assert [float(optimizer.state[p]["step"]) for p in params] == [2.0, 5.0, 2.0]
+
+
+# DTensors.
+
+
+def _on(mesh: DeviceMesh, placement: Any, x: torch.Tensor) -> torch.Tensor:
+    return DTensor.from_local(x, mesh, [placement] * mesh.ndim, run_check=False)
+
+
+#: DTensors of which none is like another.
+UNLIKE_SHARDED: dict[str, Callable[[DeviceMesh], torch.Tensor]] = {
+    "plain": lambda mesh: torch.ones(2, 3),
+    "sharded": lambda mesh: _on(mesh, Shard(0), torch.ones(2, 3)),
+    "dimension": lambda mesh: _on(mesh, Shard(1), torch.ones(2, 3)),
+    "replicated": lambda mesh: _on(mesh, Replicate(), torch.ones(2, 3)),
+    "partial": lambda mesh: _on(mesh, Partial(), torch.ones(2, 3)),
+    "mesh": lambda mesh: _on(_other_mesh(), Shard(0), torch.ones(2, 3)),
+    "shape": lambda mesh: _on(mesh, Shard(0), torch.ones(3, 2)),
+    "dtype": lambda mesh: _on(mesh, Shard(0), torch.ones(2, 3, dtype=torch.float64)),
+}
+
+
+@functools.cache
+def _other_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (1, 1))
+
+
+@pytest.fixture
+def fresh_mesh(mesh: DeviceMesh) -> Iterator[DeviceMesh]:
+    """Return the mesh; the other one ends with its process group."""
+    yield mesh
+    _other_mesh.cache_clear()
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(UNLIKE_SHARDED, 2)), ids="-".join)
+def test_one_difference_tells_sharded_tensors_apart(
+    pair: tuple[str, str], fresh_mesh: DeviceMesh
+) -> None:
+    first, second = (UNLIKE_SHARDED[name] for name in pair)
+    objects = [make(fresh_mesh) for make in (first, first, second, first, second)]
+    found = grouped(range(5), layout_differences(objects))
+    assert list(map(list, found)) == [[0, 1, 3], [2, 4]]
+
+
+def test_local_parts_tell_sharded_tensors_apart(mesh: DeviceMesh) -> None:
+    tensors = [_on(mesh, Shard(0), torch.ones(4, 3)) for _ in range(3)]
+    assert isinstance(tensors[1], DTensor)
+    tensors[1]._local_tensor = torch.ones(2, 3)
+    found = grouped(range(3), layout_differences(tensors))
+    assert list(map(list, found)) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_gradients_of_sharded_parameters_are_redistributed_one_by_one(
+    place: int, mesh: DeviceMesh
+) -> None:
+    params = [torch.nn.Parameter(_on(mesh, Shard(0), torch.ones(4, 3))) for _ in range(3)]
+    for index, p in enumerate(params):
+        placement = Partial() if index == place else Shard(0)
+        p.grad = _on(mesh, placement, torch.full((4, 3), index + 1.0))
+    optimizer = stepforge.Adam(params, betas=(0.5, 0.999))
+    optimizer.step()
+    averages = [optimizer.state[p]["exp_avg"] for p in params]
+    assert [x.placements for x in averages] == [(Shard(0),)] * 3
+    assert [float(x.to_local().max()) for x in averages] == [0.5, 1.0, 1.5]
+    assert len({x.to_local().untyped_storage().data_ptr() for x in averages}) == 3
