@@ -12,6 +12,7 @@ import torch
 from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
+from stepforge.step.garbage import uncollected
 from stepforge.step.guards import GivenGuards, Guards
 from stepforge.step.launch import BoundLaunch, StepTensors, run
 from stepforge.step.params import (
@@ -107,6 +108,7 @@ class Stepper:
             return None
         return self._bind(self.given_plan, tensors)
 
+    @uncollected
     def _bind_given_new(self, given: list[WithGradient]) -> list[BoundLaunch]:
         """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
         params = self.checked(given)
@@ -144,6 +146,7 @@ class Stepper:
             return None
         return self._bind(self.plan, tensors)
 
+    @uncollected
     def _bind_new(self) -> list[BoundLaunch]:
         """Build a plan, bind it, and keep it if it may serve further steps."""
         groups, state = self.groups, self.state

@@ -33,7 +33,7 @@ backends.reference
 backends.foreach backends.native. backends.triton.
 backends.native backends.triton
 backends
-step.params step.signals step.uniform
+step.params step.signals step.garbage step.uniform
 step.launch step.traced
 step.guards
 step.plan
