@@ -31,7 +31,7 @@ from stepforge.formats import StateFormat
 from stepforge.hyperparameter import Hyperparameter
 from stepforge.rule import Rule
 from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
-from stepforge.state.values import initial_state
+from stepforge.state.values import initial_states
 from stepforge.step.stepper import Stepper
 
 __all__ = ["Optimizer", "ParamsT"]
@@ -170,8 +170,8 @@ class Optimizer(_Declared):
         super().__init__(params, defaults)
         if self._eager_state:
             for group in self.param_groups:
-                for p in group["params"]:
-                    self.state[p] = initial_state(self.rule, p, group)
+                members: list[torch.Tensor] = group["params"]
+                self.state.update(zip(members, initial_states(self.rule, members, group)))
         for message in without_effect(self.rule, self.param_groups):
             warnings.warn(message, stacklevel=3)
 

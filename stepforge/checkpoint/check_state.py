@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,9 +80,10 @@ def examine_parameter(
             if column == "p"
             else _state_found(layout.states[column], member.p, entry, unwritten, problems)
         )
-    known = {*found, *layout.scalars, *_of_any_format(rule, entry)}
-    unexpected = [f"{member.label}.{key}" for key in entry if key not in known]
-    loading.result.unexpected_keys.extend(unexpected)
+    if unused := [key for key in entry if key not in found and key not in layout.scalars]:
+        known = _of_any_format(rule, entry)
+        unexpected = [f"{member.label}.{key}" for key in unused if key not in known]
+        loading.result.unexpected_keys.extend(unexpected)
     # Half a state is worse than none: a large step count with empty moments explodes.
     if not problems.count:
         found |= converted(layout, member.p, found)
@@ -204,6 +206,8 @@ def _without_own_form(
 
     ``set_optimizer_state_dict`` adds the state dict that it is given to the optimizer's own.
     """
+    if not any(map(operator.is_, entry.values(), map(own.get, entry))):
+        return entry
     unwanted: set[str] = set()
     for state in layout.states.values():
         forms = [{state.key}, *(set(format_keys(state, x)) for x in block_formats(state))]

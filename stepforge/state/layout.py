@@ -232,14 +232,16 @@ def scalar_device(p: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
     return p.device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
-def block_formats(state: State) -> list[Format]:
+@functools.cache
+def block_formats(state: State) -> tuple[Format, ...]:
     """Return the formats in blocks that a state may have; none for a scalar state."""
     if state.scalar:
-        return []
+        return ()
     # Two options may share the format of one kind of states.
-    return list(dict.fromkeys(make(state.unsigned) for make in BLOCK_FORMATS.values()))
+    return tuple(dict.fromkeys(make(state.unsigned) for make in BLOCK_FORMATS.values()))
 
 
+@functools.cache
 def format_keys(state: State, format_: Format) -> tuple[str, ...]:
     """Return the keys of a state in a format: of its codes, then of its scales."""
     return tuple(part.key(state.key) for part in format_.parts)

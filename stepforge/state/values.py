@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from stepforge.formats import BLOCK, Format, split_weight
 from stepforge.ops import scalar_dtype
 from stepforge.rule import Rule, State
+from stepforge.state.alike import differences, grouped, layout_differences
 from stepforge.state.layout import (
     HALF_DTYPES,
     LOW_BITS,
@@ -19,12 +21,14 @@ from stepforge.state.layout import (
     block_format_of,
     block_formats,
     format_keys,
+    is_flat,
     scalar_device,
     scalar_state_dtype,
     state_layout,
 )
 from stepforge.state.sharding import (
     is_cut_within_rows,
+    is_sharded,
     local,
     local_columns,
     place_like,
@@ -38,34 +42,60 @@ __all__ = [
     "copied_in_own_format",
     "decoded",
     "decoded_if_cut",
-    "initial_state",
+    "initial_states",
     "joined_weight",
     "scalar_state",
 ]
 
 
-def initial_state(rule: Rule, p: torch.Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of a parameter before its first step."""
-    return completed(state_layout(rule, group, p), p, group, {})
+def initial_states(
+    rule: Rule, params: Sequence[torch.Tensor], group: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the states of a group's parameters before their first step."""
+    made: dict[int, dict[str, Any]] = {}
+    found = itertools.chain(layout_differences(params), differences(is_flat, params))
+    for alike in grouped(params, found):
+        states = completed(state_layout(rule, group, alike[0]), alike, group, [{}] * len(alike))
+        made |= zip(map(id, alike), states)
+    return [made[id(p)] for p in params]
 
 
 def completed(
-    layout: StateLayout, p: torch.Tensor, group: Mapping[str, Any], param_state: dict[str, Any]
-) -> dict[str, Any]:
-    """Return a parameter's state with everything its layout names, in the formats it names.
+    layout: StateLayout,
+    params: Sequence[torch.Tensor],
+    group: Mapping[str, Any],
+    states: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return the states of parameters, with everything their layout names, in the formats it names.
 
     Args:
-        layout: the layout of the state.
-        p: the parameter.
-        group: the options of its param group.
-        param_state: the state as it is; not changed.
+        layout: the layout of the states.
+        params: the parameters, alike in all that their states depend on.
+        group: the options of their param group.
+        states: the states as they are, all of the same keys, and with tensors that are alike. They
+            are not changed.
 
     Returns:
-        The same dict if it was complete, otherwise a new one.
+        The same dicts if they were complete, otherwise new ones.
 
     Raises:
-        RuntimeError: a tensor in another format has another shape than the parameter.
+        RuntimeError: a tensor in another format has another shape than its parameter.
     """
+    first = _completed_state(layout, params[0], group, states[0])
+    if first is states[0]:
+        return list(states)
+    if states[0] or is_sharded(params[0]):  # values are converted, or sharded one by one
+        rest = zip(params[1:], states[1:])
+        return [first, *(_completed_state(layout, p, group, state) for p, state in rest)]
+    # A clone has memory of its own, which is freed, pickled and moved alone.
+    columns = [[x, *map(torch.clone, itertools.repeat(x, len(states) - 1))] for x in first.values()]
+    return [dict(zip(first, values)) for values in zip(*columns)]
+
+
+def _completed_state(
+    layout: StateLayout, p: torch.Tensor, group: Mapping[str, Any], param_state: dict[str, Any]
+) -> dict[str, Any]:
+    """Return one state completed: the same dict if it was complete, otherwise a new one."""
     if layout.is_complete(param_state) or (
         all(key in param_state for key in layout.scalars)
         and not list(layout.columns_to_change(param_state))

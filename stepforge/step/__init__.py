@@ -8,4 +8,5 @@
 * :mod:`~stepforge.step.uniform`: the values that are one number per parameter.
 * :mod:`~stepforge.step.compiled`: the step as an operator of ``torch.compile``.
 * :mod:`~stepforge.step.signals`: signal handlers wait until all launches have run.
+* :mod:`~stepforge.step.garbage`: garbage collection waits until a plan is built.
 """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,11 +14,13 @@ from stepforge.backends import Choice, KernelSpec, ParamSpec, choose
 from stepforge.hyperparameter import is_off
 from stepforge.program import Graph
 from stepforge.rule import Rule
-from stepforge.state.layout import StateLayout, StateTensor, state_layout
+from stepforge.state.alike import differences, grouped, layout_differences
+from stepforge.state.layout import StateLayout, StateTensor, is_flat, state_layout
 from stepforge.state.sharding import is_plain, is_sharded, local, redistribute_gradient
 from stepforge.state.values import completed
 
 __all__ = [
+    "ParamKind",
     "ParamStep",
     "WithGradient",
     "check_params",
@@ -31,7 +34,26 @@ __all__ = [
 WithGradient: TypeAlias = tuple[int, torch.Tensor, torch.Tensor, Mapping[str, Any], dict[str, Any]]
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
+class ParamKind:
+    """Parameters of a group whose tensors are alike: one check and one choice serve them all.
+
+    Attributes:
+        group: the options of their param group.
+        kernel: the kernel that steps them.
+        layout: the layout of their states.
+        choice: the backend that serves them.
+        has_device_scalars: True if scalars live on the device and must not be synchronized.
+    """
+
+    group: Mapping[str, Any]
+    kernel: KernelSpec
+    layout: StateLayout
+    choice: Choice
+    has_device_scalars: bool
+
+
+@dataclass(slots=True)
 class ParamStep:
     """One parameter, with everything a step needs of it.
 
@@ -39,37 +61,53 @@ class ParamStep:
         index: its index among all parameters of the optimizer.
         p: the parameter.
         g: its gradient, coalesced if sparse.
-        group: the options of its param group.
-        kernel: the kernel that steps it.
-        layout: the layout of its state.
-        choice: the backend that serves it.
         state: its entry in ``optimizer.state`` if that is complete, else a completed copy.
+        kind: everything that it shares with the parameters like it.
     """
 
     index: int
     p: torch.Tensor
     g: torch.Tensor
-    group: Mapping[str, Any]
-    kernel: KernelSpec
-    layout: StateLayout
-    choice: Choice
     state: dict[str, Any]
+    kind: ParamKind
+
+    @property
+    def group(self) -> Mapping[str, Any]:
+        """The options of its param group."""
+        return self.kind.group
+
+    @property
+    def kernel(self) -> KernelSpec:
+        """The kernel that steps it."""
+        return self.kind.kernel
+
+    @property
+    def layout(self) -> StateLayout:
+        """The layout of its state."""
+        return self.kind.layout
+
+    @property
+    def choice(self) -> Choice:
+        """The backend that serves it."""
+        return self.kind.choice
 
     @property
     def has_device_scalars(self) -> bool:
         """True if its scalars live on the device and must not be synchronized."""
-        return bool(self.group["capturable"]) or self.state["step"].device.type != "cpu"
+        return self.kind.has_device_scalars
 
 
 def params_with_gradient(
     groups: Iterable[Mapping[str, Any]], state: Mapping[Any, dict[str, Any]]
 ) -> Iterator[WithGradient]:
     """Yield the parameters that have a gradient, group by group, each once."""
+    new: dict[str, Any] = {}  # one for all: nobody writes to it
     first = 0
     for group in groups:
-        for index, p in enumerate(_distinct(group["params"]), first):
-            if p.grad is not None:
-                yield index, p, p.grad, group, state.get(p, {})
+        params = _distinct(group["params"])
+        for index, (p, g) in enumerate(zip(params, map(_grad, params)), first):
+            if g is not None:
+                yield index, p, g, group, state.get(p, new)
         first += len(group["params"])
 
 
@@ -92,43 +130,92 @@ def check_params(
     checked: list[ParamStep] = []
     for _, members in itertools.groupby(params, key=lambda param: id(param[3])):
         of_group = list(members)
-        _check_choices(rule, of_group[0][3])
-        graph = rule.graph(of_group[0][3])
-        choices: dict[Any, tuple[KernelSpec, Choice]] = {}
-        layouts: dict[Any, StateLayout] = {}
-        for index, p, g, group, found in of_group:
-            same_layout = p.dtype, p.shape, getattr(p, "placements", None)
-            layout = layouts.get(same_layout) or state_layout(rule, group, p)
-            layouts[same_layout] = layout
-            _check_gradient(p, g)
-            _check_memory(p, "parameter", p)
-            _check_state(p, layout, found)
-            if g.is_sparse:
-                g = _coalesced(g, group, sparse_problem, layout)
-            if is_sharded(p) or is_sharded(g):
-                g = redistribute_gradient(p, g)
-            if g._is_zerotensor():  # autograd's zeros without memory
-                g = g.clone()
-            state = completed(layout, p, group, found)
-            dtypes = tuple(state[x.key].dtype for x in layout.tensors)
-            formats = tuple(layout.formats.items())
-            # A choice depends on nothing else: parameters alike in this are asked about once.
-            kind = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), dtypes, formats)
-            if kind not in choices:
-                _check_dtypes(p, g)
-                keys = [x.key for x in layout.tensors]
-                own = {x.key: x.part.dtype for x in layout.tensors}
-                # The layout decides: a state that was loaded in a longer dtype changes no choice.
-                choice = choose(ParamSpec(p, g, group, kernel_spec(graph, layout, p, g, own)))
-                spec = kernel_spec(graph, layout, p, g, dict(zip(keys, dtypes)))
-                choices[kind] = spec, choice
-            spec, choice = choices[kind]
-            if group["differentiable"] and state["step"].requires_grad:
-                raise RuntimeError(
-                    "`requires_grad` is not supported for `step` in differentiable mode"
-                )
-            checked.append(ParamStep(index, p, g, group, spec, layout, choice, state))
+        group = of_group[0][3]
+        _check_choices(rule, group)
+        choices: _Choices = {}
+        kinds = _alike(of_group)
+        steps = [x for alike in kinds for x in _check_alike(rule, alike, choices, sparse_problem)]
+        if len(kinds) > 1:
+            steps.sort(key=operator.attrgetter("index"))
+        checked += steps
     return checked
+
+
+def _alike(params: Sequence[WithGradient]) -> list[Sequence[WithGradient]]:
+    """Return the parameters of a group, those together that no check tells apart."""
+    alike: list[Sequence[WithGradient]] = []
+    for members in grouped(params, differences(_state_keys, params)):
+        _, ps, gs, _, states = zip(*members)
+        found = [differences(is_flat, ps), layout_differences(ps), layout_differences(gs)]
+        if isinstance(states[0], dict):
+            values = list(itertools.chain.from_iterable(map(_values, states)))
+            count = len(states[0])
+            found += [layout_differences(values[i::count]) for i in range(count)]
+        alike += grouped(members, itertools.chain.from_iterable(found))
+    return alike
+
+
+_values = operator.methodcaller("values")
+
+
+def _state_keys(param: WithGradient) -> Hashable:
+    """Return the keys of a parameter's state; its identity if it is no dict."""
+    state = param[-1]
+    return tuple(state) if isinstance(state, dict) else id(state)
+
+
+#: The kernels and backends of a group that were chosen already, by all that they depend on.
+_Choices: TypeAlias = dict[Any, tuple[KernelSpec, Choice]]
+
+
+def _check_alike(
+    rule: Rule, alike: Sequence[WithGradient], choices: _Choices, sparse_problem: str | None
+) -> Iterator[ParamStep]:
+    """Check parameters that are alike, all by the first one, and complete their states."""
+    indices, ps, gs, _, found = map(list, zip(*alike))
+    _, p, g, group, _ = alike[0]
+    layout = state_layout(rule, group, p)
+    _check_gradient(p, g)
+    _check_memory(p, "parameter", p)
+    _check_state(p, layout, found[0])
+    if g.is_sparse:
+        gs = [_coalesced(g, group, sparse_problem, layout) for g in gs]
+    if is_sharded(p) or is_sharded(g):
+        gs = list(map(redistribute_gradient, ps, gs))
+    if any(map(torch.Tensor._is_zerotensor, gs)):  # autograd's zeros without memory
+        gs = [g.clone() if g._is_zerotensor() else g for g in gs]
+    states = completed(layout, ps, group, found)
+    if group["differentiable"] and any(state["step"].requires_grad for state in states):
+        raise RuntimeError("`requires_grad` is not supported for `step` in differentiable mode")
+    spec, choice = _choose(rule, layout, p, gs[0], group, states[0], choices)
+    on_device = bool(group["capturable"]) or states[0]["step"].device.type != "cpu"
+    kind = ParamKind(group, spec, layout, choice, on_device)
+    return map(ParamStep, indices, ps, gs, states, itertools.repeat(kind))
+
+
+def _choose(
+    rule: Rule,
+    layout: StateLayout,
+    p: torch.Tensor,
+    g: torch.Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    choices: _Choices,
+) -> tuple[KernelSpec, Choice]:
+    """Return the kernel and the backend of a parameter, and enter them into the choices."""
+    dtypes = tuple(state[x.key].dtype for x in layout.tensors)
+    formats = tuple(layout.formats.items())
+    # A choice depends on nothing else: shapes, for one, do not matter.
+    key = (p.dtype, g.dtype, p.device, g.layout, type(p), type(g), dtypes, formats)
+    if key not in choices:
+        _check_dtypes(p, g)
+        graph = rule.graph(group)
+        keys = [x.key for x in layout.tensors]
+        own = {x.key: x.part.dtype for x in layout.tensors}
+        # The layout decides: a state that was loaded in a longer dtype changes no choice.
+        choice = choose(ParamSpec(p, g, group, kernel_spec(graph, layout, p, g, own)))
+        choices[key] = kernel_spec(graph, layout, p, g, dict(zip(keys, dtypes))), choice
+    return choices[key]
 
 
 def kernel_spec(
@@ -163,6 +250,9 @@ def enter_new_states(params: Iterable[ParamStep], state: MutableMapping[Any, Any
                 del entry[key]
             entry.update(param.state)
             param.state = entry
+
+
+_grad = operator.attrgetter("grad")
 
 
 def _distinct(params: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -86,19 +86,27 @@ def _grouped(params: Sequence[ParamStep]) -> list[list[ParamStep]]:
     synchronizing, so such a group has launches of its own. So has a differentiable one.
     """
     groups: dict[tuple[Any, ...], list[ParamStep]] = {}
+    of_kind: dict[int, list[ParamStep]] = {}
     for param in params:
-        alone = param.has_device_scalars or param.group["differentiable"]
-        key = (
-            param.choice.backend.name,
-            param.kernel,
-            param.layout.keys,
-            is_sharded(param.p),
-            param.p.device,
-            tuple(param.state[key].dtype for key in param.layout.scalars),
-            id(param.group) if alone else None,
-        )
-        groups.setdefault(key, []).append(param)
+        launch = of_kind.get(id(param.kind))
+        if launch is None:
+            launch = of_kind[id(param.kind)] = groups.setdefault(_launch_key(param), [])
+        launch.append(param)
     return list(groups.values())
+
+
+def _launch_key(param: ParamStep) -> tuple[Any, ...]:
+    """Return all that the parameters of a launch have in common."""
+    alone = param.has_device_scalars or param.group["differentiable"]
+    return (
+        param.choice.backend.name,
+        param.kernel,
+        param.layout.keys,
+        is_sharded(param.p),
+        param.p.device,
+        tuple(param.state[key].dtype for key in param.layout.scalars),
+        id(param.group) if alone else None,
+    )
 
 
 def can_be_kept(params: Sequence[ParamStep], *, captured: bool) -> bool:
@@ -109,7 +117,8 @@ def can_be_kept(params: Sequence[ParamStep], *, captured: bool) -> bool:
         captured: True once a CUDA graph holds the addresses of the step counters. Those of a
             capturable group must then stay where they are.
     """
-    if not params or not all(map(_has_plain_memory, params)):
+    one_of_each = {id(param.kind): param for param in params}.values()
+    if not params or not all(map(_has_plain_memory, one_of_each)):
         return False
     return not captured or all(
         _has_vectors(launch) for launch in _grouped(params) if launch[0].group["capturable"]

@@ -12,6 +12,7 @@ import torch
 from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
+from stepforge.step.garbage import uncollected
 from stepforge.step.guards import Groups, Source, Watched
 from stepforge.step.launch import BoundLaunch, StepTensors, run
 from stepforge.step.params import (
@@ -120,6 +121,7 @@ class Stepper:
         tensors = plan.find(groups, source)
         return None if isinstance(tensors, str) else plan.bind(tensors, groups)
 
+    @uncollected
     def _bind_new(self, groups: Groups, state: dict[Any, dict[str, Any]]) -> list[BoundLaunch]:
         """Build a plan, bind it, and keep it if it may serve further steps."""
         self.plan = None
@@ -136,6 +138,7 @@ class Stepper:
             self.plan = plan
         return bound
 
+    @uncollected
     def _bind_given(self, groups: Groups, given: list[WithGradient]) -> list[BoundLaunch]:
         """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
         self.given_plan = None

@@ -129,22 +129,28 @@ class ScalarStates:
 def shared_vector(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Return the vector that has exactly these tensors as elements, in order; None if none has."""
     base: torch.Tensor | None = tensors[0]._base
-    if (
-        base is not None
-        and base.dim() == 1
-        and all(x._base is base for x in tensors)
-        and [x.data_ptr() for x in tensors] == [x.data_ptr() for x in base.unbind()]
-    ):
-        return base
-    return None
+    if base is None or base.dim() != 1 or len(base) != len(tensors):
+        return None
+    if not all(map(operator.is_, map(_base, tensors), itertools.repeat(base))):
+        return None
+    begin, step = base.data_ptr(), base.stride(0) * base.itemsize
+    is_in_order = all(
+        map(operator.eq, map(torch.Tensor.data_ptr, tensors), itertools.count(begin, step))
+    )
+    return base if is_in_order else None
+
+
+_base = operator.attrgetter("_base")
 
 
 def _as_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
-    tensors = [state[key] for state in states]
+    tensors = list(map(operator.itemgetter(key), states))
     shared = shared_vector(tensors)
     if shared is not None:
         return shared
-    vector = torch.stack([x.detach().reshape(()) for x in tensors])
+    if any(map(torch.Tensor.dim, tensors)):
+        tensors = [x.reshape(()) for x in tensors]
+    vector = torch.stack(tensors).detach()
     for state, element in zip(states, vector.unbind()):
         state[key] = element
     return vector

@@ -6,6 +6,7 @@ there after as many steps as its own ``step`` counts.
 
 from __future__ import annotations
 
+import gc
 import opcode
 import random
 import signal
@@ -97,6 +98,7 @@ def assert_consistent(
 ) -> None:
     """Assert that each parameter has the tensors of the uninterrupted run after its step count."""
     assert torch.is_grad_enabled(), "autograd was left off"
+    assert gc.isenabled(), "garbage collection was left off"
     for index, (count, tensors) in enumerate(tensors_of(optimizer)):
         expected = history[count][index]
         for key, tensor in tensors.items():

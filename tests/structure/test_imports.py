@@ -22,6 +22,7 @@ declare formats.format
 formats.
 formats
 state.sharding
+state.alike
 state.layout
 state.values state
 backends.spec backends.trust backends.exact backends.grad_scale backends.cache
@@ -35,7 +36,7 @@ backends
 extension.compiler extension.order extension.load
 extension.target extension.background
 extension
-step.params step.signals step.uniform
+step.params step.signals step.garbage step.uniform
 step.launch step.traced
 step.guards
 step.plan
