@@ -299,6 +299,15 @@ def test_a_program_without_a_python_of_its_own_starts_nothing(
     assert calls(tmp_path) == 0
 
 
+def test_a_system_without_forks_starts_nothing(
+    cxx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows, which cannot pass a lock on either."""
+    monkeypatch.delattr(os, "fork")
+    assert waited() == "this system builds no C++ guards in the background"
+    assert calls(tmp_path) == 0
+
+
 def test_a_python_that_does_not_start(
     cxx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
