@@ -23,7 +23,7 @@ __all__ = ["is_running", "start"]
 #: seconds and much memory, and may look for devices.
 _PROGRAM = """
 import os, sys, types
-order = sys.stdin.buffer.read()
+order = sys.stdin.buffer.readline()  # the end may be late: a child may have inherited the pipe
 if os.fork() != 0:
     os._exit(0)  # the process that started it waits no longer
 os.nice(19)
