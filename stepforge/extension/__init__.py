@@ -43,13 +43,14 @@ _next_look = 0.0
 
 # A signal handler may step while the thread that it interrupts looks: it enters again.
 _looking = threading.RLock()
+#: True while a thread of this process builds, and in a child that was forked meanwhile.
 _building_here = False
 
 
 def _after_fork() -> None:
     """Take a new lock: in the child, no thread can release the old one."""
-    global _looking, _building_here
-    _looking, _building_here = threading.RLock(), False
+    global _looking
+    _looking = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -252,7 +253,8 @@ def _built(order: Order) -> ModuleType | str:
     outer, _building_here = _building_here, True
     try:
         folder = disk_cache.cache_folder(_SUBFOLDER)
-        # A signal handler must not wait for the build that it interrupts.
+        # A signal handler must not wait for the build that it interrupts, nor a child for that of
+        # its parent, which may wait for the end of a pipe that the child has inherited.
         with contextlib.nullcontext() if outer else disk_cache.locked(order.lock, wait=True):
             if not any(build.intact(folder, order.name)):
                 order.run()

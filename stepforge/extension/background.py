@@ -23,7 +23,7 @@ __all__ = ["is_running", "start"]
 #: seconds and much memory, and may look for devices.
 _PROGRAM = """
 import os, sys, types
-order = sys.stdin.buffer.read()
+order = sys.stdin.buffer.readline()  # the end may be late: a child may have inherited the pipe
 if os.fork() != 0:
     os._exit(0)  # the process that started it waits no longer
 os.nice(19)
@@ -82,8 +82,11 @@ def _python() -> str:
     """Return the command of Python.
 
     Raises:
-        BuildError: this is a program of another name, which would only start once more.
+        BuildError: this is a program of another name, which would only start once more; or this
+            system has no forks.
     """
+    if not hasattr(os, "fork"):
+        raise BuildError("this system builds no C++ guards in the background")
     python = sys.executable or ""
     if getattr(sys, "frozen", False) or "python" not in os.path.basename(python).lower():
         raise BuildError("this program has no Python of its own, which could build the C++ guards")

@@ -17,8 +17,10 @@ from stepforge.backends.native import compiler as c_compiler
 __all__ = ["FLAGS", "checked_tool", "cxx11_abi", "identity", "libraries", "with_flags"]
 
 #: The standard is that of torch 2.13 for extensions; the headers of older versions allow it.
-#: Symbols would double the file, and nobody looks up more than the module's init function.
-FLAGS = ("-O2", "-std=c++20", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden", "-s")
+FLAGS = ("-O2", "-std=c++20", "-DNDEBUG", "-fPIC", "-shared", "-fvisibility=hidden")
+
+#: Symbols are for debuggers, and double the file.
+_NO_SYMBOLS = "-s"
 
 
 def _tool() -> tuple[str, ...]:
@@ -62,10 +64,21 @@ def cxx11_abi() -> str:
 
 
 def with_flags(command: Sequence[str], *extra: str) -> list[str]:
-    """Return the command of a compiler with all flags."""
+    """Return the command of a compiler with all flags.
+
+    Args:
+        command: the command.
+        extra: flags for tests, such as those of a sanitizer, which reads symbols.
+    """
     # Headers of the system warn of nothing.
     headers = [argument for folder in _headers() for argument in ("-isystem", str(folder))]
-    return [*command, *FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi()}", *extra, *headers]
+    return [
+        *command,
+        *FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={cxx11_abi()}",
+        *(extra or [_NO_SYMBOLS]),
+        *headers,
+    ]
 
 
 def libraries() -> list[str]:

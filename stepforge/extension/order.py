@@ -49,8 +49,8 @@ class Order:
     mode: int = PRIVATE
 
     def to_bytes(self) -> bytes:
-        """Return the order for another process."""
-        return json.dumps(dataclasses.asdict(self)).encode()
+        """Return the order for another process: one line."""
+        return json.dumps(dataclasses.asdict(self)).encode() + b"\n"
 
     @classmethod
     def from_bytes(cls, sent: bytes) -> Order:

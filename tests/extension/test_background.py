@@ -269,25 +269,29 @@ def test_a_child_that_is_forked_during_a_build_takes_its_result(
 def fork_while_a_thread_builds(name: str) -> None:
     folder = Path(name)
     os.environ["STEPFORGE_GUARDS"] = "cpp"
-    signal.alarm(60)
+    signal.alarm(120)
     thread = threading.Thread(target=extension.module)
     thread.start()
     wait_for(folder / "started")
     child = os.fork()
     if child == 0:
-        signal.alarm(30)
+        signal.alarm(60)
+        os.environ["CXX"] = str(folder / "other" / "copying-c++")
         os._exit(0 if isinstance(extension.module(), ModuleType) else 1)
+    assert os.waitpid(child, 0)[1] == 0, "the child waits for its parent"
     (folder / "go").touch()
-    assert os.waitpid(child, 0)[1] == 0, "the child waits for the lock that it has inherited"
     thread.join()
 
 
-def test_a_child_that_is_forked_while_a_thread_builds_waits_for_it(
+def test_a_child_that_is_forked_while_a_thread_builds_builds_its_own(
     tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    copying(other, library)
     held_back(tmp_path, library, monkeypatch)
-    in_new_process(fork_while_a_thread_builds, str(tmp_path))
-    assert calls(tmp_path) == 1
+    in_new_process(fork_while_a_thread_builds, str(tmp_path), timeout_s=180)
+    assert (calls(tmp_path), calls(other)) == (1, 1)
 
 
 def test_a_program_without_a_python_of_its_own_starts_nothing(
@@ -296,6 +300,15 @@ def test_a_program_without_a_python_of_its_own_starts_nothing(
     """As one that embeds Python: its command would start it once more."""
     monkeypatch.setattr(sys, "executable", str(tmp_path / "my-trainer"))
     assert waited() == "this program has no Python of its own, which could build the C++ guards"
+    assert calls(tmp_path) == 0
+
+
+def test_a_system_without_forks_starts_nothing(
+    cxx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Windows, which cannot pass a lock on either."""
+    monkeypatch.delattr(os, "fork")
+    assert waited() == "this system builds no C++ guards in the background"
     assert calls(tmp_path) == 0
 
 
