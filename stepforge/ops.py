@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import struct
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -27,6 +28,7 @@ Value: TypeAlias = Any
 UInt32: TypeAlias = Any
 
 __all__ = [
+    "NUMBERS",
     "VOCABULARY",
     "UInt32",
     "Value",
@@ -45,6 +47,7 @@ __all__ = [
     "sign",
     "sqrt",
     "stored",
+    "to_float32",
     "where",
 ]
 
@@ -135,8 +138,7 @@ def maximum(x: Value, y: Value) -> Value:
         >>> maximum(1.0, 2.0)
         2.0
     """
-    larger = _apply("maximum", (_number_maximum, np.maximum, torch.maximum), x, y)
-    return larger if isinstance(larger, Expr) else larger + 0.0
+    return _apply("maximum", (_number_maximum, _array_maximum, _tensor_maximum), x, y)
 
 
 def minimum(x: Value, y: Value) -> Value:
@@ -146,8 +148,7 @@ def minimum(x: Value, y: Value) -> Value:
         >>> minimum(1.0, 2.0)
         1.0
     """
-    smaller = _apply("minimum", (_number_minimum, np.minimum, torch.minimum), x, y)
-    return smaller if isinstance(smaller, Expr) else smaller + 0.0
+    return _apply("minimum", (_number_minimum, _array_minimum, _tensor_minimum), x, y)
 
 
 def where(condition: Value, x: Value, y: Value) -> Value:
@@ -325,11 +326,11 @@ def _number_sign(x: float) -> float:
 
 
 def _number_maximum(x: float, y: float) -> float:
-    return x if x != x or x >= y else y
+    return (x if x != x or x >= y else y) + 0.0
 
 
 def _number_minimum(x: float, y: float) -> float:
-    return x if x != x or x <= y else y
+    return (x if x != x or x <= y else y) + 0.0
 
 
 def _number_where(condition: bool, x: Value, y: Value) -> Value:
@@ -341,11 +342,43 @@ def _number_finite(x: float) -> float:
 
 
 def _round_number(x: float) -> float:
-    return float(_round_array(x))
+    return x if scalar_dtype() == torch.float64 else to_float32(x)
+
+
+def to_float32(x: float) -> float:
+    """Return the nearest float32 of a number.
+
+    Example:
+        >>> to_float32(0.1), to_float32(-1e39)
+        (0.10000000149011612, -inf)
+    """
+    try:
+        return float(_FLOAT32.unpack(_FLOAT32.pack(x))[0])
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+_FLOAT32 = struct.Struct("f")
 
 
 def _array_sign(x: Value) -> Value:
     return np.where(np.isnan(x), 0.0, np.sign(x))
+
+
+def _array_maximum(x: Value, y: Value) -> Value:
+    return np.maximum(x, y) + 0.0
+
+
+def _array_minimum(x: Value, y: Value) -> Value:
+    return np.minimum(x, y) + 0.0
+
+
+def _tensor_maximum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(x, y) + 0.0
+
+
+def _tensor_minimum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(x, y) + 0.0
 
 
 def _array_finite(x: Value) -> Value:
@@ -420,7 +453,13 @@ _array_power = _each(_number_power)
 
 
 def _divide(x: Value, y: Value) -> Value:
-    if isinstance(y, float) and y == 0 and isinstance(x, float):  # where Python raises
+    if isinstance(y, float) and isinstance(x, float):
+        return _number_divide(x, y)
+    return x / y
+
+
+def _number_divide(x: float, y: float) -> float:
+    if y == 0:  # where Python raises
         return math.nan if x == 0 or x != x else math.copysign(math.inf, x) * math.copysign(1.0, y)
     return x / y
 
@@ -459,4 +498,19 @@ VOCABULARY: dict[str, Callable[..., Any]] = {
     "bitcast_f32": bitcast_f32,
     "i32_to_f32": i32_to_f32,
     "f32_to_i32": f32_to_i32,
+}
+
+#: The same for numbers alone, without looking at what the operands are.
+NUMBERS: dict[str, Callable[..., Any]] = VOCABULARY | {
+    "div": _number_divide,
+    "pow": _number_power,
+    "sqrt": _number_sqrt,
+    "exp": _number_exp,
+    "log": _number_log,
+    "sign": _number_sign,
+    "maximum": _number_maximum,
+    "minimum": _number_minimum,
+    "finite": _number_finite,
+    "where": _number_where,
+    "stored": _round_number,
 }

@@ -21,7 +21,7 @@ import torch
 
 from stepforge.backends.batch import Coefficient, Seeds
 from stepforge.formats import param_seed, step_seed
-from stepforge.ops import VOCABULARY
+from stepforge.ops import NUMBERS, VOCABULARY, to_float32
 from stepforge.program import Graph, Program
 from stepforge.rule import Rule
 
@@ -98,7 +98,11 @@ class ScalarStates:
         """
         tensors = self.tensors[key]
         if isinstance(tensors, torch.Tensor):
-            _store(tensors, values, skipped)
+            if skipped is None and self._shared is not None and _fits(values, tensors.dtype):
+                self._shared[key].fill(values)  # a fraction of the time of torch's fill_
+                torch.autograd.graph.increment_version(tensors)
+            else:
+                _store(tensors, values, skipped)
         else:
             for tensor, value in zip(tensors, _by_param(values, len(tensors))):
                 _store(tensor, value, skipped)
@@ -124,6 +128,11 @@ class ScalarStates:
         """The device of the step counts."""
         steps = self.tensors["step"]
         return steps.device if isinstance(steps, torch.Tensor) else steps[0].device
+
+
+def _fits(value: Any, dtype: torch.dtype) -> bool:
+    """Return True for a number that a dtype can hold, perhaps rounded."""
+    return type(value) is float and (dtype == torch.float64 or abs(value) < 3e38)
 
 
 def shared_vector(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -212,7 +221,8 @@ class UniformProgram:
             The graph's coefficients, not yet rounded, and the new values of its scalar states.
         """
         own = [groups[index] for index in self.groups]
-        run, names = self._run, self.graph.uniform.inputs
+        program = self.graph.uniform
+        run, names = _function(program), program.inputs
         if self.on_device:
             # In float32, powers and differences of nearly equal numbers would lose what a step
             # needs: RAdam's rectifier would be 0.6% off at its sixth step.
@@ -223,13 +233,9 @@ class UniformProgram:
             results = [run(*(_wide(row[name]) for name in names)) for row in rows]
             values = [list(column) for column in zip(*results)]
         else:
-            values = _run_on_host(run, self._host_inputs(own, scalars.on_host()))
+            values = _run_on_host(program, self._host_inputs(own, scalars.on_host()))
         count = len(self.graph.coefficients)
         return values[:count], values[count:]
-
-    @functools.cached_property
-    def _run(self) -> Callable[..., list[Any]]:
-        return _function(self.graph.uniform)
 
     def _host_inputs(
         self, groups: Sequence[Mapping[str, Any]], scalars: Mapping[str, np.ndarray[Any, Any]]
@@ -238,23 +244,26 @@ class UniformProgram:
 
         Numbers take a fraction of the time of arrays, and give the same bits.
         """
-        inputs = dict(self._host_options.read(groups))
-        for symbol, key in self._scalar_inputs:
-            value = _agreed(scalars[key])
-            inputs[symbol] = value + 1 if symbol == "t" else value
-        return [inputs[name] for name in self.graph.uniform.inputs]
+        inputs = self._host_options.read(groups).copy()
+        for place, key in self._scalar_inputs:
+            inputs[place] = _agreed(scalars[key])
+            if key == "step":
+                inputs[place] += 1
+        return inputs
 
     @functools.cached_property
-    def _scalar_inputs(self) -> list[tuple[str, str]]:
-        """The inputs that are the step number or a scalar state, each with its state key."""
+    def _scalar_inputs(self) -> list[tuple[int, str]]:
+        """The places of inputs that are the step number or a scalar state, and their state keys."""
         keys = {letter: state.key for letter, state in self.rule.states.items()} | {"t": "step"}
-        return [(symbol, keys[symbol]) for symbol in self.graph.uniform.inputs if symbol in keys]
+        inputs = enumerate(self.graph.uniform.inputs)
+        return [(place, keys[symbol]) for place, symbol in inputs if symbol in keys]
 
     @functools.cached_property
     def _host_options(self) -> _HostOptions:
         """The inputs that are options."""
-        others = dict(self._scalar_inputs)
-        symbols = [symbol for symbol in self.graph.uniform.inputs if symbol not in others]
+        others = {place for place, _ in self._scalar_inputs}
+        inputs = enumerate(self.graph.uniform.inputs)
+        symbols = [None if place in others else symbol for place, symbol in inputs]
         return _HostOptions(self.rule, symbols, self.group_of)
 
     def _device_inputs(
@@ -281,35 +290,50 @@ class UniformProgram:
 
 
 class _HostOptions:
-    """The options of a launch's groups as float64 inputs; converted when one has changed.
+    """The options of a launch's groups as float64 inputs; each is converted when it has changed.
 
     Args:
         rule: the optimizer's rule.
-        symbols: the symbols of the graph to read.
+        symbols: the inputs of the graph; None for those that are no options.
         group_of: for each parameter, the position of its group.
     """
 
-    def __init__(self, rule: Rule, symbols: Sequence[str], group_of: np.ndarray[Any, Any]) -> None:
+    def __init__(
+        self, rule: Rule, symbols: Sequence[str | None], group_of: np.ndarray[Any, Any]
+    ) -> None:
         self._rule = rule
         self._symbols = symbols
         self._group_of = group_of
-        self._names = rule.option_names(symbols)
+        self._names = rule.option_names(filter(None, symbols))
         self._seen: list[Any] = []
-        self._inputs: dict[str, Any] = {}
+        self._inputs: list[Any] = [None] * len(symbols)
 
-    def read(self, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return each symbol's value: one number where all groups agree, else an array."""
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """Return each input: one number where all groups agree, else an array.
+
+        None for those that are no options. The list is for reading only.
+        """
         values = [group[name] for group in groups for name in self._names]
         # The same objects, not equal ones: 0.0 equals -0.0.
         if len(values) != len(self._seen) or not all(map(operator.is_, values, self._seen)):
-            self._inputs = {symbol: self._convert(groups, symbol) for symbol in self._symbols}
+            self._convert(groups, values)
             self._seen = values if all(map(_is_constant, values)) else []
         return self._inputs
 
-    def _convert(self, groups: Sequence[Mapping[str, Any]], symbol: str) -> Any:
-        values = list(map(float, self._rule.option_values(groups, symbol)))
-        same = values.count(values[0]) == len(values)
-        return values[0] if same else np.array(values)[self._group_of]
+    def _convert(self, groups: Sequence[Mapping[str, Any]], values: list[Any]) -> None:
+        """Convert the options that have changed."""
+        count = len(self._names)
+        changed = {
+            name
+            for place, name in enumerate(self._names)
+            if not self._seen
+            or not all(map(operator.is_, values[place::count], self._seen[place::count]))
+        }
+        for place, symbol in enumerate(self._symbols):
+            if symbol is not None and not changed.isdisjoint(self._rule.option_names([symbol])):
+                numbers = list(map(float, self._rule.option_values(groups, symbol)))
+                same = numbers.count(numbers[0]) == len(numbers)
+                self._inputs[place] = numbers[0] if same else np.array(numbers)[self._group_of]
 
 
 _NUMBERS = frozenset({float, int, bool})
@@ -330,11 +354,11 @@ def _agreed(column: np.ndarray[Any, Any]) -> Any:
     return column.astype(np.float64)
 
 
-def _run_on_host(run: Callable[..., list[Any]], inputs: Sequence[Any]) -> list[Any]:
+def _run_on_host(program: Program, inputs: Sequence[Any]) -> list[Any]:
     if np.ndarray not in map(type, inputs):
-        return run(*inputs)
+        return _function_of_numbers(program)(*inputs)
     with np.errstate(all="ignore"):
-        return run(*inputs)
+        return _function(program)(*inputs)
 
 
 _INFIX = {
@@ -347,18 +371,43 @@ _INFIX = {
 }
 
 
+_INFIX_OF_NUMBERS = _INFIX | {
+    "div": "{0} / {1} if {1} else div({0}, {1})",
+    "where": "{1} if {0} else {2}",
+}
+
+
 @functools.cache
 def _function(program: Program) -> Callable[..., list[Any]]:
-    """Compile a program to one Python function: it runs in every step of every launch."""
+    """Return a program as a function of numbers, arrays or tensors."""
+    return _compiled(program, VOCABULARY, _INFIX)
+
+
+@functools.cache
+def _function_of_numbers(program: Program) -> Callable[..., list[Any]]:
+    """Return a program as a function of numbers, in a fraction of the time."""
+    return _compiled(program, NUMBERS, _INFIX_OF_NUMBERS)
+
+
+def _compiled(
+    program: Program, functions: Mapping[str, Callable[..., Any]], infix: Mapping[str, str]
+) -> Callable[..., list[Any]]:
+    """Compile a program to one Python function: it runs in every step of every launch.
+
+    Args:
+        program: the program.
+        functions: the function of each operation.
+        infix: Python's expression for operations that have one.
+    """
     constants = program.registers(dict.fromkeys(program.inputs))
     names = [f"r{n}" if x is None else repr(x) for n, x in enumerate(constants)]
     lines = [f"def run({', '.join(names[: len(program.inputs)])}):"]
     for instruction in program.instructions:
         args = [names[register] for register in instruction.args]
-        call = _INFIX.get(instruction.op, f"{instruction.op}({', '.join(args)})").format(*args)
+        call = infix.get(instruction.op, f"{instruction.op}({', '.join(args)})").format(*args)
         lines.append(f"    {names[instruction.out]} = {call}")
     lines.append(f"    return [{', '.join(names[register] for register in program.outputs)}]")
-    scope: dict[str, Any] = VOCABULARY | {"inf": math.inf, "nan": math.nan}  # as repr writes them
+    scope: dict[str, Any] = {**functions, "inf": math.inf, "nan": math.nan}  # as repr writes them
     exec("\n".join(lines), scope)
     run: Callable[..., list[Any]] = scope["run"]
     return run
@@ -382,14 +431,19 @@ def round_coefficients(columns: list[Any], count: int, dtype: torch.dtype) -> li
     if _NUMBERS.issuperset(map(type, columns)):  # the usual case, in a few C calls
         if dtype == torch.float64:
             return columns
-        rounded = struct.Struct(f"{len(columns)}f")
+        floats = _floats(len(columns))
         try:
-            packed = rounded.pack(*columns)
+            packed = floats.pack(*columns)
         except OverflowError:
             return [_round_coefficient(values, count, dtype) for values in columns]
-        numbers = zip(columns, rounded.unpack(packed))
+        numbers = zip(columns, floats.unpack(packed))
         return [x if type(x) is bool else number for x, number in numbers]
     return [_round_coefficient(values, count, dtype) for values in columns]
+
+
+@functools.cache
+def _floats(count: int) -> struct.Struct:
+    return struct.Struct(f"{count}f")
 
 
 def _round_coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficient:
@@ -404,18 +458,7 @@ def _round_coefficient(values: Any, count: int, dtype: torch.dtype) -> Coefficie
             return values
         with np.errstate(over="ignore"):
             return values.astype(np.float32)
-    return values if isinstance(values, bool) or dtype == torch.float64 else _to_float32(values)
-
-
-def _to_float32(number: float) -> float:
-    """Return the nearest float32."""
-    try:
-        return float(_FLOAT.unpack(_FLOAT.pack(number))[0])
-    except OverflowError:
-        return math.copysign(math.inf, number)
-
-
-_FLOAT = struct.Struct("f")
+    return values if isinstance(values, bool) or dtype == torch.float64 else to_float32(values)
 
 
 def param_seeds(

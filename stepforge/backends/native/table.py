@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 
 from stepforge.backends import reference
@@ -51,6 +53,9 @@ class Table:
         self.coefficients = np.empty(
             (len(batch), len(spec.graph.coefficients)), dtype=kernel.number
         )
+        # The coefficients of a parameter, and of all, where all have the same.
+        self._row = struct.Struct(str(self.coefficients.shape[1]) + self.coefficients.dtype.char)
+        self._rows = self.coefficients.view(np.uint8).reshape(-1).data
         self.launch_args = (
             len(batch),
             int(self.sizes.sum()),
@@ -92,7 +97,7 @@ class Table:
             for position, values in enumerate(batch.coefficients):
                 self.coefficients[:, position] = values
         else:
-            self.coefficients[:] = batch.coefficients
+            self._rows[:] = self._row.pack(*batch.coefficients) * len(self.sizes)
         if self.kernel.args.random:
             starts = np.asarray(batch.first_indices, np.uint64) << np.uint64(32)
             self.records[:, -1] = starts | np.asarray(batch.step_seeds, np.uint64)
