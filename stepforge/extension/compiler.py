@@ -36,8 +36,10 @@ def checked_tool() -> tuple[str, ...]:
     """Return the command of the C++ compiler if it has the headers that it needs.
 
     Raises:
-        BuildError: there is none, or headers are missing.
+        BuildError: there is none, headers are missing, or Python has no global interpreter lock.
     """
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildError("the C++ guards need the global interpreter lock, which this Python lacks")
     command = _tool()
     python = Path(sysconfig.get_path("include"), "Python.h")
     if not python.exists():

@@ -14,7 +14,7 @@ import itertools
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -80,7 +80,7 @@ def in_cpp(watched: Watched, groups: Groups, source: Source) -> Guards | None:
         groups,
         source,
         watched.is_given,
-        [astuple(places) for places in watched.launches],
+        [tuple(vars(places).values()) for places in watched.launches],
         watched.flags,
         watched.amounts,
         is_off,
@@ -102,6 +102,7 @@ class LaunchPlaces:
         is_sharded: True if the parameters are DTensors.
     """
 
+    # guards.cpp reads them in this order.
     params: list[int]
     states: list[int]
     keys: tuple[str, ...]

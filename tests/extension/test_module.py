@@ -301,6 +301,19 @@ def test_without_python_s_headers(
     assert calls(tmp_path) == 0
 
 
+def test_without_the_global_interpreter_lock(
+    cxx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = sysconfig.get_config_var
+    monkeypatch.setattr(
+        sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED" or known(name)
+    )
+    assert extension.module() == (
+        "the C++ guards need the global interpreter lock, which this Python lacks"
+    )
+    assert calls(tmp_path) == 0
+
+
 def test_without_torch_s_headers(
     cxx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
