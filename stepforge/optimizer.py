@@ -166,6 +166,7 @@ class Optimizer(_Declared):
         self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # to the last state dict
         self._step_is_running: list[bool] = []  # empty unless one is
+        self._may_be_captured = torch.accelerator.is_available()
         _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
@@ -197,6 +198,7 @@ class Optimizer(_Declared):
         self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent = {}
         self._step_is_running = []
+        self._may_be_captured = torch.accelerator.is_available()
         self.param_groups = list(map(self._param_group, self.param_groups))
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
@@ -395,7 +397,8 @@ class Optimizer(_Declared):
                 ``fused`` or ``STEPFORGE_BACKEND`` cannot serve a parameter. Nothing has changed.
             TypeError: a parameter with a gradient is not of a floating point or complex dtype.
         """
-        _check_graph_capture(self)
+        if self._may_be_captured:
+            _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -421,7 +424,7 @@ class Optimizer(_Declared):
             torch._C._set_grad_enabled(self.defaults["differentiable"])
             if scale is not None and scale.on_host and scale.found_inf:
                 return
-            self._stepper.step(scale)
+            self._stepper.step(self.param_groups, self.state, scale)
         except BaseException:
             # GradScaler multiplies into leftovers: they are about this step only.
             self.__dict__.pop("grad_scale", None)

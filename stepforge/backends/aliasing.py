@@ -38,17 +38,19 @@ class Aliasing:
 
     Args:
         batch: the tensors; gradients of the same layouts may be bound later.
+        out: an array of uint64 for the addresses of the gradients.
 
     Attributes:
         gradients: the addresses of the gradients.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, out: np.ndarray[Any, Any] | None = None) -> None:
         gradients = batch.columns["g"]
         self._states = Spans([x for name, c in batch.columns.items() if name != "g" for x in c])
         self._occupied = np.array([g.numel() > 0 for g in gradients])
         self._extents = np.array([extent(g) for g in gradients], np.uint64)
-        self.gradients = addresses(gradients)
+        self.gradients = np.empty(len(gradients), np.uint64) if out is None else out
+        self.gradients[:] = addresses(gradients)
         self._disjoint = False
 
     def bind_gradients(self, gradients: Gradients) -> None:

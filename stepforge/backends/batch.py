@@ -49,7 +49,7 @@ class Gradients(Protocol):
 
     @property
     def disjoint(self) -> bool:
-        """True if surely no memory of the step overlaps; False if that is to be checked."""
+        """True if surely all have memory, and no memory of the step overlaps; False if not sure."""
 
     def write_addresses(self, out: np.ndarray[Any, Any]) -> None:
         """Write the address of each gradient into an array of uint64."""

@@ -58,7 +58,7 @@ def prebuild(
         ),
     ] = None,
 ) -> None:
-    """Compile the kernels of all built-in optimizers, and the guards in C++.
+    """Compile kernels and guards ahead, for all built-in optimizers.
 
     Stepping then needs no compiler. The kernels serve every choice of flags, with parameters,
     gradients and states all of one dtype; other mixtures are left to the compiler, or to torch

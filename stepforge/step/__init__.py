@@ -6,7 +6,8 @@
 * :mod:`~stepforge.step.guards`: tell whether a kept plan still fits.
 * :mod:`~stepforge.step.launch`: a launch binds the tensors of a step, and runs.
 * :mod:`~stepforge.step.uniform`: the values that are one number per parameter.
-* :mod:`~stepforge.step.compiled`: the step as an operator of ``torch.compile``.
+* :mod:`~stepforge.step.scalar_states`: step counts, and other states of one number.
+* :mod:`~stepforge.step.compiled`: the step under ``torch.compile``.
 * :mod:`~stepforge.step.signals`: signal handlers wait until all launches have run.
 * :mod:`~stepforge.step.garbage`: garbage collection waits until a plan is built.
 """

@@ -589,7 +589,8 @@ class LaunchGuard {
       if (answer != FRESH) continue;
       uintptr_t address = reinterpret_cast<uintptr_t>(block.gradients[i]->mutable_data());
       found.gradient_addresses.push_back(address);
-      found.disjoint &= spans_.is_apart(address, known.extent, gaps_[begin + i]);
+      bool has_memory = address != 0 || known.extent == 0;
+      found.disjoint &= has_memory && spans_.is_apart(address, known.extent, gaps_[begin + i]);
     }
     return answer;
   }
@@ -904,10 +905,13 @@ PyObject* write_addresses(PyObject* self, PyObject* out) {
   return translate_errors([&]() -> PyObject* {
     const auto& addresses = content_of<StepTensors>(self).gradient_addresses;
     Py_buffer view;
-    require(PyObject_GetBuffer(out, &view, PyBUF_CONTIG) == 0);
-    size_t bytes = addresses.size() * sizeof(uintptr_t);
-    bool fits = static_cast<size_t>(view.len) == bytes;
-    if (fits && bytes != 0) std::memcpy(view.buf, addresses.data(), bytes);
+    require(PyObject_GetBuffer(out, &view, PyBUF_STRIDED | PyBUF_WRITABLE) == 0);
+    bool fits = view.ndim == 1 && view.itemsize == sizeof(uintptr_t) &&
+        static_cast<size_t>(view.shape[0]) == addresses.size();
+    char* place = static_cast<char*>(view.buf);
+    for (size_t i = 0; fits && i < addresses.size(); ++i, place += view.strides[0]) {
+      std::memcpy(place, &addresses[i], sizeof(uintptr_t));
+    }
     PyBuffer_Release(&view);
     if (!fits) {
       PyErr_Format(PyExc_ValueError, "an array of %zu addresses is needed", addresses.size());
@@ -933,7 +937,7 @@ PyGetSetDef step_tensors_attributes[] = {
     {"gradients", get_gradients, nullptr, "The gradient of each.", nullptr},
     {"states", get_states, nullptr, "The states, one parameter's after the other's.", nullptr},
     {"sharded", get_sharded, nullptr, "The DTensors among parameters and states.", nullptr},
-    {"disjoint", get_disjoint, nullptr, "True if surely no memory overlaps.", nullptr},
+    {"disjoint", get_disjoint, nullptr, "True if surely all have memory and none overlaps.", nullptr},
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 

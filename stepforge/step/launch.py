@@ -19,9 +19,9 @@ from stepforge.rule import Rule
 from stepforge.state.layout import StateLayout
 from stepforge.state.sharding import first_index, is_sharded, local, local_part
 from stepforge.step.params import ParamStep
+from stepforge.step.scalar_states import ScalarStates
 from stepforge.step.signals import Deferred
 from stepforge.step.uniform import (
-    ScalarStates,
     UniformProgram,
     param_seeds,
     round_coefficients,
@@ -74,7 +74,7 @@ class StepTensors:
 
     @property
     def disjoint(self) -> bool:
-        """False: whether memory overlaps is not known."""
+        """False: whether all have memory, and memory overlaps, is not known."""
         return False
 
     def write_addresses(self, out: np.ndarray[Any, Any]) -> None:
@@ -246,7 +246,7 @@ class BoundLaunch:
         self.launch.backend.run(self.batch, self.launch.table, grad_scale)
         if self.sharded:
             torch.autograd.graph.increment_version(self.sharded)
-        skipped = self._skipped(grad_scale)
+        skipped = None if grad_scale is None else self._skipped(grad_scale)
         if torch.is_grad_enabled() == self.batch.differentiable:  # the usual case
             self._store_scalars(skipped)
         else:
@@ -261,9 +261,9 @@ class BoundLaunch:
                 self.scalars.store(states[letter].key, values, skipped)
         self.scalars.count_step(skipped)
 
-    def _skipped(self, grad_scale: GradScale | None) -> torch.Tensor | None:
+    def _skipped(self, grad_scale: GradScale) -> torch.Tensor | None:
         """Return a device boolean, true if the step is skipped; None if the host knows."""
-        if grad_scale is None or grad_scale.on_host:
+        if grad_scale.on_host:
             return None
         on_device = grad_scale.on_device(self.batch.device, self.batch.spec.arithmetic)
         return on_device[1].reshape(()) != 0

@@ -13,7 +13,7 @@ from stepforge.state.sharding import is_plain, is_sharded, local_part
 from stepforge.step.guards import Groups, Guards, PythonGuards, Source, Watched, in_cpp, record
 from stepforge.step.launch import BoundLaunch, Launch, StepTensors
 from stepforge.step.params import ParamStep
-from stepforge.step.uniform import shared_vector
+from stepforge.step.scalar_states import shared_vector
 
 __all__ = ["Plan", "can_be_kept"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 # The C functions below `signal`, whose conversions to enums would take most of the time.
 import _signal  # type: ignore[import-not-found]
 import itertools
+import os
 import signal
 import threading
 from types import TracebackType
@@ -18,6 +19,18 @@ from typing import Any
 __all__ = ["Deferred"]
 
 _NUMBERS = range(1, signal.NSIG)
+
+_main_thread = threading.main_thread().ident
+
+
+def _after_fork() -> None:
+    """Take the thread that forked for the main thread, as it is in the child."""
+    global _main_thread
+    _main_thread = threading.main_thread().ident
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Deferred:
@@ -41,7 +54,7 @@ class Deferred:
     def __enter__(self) -> None:
         self._arrived: list[int] = []
         self._handlers: list[tuple[int, Any]] = []
-        if threading.get_ident() != threading.main_thread().ident:
+        if threading.get_ident() != _main_thread:
             return
         self._handlers = _python_handlers(list(map(_signal.getsignal, _NUMBERS)))
         try:

@@ -77,17 +77,23 @@ class Stepper:
         assert optimizer is not None, "a stepper is used by its optimizer only"
         return optimizer
 
-    def step(self, grad_scale: GradScale | None = None) -> None:
+    def step(
+        self,
+        groups: Groups,
+        state: dict[Any, dict[str, Any]],
+        grad_scale: GradScale | None = None,
+    ) -> None:
         """Step every parameter that has a gradient.
 
         Args:
+            groups: the param groups of the optimizer.
+            state: the state of the optimizer.
             grad_scale: the scale of the gradients; None if they are not scaled.
 
         Raises:
             RuntimeError, TypeError, ValueError: the step is impossible. Nothing has changed.
         """
         self.captured |= is_capturing()
-        groups, state = self.groups, self.state
         bound = self._bind_kept(self.plan, groups, state) or self._bind_new(groups, state)
         run(bound, grad_scale)
 

@@ -24,167 +24,14 @@ from stepforge.formats import param_seed, step_seed
 from stepforge.ops import NUMBERS, VOCABULARY, to_float32
 from stepforge.program import Graph, Program
 from stepforge.rule import Rule
+from stepforge.step.scalar_states import ScalarStates
 
 __all__ = [
-    "ScalarStates",
     "UniformProgram",
     "param_seeds",
     "round_coefficients",
-    "shared_vector",
     "step_seeds",
 ]
-
-
-@dataclass(frozen=True)
-class ScalarStates:
-    """The step counts and scalar states of a launch's parameters.
-
-    Attributes:
-        tensors: for each key, ``step`` among them: one vector, whose elements are the parameters'
-            own tensors; or a list of those tensors.
-    """
-
-    tensors: Mapping[str, torch.Tensor | list[torch.Tensor]]
-
-    @classmethod
-    def as_vectors(cls, states: Sequence[dict[str, Any]], keys: Sequence[str]) -> ScalarStates:
-        """Return the scalar states as vectors; the states of the parameters become elements."""
-        return cls({key: _as_vector(states, key) for key in keys})
-
-    def on_host(self) -> Mapping[str, np.ndarray[Any, Any]]:
-        """Return an array for each key, one element per parameter."""
-        if self._shared is not None:
-            return self._shared
-        return {
-            key: x.numpy() if isinstance(x, torch.Tensor) else np.array([float(each) for each in x])
-            for key, x in self.tensors.items()
-        }
-
-    @functools.cached_property
-    def _shared(self) -> Mapping[str, np.ndarray[Any, Any]] | None:
-        """Arrays that share the memory of the vectors; None if that is not possible."""
-        vectors = [x for x in self.tensors.values() if isinstance(x, torch.Tensor)]
-        if len(vectors) < len(self.tensors) or any(
-            x.device.type != "cpu" or x.requires_grad for x in vectors
-        ):
-            return None
-        return {key: x.numpy() for key, x in zip(self.tensors, vectors)}
-
-    def on_device(self) -> dict[str, torch.Tensor]:
-        """Return a vector for each key, one element per parameter."""
-        return {
-            key: x if isinstance(x, torch.Tensor) else torch.stack([each.reshape(()) for each in x])
-            for key, x in self.tensors.items()
-        }
-
-    def by_param(self) -> Iterator[dict[str, Any]]:
-        """Yield each parameter's scalars as autograd must see them.
-
-        Clones, as the step overwrites its scalar states in place.
-        """
-        columns = {key: list(x) for key, x in self.tensors.items()}
-        for values in zip(*columns.values()):
-            yield {
-                key: x.clone() if x.requires_grad else float(x) for key, x in zip(columns, values)
-            }
-
-    def store(self, key: str, values: Any, skipped: torch.Tensor | None) -> None:
-        """Store the new values of a scalar state.
-
-        Args:
-            key: its key.
-            values: one number, or one per parameter in an array, vector or list.
-            skipped: true on the device if the step is skipped; None if it is not.
-        """
-        tensors = self.tensors[key]
-        if isinstance(tensors, torch.Tensor):
-            if skipped is None and self._shared is not None and _fits(values, tensors.dtype):
-                self._shared[key].fill(values)  # a fraction of the time of torch's fill_
-                torch.autograd.graph.increment_version(tensors)
-            else:
-                _store(tensors, values, skipped)
-        else:
-            for tensor, value in zip(tensors, _by_param(values, len(tensors))):
-                _store(tensor, value, skipped)
-
-    def count_step(self, skipped: torch.Tensor | None) -> None:
-        """Add one to the step counts, unless the step is skipped."""
-        one = 1 if skipped is None else torch.where(skipped, 0.0, 1.0)
-        steps = self.tensors["step"]
-        if isinstance(steps, torch.Tensor):
-            if skipped is None and self._shared is not None:  # a third of the time of torch's add_
-                counts = self._shared["step"]
-                np.add(counts, 1, out=counts)
-                torch.autograd.graph.increment_version(steps)
-            else:
-                steps.add_(one)
-        elif len(steps) == 1:
-            steps[0].add_(one)
-        else:
-            torch._foreach_add_(steps, one)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the step counts."""
-        steps = self.tensors["step"]
-        return steps.device if isinstance(steps, torch.Tensor) else steps[0].device
-
-
-def _fits(value: Any, dtype: torch.dtype) -> bool:
-    """Return True for a number that a dtype can hold, perhaps rounded."""
-    return type(value) is float and (dtype == torch.float64 or abs(value) < 3e38)
-
-
-def shared_vector(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return the vector that has exactly these tensors as elements, in order; None if none has."""
-    base: torch.Tensor | None = tensors[0]._base
-    if base is None or base.dim() != 1 or len(base) != len(tensors):
-        return None
-    if not all(map(operator.is_, map(_base, tensors), itertools.repeat(base))):
-        return None
-    begin, step = base.data_ptr(), base.stride(0) * base.itemsize
-    is_in_order = all(
-        map(operator.eq, map(torch.Tensor.data_ptr, tensors), itertools.count(begin, step))
-    )
-    return base if is_in_order else None
-
-
-_base = operator.attrgetter("_base")
-
-
-def _as_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
-    tensors = list(map(operator.itemgetter(key), states))
-    shared = shared_vector(tensors)
-    if shared is not None:
-        return shared
-    if any(map(torch.Tensor.dim, tensors)):
-        tensors = [x.reshape(()) for x in tensors]
-    vector = torch.stack(tensors).detach()
-    for state, element in zip(states, vector.unbind()):
-        state[key] = element
-    return vector
-
-
-def _store(state: torch.Tensor, value: Any, skipped: torch.Tensor | None) -> None:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if skipped is not None:
-        value = torch.where(skipped, state, value)
-    if isinstance(value, torch.Tensor):
-        state.copy_(value)
-    else:
-        state.fill_(value)
-
-
-def _by_param(values: Any, count: int) -> list[Any]:
-    """Return values as a list, one per parameter."""
-    if isinstance(values, list):
-        return values
-    if isinstance(values, np.ndarray):
-        return list(np.broadcast_to(values, (count,)).tolist())
-    if isinstance(values, torch.Tensor) and values.dim() == 1:
-        return list(values.expand(count).unbind())
-    return [values] * count
 
 
 @dataclass(frozen=True)
@@ -222,33 +69,28 @@ class UniformProgram:
         """
         own = [groups[index] for index in self.groups]
         program = self.graph.uniform
+        count = len(self.graph.coefficients)
+        if not (self.on_device or self.differentiable):
+            values = _run_on_host(program, self._host_inputs(own, scalars))
+            return values[:count], values[count:]
         run, names = _function(program), program.inputs
         if self.on_device:
             # In float32, powers and differences of nearly equal numbers would lose what a step
             # needs: RAdam's rectifier would be 0.6% off at its sixth step.
             inputs = self._device_inputs(own[0], scalars.on_device())
             values = run(*(_wide(inputs[name]) for name in names))
-        elif self.differentiable:
+        else:
             rows = self._differentiable_inputs(own[0], scalars)
             results = [run(*(_wide(row[name]) for name in names)) for row in rows]
             values = [list(column) for column in zip(*results)]
-        else:
-            values = _run_on_host(program, self._host_inputs(own, scalars.on_host()))
-        count = len(self.graph.coefficients)
         return values[:count], values[count:]
 
-    def _host_inputs(
-        self, groups: Sequence[Mapping[str, Any]], scalars: Mapping[str, np.ndarray[Any, Any]]
-    ) -> list[Any]:
-        """Return the inputs as float64 arrays; as one number where all parameters agree.
-
-        Numbers take a fraction of the time of arrays, and give the same bits.
-        """
+    def _host_inputs(self, groups: Sequence[Mapping[str, Any]], scalars: ScalarStates) -> list[Any]:
+        """Return the inputs: one number where all parameters agree, else a float64 array."""
         inputs = self._host_options.read(groups).copy()
         for place, key in self._scalar_inputs:
-            inputs[place] = _agreed(scalars[key])
-            if key == "step":
-                inputs[place] += 1
+            value = scalars.on_host(key)
+            inputs[place] = value + 1 if key == "step" else value
         return inputs
 
     @functools.cached_property
@@ -344,14 +186,6 @@ def _is_constant(value: Any) -> bool:
     return type(value) in _NUMBERS or (
         type(value) is tuple and _NUMBERS.issuperset(map(type, value))
     )
-
-
-def _agreed(column: np.ndarray[Any, Any]) -> Any:
-    """Return the number on which all elements agree, else all elements in float64."""
-    content = column.tobytes()
-    if content == content[: column.itemsize] * len(column):
-        return float(column[0])
-    return column.astype(np.float64)
 
 
 def _run_on_host(program: Program, inputs: Sequence[Any]) -> list[Any]:
@@ -488,7 +322,8 @@ def step_seeds(seeds: Seeds, scalars: ScalarStates) -> Seeds:
     if isinstance(seeds, torch.Tensor):
         made: Seeds = step_seed(seeds, scalars.on_device()["step"].detach().long() + 1)
     else:
-        made = step_seed(seeds, scalars.on_host()["step"].astype(np.int64) + 1)
+        steps = np.asarray(scalars.on_host("step")).astype(np.int64)
+        made = step_seed(seeds, np.broadcast_to(steps, seeds.shape) + 1)
     return made
 
 

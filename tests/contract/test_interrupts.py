@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import opcode
+import os
 import random
 import signal
 import sys
@@ -266,3 +267,29 @@ def test_another_thread_leaves_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert found == [signal.getsignal(signal.SIGALRM)]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_thread_that_forks_is_the_main_thread_of_its_child() -> None:
+    """Oracle: Python, which runs handlers in the main thread, and lets no other one set them."""
+    codes = []
+
+    def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            try:
+                seen: list[str] = []
+                signal.signal(signal.SIGUSR1, lambda number, frame: seen.append("handled"))
+                run_deferred(
+                    lambda: signal.raise_signal(signal.SIGUSR1), lambda: seen.append("done")
+                )
+                os._exit(0 if seen == ["done", "handled"] else 2)
+            finally:
+                os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    assert codes == [0]

@@ -19,7 +19,7 @@ from stepforge.rules import ALL
 from stepforge.state.alike import differences, grouped, layout_differences
 from stepforge.state.layout import state_layout
 from stepforge.state.values import completed, initial_states
-from stepforge.step.uniform import shared_vector
+from stepforge.step.scalar_states import shared_vector
 
 every_optimizer = pytest.mark.parametrize("cls", ALL.values())
 

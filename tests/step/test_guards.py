@@ -36,6 +36,10 @@ def guards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
+#: Every backend, and both kinds of guards. What guards see does not depend on the backend.
+WAYS = [("native", "python"), ("native", "cpp"), ("foreach", "cpp"), ("reference", "python")]
+
+
 def history(
     optimizer: stepforge.Optimizer, mutate: Callable[[stepforge.Optimizer], None], keep: bool
 ) -> list[torch.Tensor]:
@@ -56,7 +60,7 @@ def history(
     return seen
 
 
-@pytest.mark.parametrize("backend", ["native", "foreach", "reference"])
+@pytest.mark.parametrize(("backend", "guards"), WAYS, indirect=["guards"])
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_a_kept_plan_is_as_good_as_a_new_one(

@@ -36,7 +36,8 @@ backends
 extension.compiler extension.order extension.load
 extension.target extension.background
 extension
-step.params step.signals step.garbage step.uniform
+step.params step.signals step.garbage step.scalar_states
+step.uniform
 step.launch step.traced
 step.guards
 step.plan

@@ -63,8 +63,8 @@ class Table:
             self.records.ctypes.data,
             self.coefficients.ctypes.data,
         )
-        self.gradient = spec.tensors.index("g") if "g" in spec.tensors else None
-        self.aliasing = Aliasing(batch)
+        own = self.records[:, spec.tensors.index("g")] if "g" in spec.tensors else None
+        self.aliasing = Aliasing(batch, out=own)
         self._check_memory()
 
     def bind_gradients(self, gradients: Gradients) -> None:
@@ -74,10 +74,8 @@ class Table:
             RuntimeError: one has no memory.
         """
         self.aliasing.bind_gradients(gradients)
-        if self.gradient is not None:
-            self.records[:, self.gradient] = self.aliasing.gradients
-            if np.count_nonzero(self.aliasing.gradients) < len(self.aliasing.gradients):
-                self._check_memory()
+        if not gradients.disjoint and not self.aliasing.gradients.all():
+            self._check_memory()
 
     def is_aliased(self) -> bool:
         """Return True if the memory of a parameter or state is also another tensor's."""
@@ -90,7 +88,7 @@ class Table:
             batch: the same parameters and gradients, with the coefficients of this step.
             grad_scale: the scale of the gradients.
         """
-        if self.is_aliased():
+        if self.aliasing.found():
             reference.run(batch, grad_scale=grad_scale)
             return
         if not _NUMBERS.issuperset(map(type, batch.coefficients)):

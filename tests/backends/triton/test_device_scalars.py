@@ -19,7 +19,7 @@ from stepforge.backends import triton
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import table
 from stepforge.backends.triton.kernel import is_interpreted
-from stepforge.step.uniform import ScalarStates
+from stepforge.step.scalar_states import ScalarStates
 from tests.backends.triton.kernels import by_kernels_only, tables
 from tests.conformance.table import (
     OPTIMIZERS,
@@ -330,7 +330,7 @@ def test_a_gradient_scale_is_read_for_step_counts_on_another_device(
     p = parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = stepforge.Adam([p])
-    (bound,) = optimizer._stepper._bind_new()
+    (bound,) = optimizer._stepper._bind_new(optimizer.param_groups, optimizer.state)
     scale = GradScale(torch.tensor(2.0), torch.tensor(0.0))
     elsewhere = ScalarStates({"step": [torch.zeros(1, device="meta")]})
     with mock.patch.object(triton, "run") as run_backend:
