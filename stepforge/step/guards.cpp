@@ -932,6 +932,13 @@ PyObject* increment_versions(PyObject* self, PyObject*) {
   });
 }
 
+PyObject* increment_sharded_versions(PyObject* self, PyObject*) {
+  return translate_errors([&]() -> PyObject* {
+    for (const Ref& x : content_of<StepTensors>(self).sharded) impl_of(x.get()).bump_version();
+    Py_RETURN_NONE;
+  });
+}
+
 PyGetSetDef step_tensors_attributes[] = {
     {"params", get_params, nullptr, "The parameters.", nullptr},
     {"gradients", get_gradients, nullptr, "The gradient of each.", nullptr},
@@ -944,6 +951,8 @@ PyGetSetDef step_tensors_attributes[] = {
 PyMethodDef step_tensors_methods[] = {
     {"write_addresses", write_addresses, METH_O, "Write the gradients' addresses to an array."},
     {"increment_versions", increment_versions, METH_NOARGS, "Tell autograd of a write."},
+    {"increment_sharded_versions", increment_sharded_versions, METH_NOARGS,
+     "Tell autograd of a write to the local parts of DTensors."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -86,6 +86,10 @@ class StepTensors:
         states = [x for i, x in enumerate(self.states) if i % self.keys >= self.scalars]
         torch.autograd.graph.increment_version([*self.params, *states])
 
+    def increment_sharded_versions(self) -> None:
+        """Tell autograd that a step has written to the local parts of DTensors."""
+        torch.autograd.graph.increment_version(self.sharded)
+
 
 @dataclass
 class Launch:
@@ -196,7 +200,7 @@ class Launch:
             self._is_prepared = True
         elif self.table is not None:
             self.table.bind_gradients(tensors)
-        return BoundLaunch(self, batch, scalars, scalar_values, tensors.sharded)
+        return BoundLaunch(self, batch, scalars, scalar_values, tensors)
 
     @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
@@ -226,14 +230,14 @@ class BoundLaunch:
         batch: the tensors and values that the backend is given.
         scalars: the step counts and scalar states.
         scalar_values: the new values of the graph's scalar states, in its order.
-        sharded: the DTensors whose versions the step increments.
+        tensors: the tensors of the step.
     """
 
     launch: Launch
     batch: Batch
     scalars: ScalarStates
     scalar_values: list[Any]
-    sharded: list[torch.Tensor]
+    tensors: StepTensors
 
     def run(self, grad_scale: GradScale | None) -> None:
         """Step the parameters: their tensors, then scalar states and step counts."""
@@ -244,8 +248,7 @@ class BoundLaunch:
             if grad_scale.on_host and grad_scale.found_inf:
                 return
         self.launch.backend.run(self.batch, self.launch.table, grad_scale)
-        if self.sharded:
-            torch.autograd.graph.increment_version(self.sharded)
+        self.tensors.increment_sharded_versions()
         skipped = None if grad_scale is None else self._skipped(grad_scale)
         if torch.is_grad_enabled() == self.batch.differentiable:  # the usual case
             self._store_scalars(skipped)
