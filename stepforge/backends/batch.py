@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 #: Elements of a chunk, so that the dozen tensors of a step stay in a CPU's cache. On one processor
-#: 2**16 to 2**18 measure the same. On another 2**18 takes 0.85 of the time of 2**17 on large tensors,
-#: 1.2 on small ones, and twice the memory. Whole large tensors take 10 times as long.
+#: 2**16 to 2**18 measure the same. On another 2**18 takes 0.85 of the time of 2**17 on large
+#: tensors, 1.2 on small ones, and twice the memory. Whole large tensors take 10 times as long.
 CHUNK_ELEMENTS = 2**17
 
 #: The values of a uniform node.
