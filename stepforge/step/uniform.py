@@ -158,12 +158,14 @@ class _HostOptions:
         values = [group[name] for group in groups for name in self._names]
         # The same objects, not equal ones: 0.0 equals -0.0.
         if len(values) != len(self._seen) or not all(map(operator.is_, values, self._seen)):
-            self._convert(groups, values)
+            self._inputs = self._converted(groups, values)
             self._seen = values if all(map(_is_constant, values)) else []
         return self._inputs
 
-    def _convert(self, groups: Sequence[Mapping[str, Any]], values: list[Any]) -> None:
-        """Convert the options that have changed."""
+    def _converted(self, groups: Sequence[Mapping[str, Any]], values: list[Any]) -> list[Any]:
+        """Return the inputs, with the options converted that have changed."""
+        # A new list: if one option is no number, the inputs stay those of the values seen.
+        inputs = self._inputs.copy()
         count = len(self._names)
         changed = {
             name
@@ -175,7 +177,8 @@ class _HostOptions:
             if symbol is not None and not changed.isdisjoint(self._rule.option_names([symbol])):
                 numbers = list(map(float, self._rule.option_values(groups, symbol)))
                 same = numbers.count(numbers[0]) == len(numbers)
-                self._inputs[place] = numbers[0] if same else np.array(numbers)[self._group_of]
+                inputs[place] = numbers[0] if same else np.array(numbers)[self._group_of]
+        return inputs
 
 
 _NUMBERS = frozenset({float, int, bool})

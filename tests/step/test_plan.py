@@ -129,3 +129,22 @@ def test_a_rule_may_contain_infinite_constants() -> None:
     p.grad = torch.ones(3)
     Bounded([p]).step()
     assert p.tolist() == [0.5, 0.5, 0.5]
+
+
+def test_a_step_that_fails_for_one_option_leaves_no_other_behind() -> None:
+    """Oracle: an optimizer whose options never changed. The first option converts, the last not."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    tried, steady = (stepforge.AdamW([p], lr=0.5) for p in params)
+    (group,) = tried.param_groups
+    for step in range(4):
+        for p in params:
+            p.grad = torch.full((3,), step + 1.0)
+        if step == 2:
+            known = group["lr"], group["eps"]
+            group["lr"], group["eps"] = 0.125, "much"
+            with pytest.raises((TypeError, ValueError)):
+                tried.step()
+            group["lr"], group["eps"] = known
+        tried.step()
+        steady.step()
+        assert torch.equal(*params), f"step {step}"
