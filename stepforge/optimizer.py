@@ -44,6 +44,10 @@ _check_graph_capture: Callable[[torch.optim.Optimizer], None] = getattr(
 ) or getattr(torch.optim.Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009
 
 
+# Asked at a step, not before: looking for a GPU may forbid children of this process to use one.
+_has_accelerator = functools.cache(torch.accelerator.is_available)
+
+
 @dataclass_transform(field_specifiers=(hyper,))
 class _Declared(torch.optim.Optimizer):
     """Reader of class bodies: gives every subclass its rule and its constructor.
@@ -166,7 +170,6 @@ class Optimizer(_Declared):
         self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # to the last state dict
         self._step_is_running: list[bool] = []  # empty unless one is
-        self._may_be_captured = torch.accelerator.is_available()
         _check_ordered(params)
         super().__init__(params, defaults)
         if self._eager_state:
@@ -198,7 +201,6 @@ class Optimizer(_Declared):
         self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
         self._lent = {}
         self._step_is_running = []
-        self._may_be_captured = torch.accelerator.is_available()
         self.param_groups = list(map(self._param_group, self.param_groups))
         checkpoint.complete_options(self._hyperparameters, self.defaults)
         self._step_supports_amp_scaling = bool(self.defaults["fused"])
@@ -397,13 +399,14 @@ class Optimizer(_Declared):
                 ``fused`` or ``STEPFORGE_BACKEND`` cannot serve a parameter. Nothing has changed.
             TypeError: a parameter with a gradient is not of a floating point or complex dtype.
         """
-        if self._may_be_captured:
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and _has_accelerator():
             _check_graph_capture(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
+        if is_compiling:
             # It imports torch._dynamo, a second that only users who compile should pay.
             from stepforge.step import compiled
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import operator
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from stepforge.ops import to_float32
 
 __all__ = ["ScalarStates", "shared_vector"]
 
@@ -152,11 +153,9 @@ class _HostVector:
 
     def fill(self, value: float) -> None:
         """Write a number to all elements, rounded to nearest, and tell autograd."""
-        try:
-            packed = self._number.pack(value)
-        except OverflowError:
-            packed = self._number.pack(math.copysign(math.inf, value))
-        self._bytes[:] = packed * len(self._array)
+        if self._array.dtype == np.float32:
+            value = to_float32(value)
+        self._bytes[:] = self._number.pack(value) * len(self._array)
         torch.autograd.graph.increment_version(self._vector)
 
 

@@ -1,5 +1,5 @@
-"""Where the extension comes from, and what refuses one. Oracle: a string that each extension holds,
-which says who made it; the calls that a compiler logs.
+"""The places that an extension comes from, and reasons to refuse one. Oracle: a string that each
+extension holds, which says who made it; the calls that a compiler logs.
 """
 
 from __future__ import annotations
