@@ -31,6 +31,8 @@ __all__ = [
 #: tensors, 1.2 on small ones, and twice the memory. Whole large tensors take 10 times as long.
 CHUNK_ELEMENTS = 2**17
 
+_NUMBERS = frozenset({float, int, bool})
+
 #: The values of a uniform node.
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor]"
 
@@ -156,6 +158,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.columns["p"])
+
+    @property
+    def shares_coefficients(self) -> bool:
+        """True if each coefficient is one number for all parameters."""
+        return _NUMBERS.issuperset(map(type, self.coefficients))
 
     @property
     def device(self) -> torch.device:

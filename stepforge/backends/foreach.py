@@ -97,7 +97,7 @@ def _is_worth_joining(batch: Batch, columns: dict[str, Tensors]) -> bool:
     return (
         len(batch) > 1
         and batch.device.type == "cpu"
-        and all(isinstance(c, (bool, int, float)) for c in batch.coefficients)
+        and batch.shares_coefficients
         and all(map(is_plain, itertools.chain.from_iterable(columns.values())))
     )
 

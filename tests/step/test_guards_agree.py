@@ -45,6 +45,14 @@ def _with_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPFORGE_GUARDS", "cpp")
 
 
+def stepped() -> stepforge.Optimizer:
+    """Return an optimizer after a step, with gradients."""
+    optimizer = built(stepforge.AdamW, "native")
+    set_gradients(optimizer, 0)
+    optimizer.step()
+    return optimizer
+
+
 def both_kinds(optimizer: stepforge.Optimizer) -> tuple[Guards, Guards]:
     """Return guards in Python and in C++ of the optimizer as it is."""
     stepper = optimizer._stepper
@@ -127,9 +135,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda f: f.__name__)
 def test_a_change_of_memory_is_seen(mutate: Callable[[stepforge.Optimizer], None]) -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     kinds = both_kinds(optimizer)
     mutate(optimizer)
     reason = assert_same_answer(optimizer, kinds)
@@ -246,9 +252,7 @@ def members_and_flags(optimizer: stepforge.Optimizer) -> None:
 def test_an_unusual_change_gets_the_same_answer(
     change: Callable[[stepforge.Optimizer], None],
 ) -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     kinds = both_kinds(optimizer)
     change(optimizer)
     reason = assert_same_answer(optimizer, kinds)
@@ -257,9 +261,7 @@ def test_an_unusual_change_gets_the_same_answer(
 
 @pytest.mark.parametrize("name", ["STEPFORGE_BACKEND", "STEPFORGE_ISA"])
 def test_an_environment_variable_that_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     kinds = both_kinds(optimizer)
     monkeypatch.setenv(name, "")
     assert assert_same_answer(optimizer, kinds) is not None
@@ -269,9 +271,7 @@ def test_an_environment_variable_that_changes(name: str, monkeypatch: pytest.Mon
 
 
 def test_inference_mode_changes_what_kernels_may_do() -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     kinds = both_kinds(optimizer)
     with torch.inference_mode():
         assert_same_answer(optimizer, kinds)
@@ -279,9 +279,7 @@ def test_inference_mode_changes_what_kernels_may_do() -> None:
 
 @pytest.mark.parametrize("change", [None, gradient_transposed, replace_state_tensor])
 def test_tensors_that_are_given(change: Callable[[stepforge.Optimizer], None] | None) -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     source = given(optimizer)
     stepper = optimizer._stepper
     params = stepper.checked(source)
@@ -319,9 +317,7 @@ def test_a_change_of_dtensors_gets_the_same_answer(
 
 
 def test_memory_that_is_apart_is_known_to_be() -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     _, cpp = both_kinds(optimizer)
     for seed in range(5):
         set_gradients(optimizer, seed)
@@ -363,9 +359,7 @@ def test_tied_parameters_are_never_called_apart() -> None:
 
 
 def test_found_tensors_are_freed_with_the_answer() -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     _, cpp = both_kinds(optimizer)
     found = cpp.find(optimizer.param_groups, optimizer.state)
     assert not isinstance(found, str)
@@ -381,9 +375,7 @@ def test_found_tensors_are_freed_with_the_answer() -> None:
 
 def test_versions_count_writes_to_parameters_and_states_only() -> None:
     """Oracle: the versions before. Step counts are written, and counted, elsewhere."""
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     python, cpp = both_kinds(optimizer)
     for guards in (python, cpp):
         found = guards.find(optimizer.param_groups, optimizer.state)
@@ -401,9 +393,7 @@ def test_versions_count_writes_to_parameters_and_states_only() -> None:
 
 
 def test_addresses_are_written_only_where_they_fit() -> None:
-    optimizer = built(stepforge.AdamW, "native")
-    set_gradients(optimizer, 0)
-    optimizer.step()
+    optimizer = stepped()
     _, cpp = both_kinds(optimizer)
     found = cpp.find(optimizer.param_groups, optimizer.state)
     assert not isinstance(found, str)

@@ -76,7 +76,7 @@ def prepare(batch: Batch) -> Table | None:
     if not all(_dense(batch)) or isinstance(kernel_for(batch.spec), str):
         return None
     table = Table(batch)
-    return None if table.is_aliased() else table
+    return None if table.aliasing.found() else table
 
 
 def run(

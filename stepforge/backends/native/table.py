@@ -15,9 +15,6 @@ from stepforge.formats import BLOCK
 
 __all__ = ["Table"]
 
-#: The types of coefficients that all parameters share.
-_NUMBERS = frozenset({float, int, bool})
-
 
 class Table:
     """The addresses and sizes of parameters with dense memory.
@@ -77,10 +74,6 @@ class Table:
         if not gradients.disjoint and not self.aliasing.gradients.all():
             self._check_memory()
 
-    def is_aliased(self) -> bool:
-        """Return True if the memory of a parameter or state is also another tensor's."""
-        return self.aliasing.found()
-
     def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
         """Step the parameters with the gradients that are bound.
 
@@ -91,11 +84,11 @@ class Table:
         if self.aliasing.found():
             reference.run(batch, grad_scale=grad_scale)
             return
-        if not _NUMBERS.issuperset(map(type, batch.coefficients)):
+        if batch.shares_coefficients:
+            self._rows[:] = self._row.pack(*batch.coefficients) * len(self.sizes)
+        else:
             for position, values in enumerate(batch.coefficients):
                 self.coefficients[:, position] = values
-        else:
-            self._rows[:] = self._row.pack(*batch.coefficients) * len(self.sizes)
         if self.kernel.args.random:
             starts = np.asarray(batch.first_indices, np.uint64) << np.uint64(32)
             self.records[:, -1] = starts | np.asarray(batch.step_seeds, np.uint64)
