@@ -26,9 +26,8 @@ __all__ = [
     "is_capturing",
 ]
 
-#: Elements of a chunk, so that the dozen tensors of a step stay in a CPU's cache. On one processor
-#: 2**16 to 2**18 measure the same. On another 2**18 takes 0.85 of the time of 2**17 on large
-#: tensors, 1.2 on small ones, and twice the memory. Whole large tensors take 10 times as long.
+#: Elements of a chunk of the reference, so that the dozen tensors of a step stay in a CPU's cache.
+#: Whole large tensors take 10 times as long.
 CHUNK_ELEMENTS = 2**17
 
 _NUMBERS = frozenset({float, int, bool})
@@ -198,6 +197,15 @@ class Batch:
             random = {"random": random_uint32(value.shape, start, seed, value.device)}
         formats[column].write(self._parts(column, index), value, **random)
 
+    def store_all(self, column: str, values: list[torch.Tensor]) -> None:
+        """Do :meth:`store` for every parameter."""
+        # List operations do not write to lazy negations.
+        if column in self.spec.formats or any(x.is_neg() for x in self.columns[column]):
+            for index, value in enumerate(values):
+                self.store(column, index, value)
+        else:
+            torch._foreach_copy_(self.columns[column], values)
+
     def _parts(self, column: str, index: int) -> dict[str, torch.Tensor]:
         parts = self.spec.formats[column].parts
         return {part.name: self.columns[tensor_name(column, part)][index] for part in parts}
@@ -255,6 +263,18 @@ class Batch:
             step_seeds=None if self.step_seeds is None else self.step_seeds[begin:end],
             first_indices=None if starts is None else starts[begin:end],
         )
+
+    def by_coefficients(self) -> Iterator[Batch]:
+        """Yield the parameters that share all coefficients, which are numbers or arrays."""
+        if self.shares_coefficients:
+            yield self
+            return
+        by_param = self.coefficients_by_param()
+        members: dict[bytes, list[int]] = {}
+        for index, values in enumerate(np.array(by_param, np.float64).T):
+            members.setdefault(values.tobytes(), []).append(index)  # 0 and -0 differ
+        for indices in members.values():
+            yield replace(self.select(indices), coefficients=[c[indices[0]] for c in by_param])
 
     def unscaled(self, grad_scale: GradScale | None) -> Batch:
         """Return the same work on unscaled gradients, which are copies if there is a scale."""

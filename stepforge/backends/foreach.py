@@ -1,8 +1,10 @@
-"""The foreach backend: a graph evaluated on lists of tensors through ``torch._foreach_*``.
+"""The foreach backend: a graph evaluated by torch's operations on many parameters at a time.
 
-Each operation is one call for all parameters, which on an accelerator is one launch. No form that
-fuses a product into a sum (``alpha``, ``value``, ``addcmul``) is used: those round once where the
-graph rounds twice.
+On an accelerator each operation is one call of ``torch._foreach_*`` for all parameters, and one
+launch. On a CPU, where such a call is a loop, plain parameters go through chunk.py.
+
+No form that fuses a product into a sum (``alpha``, ``value``, ``addcmul``) is used: those round
+once where the graph rounds twice.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from stepforge.backends import reference
+from stepforge.backends import chunk, reference
 from stepforge.backends.aliasing import Aliasing
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
 from stepforge.backends.exact import choose, correct_sqrt, divide
@@ -30,10 +31,6 @@ device_scalars = False
 Tensors: TypeAlias = list[torch.Tensor]
 #: A uniform value: one number for all parameters, or a list with one per parameter.
 Uniform: TypeAlias = "float | list[Any]"
-
-# torch's functions have no annotations.
-_flatten: Callable[[Tensors], torch.Tensor] = _flatten_dense_tensors
-_unflatten: Callable[[torch.Tensor, Tensors], Sequence[torch.Tensor]] = _unflatten_dense_tensors
 
 
 def unsupported_reason(param: ParamSpec) -> str | None:
@@ -59,47 +56,22 @@ def run(
         # The reference reads and writes in a defined order.
         reference.run(batch, grad_scale=grad_scale)
         return
-    on_cpu = batch.device.type == "cpu"
-    for chunk in batch.chunks(CHUNK_ELEMENTS) if on_cpu else [batch]:
-        _run_chunk(chunk.unscaled(grad_scale))
+    if chunk.takes(batch):
+        scratch = chunk.Scratch()
+        for part in batch.by_coefficients():
+            for each in part.chunks(chunk.ELEMENTS):
+                chunk.run(each.unscaled(grad_scale), scratch, in_place=table is not None)
+    else:
+        for each in batch.chunks(CHUNK_ELEMENTS) if batch.device.type == "cpu" else [batch]:
+            _run_lists(each.unscaled(grad_scale))
 
 
-def _run_chunk(batch: Batch) -> None:
-    spec, params = batch.spec, range(len(batch))
-    inputs = spec.graph.varying.inputs
+def _run_lists(batch: Batch) -> None:
+    inputs = batch.spec.graph.varying.inputs
     columns = {name: batch.read_all(name) for name in inputs}
-    coefficients = batch.coefficients_by_param()
-    is_joined = _is_worth_joining(batch, columns)
-    if is_joined:
-        columns = {name: [_flatten(column)] for name, column in columns.items()}
-        coefficients = [c[:1] for c in coefficients]
-    results = _evaluate(spec, columns, coefficients)
-    if is_joined:
-        shapes = batch.columns["p"]
-        results = [list(_unflatten(joined, shapes)) for (joined,) in results]
-    for name, result in zip(spec.graph.results, results):
-        if name in spec.formats:
-            for index in params:
-                batch.store(name, index, result[index])
-        elif any(x.is_neg() for x in batch.columns[name]):  # which _foreach_copy_ does not take
-            for x, value in zip(batch.columns[name], result):
-                x.copy_(value)
-        else:
-            torch._foreach_copy_(batch.columns[name], result)
-
-
-def _is_worth_joining(batch: Batch, columns: dict[str, Tensors]) -> bool:
-    """Return True if one tensor of all elements is faster than a list of small tensors.
-
-    On a CPU, each tensor of a list takes a microsecond per operation. The parameters must share
-    their coefficients.
-    """
-    return (
-        len(batch) > 1
-        and batch.device.type == "cpu"
-        and batch.shares_coefficients
-        and all(map(is_plain, itertools.chain.from_iterable(columns.values())))
-    )
+    results = _evaluate(batch.spec, columns, batch.coefficients_by_param())
+    for name, result in zip(batch.spec.graph.results, results):
+        batch.store_all(name, result)
 
 
 def _evaluate(
@@ -143,8 +115,8 @@ def _is_list_of_tensors(x: Any) -> bool:
 def _sub(x: Any, y: Any) -> Sequence[torch.Tensor]:
     if _is_list_of_tensors(x):
         return torch._foreach_sub(x, y)
-    difference = torch._foreach_sub(y, x)  # y - x is -(x - y), exactly
-    torch._foreach_neg_(difference)
+    difference = torch._foreach_neg(y)  # x - y is -y + x, also where that is a zero
+    torch._foreach_add_(difference, x)
     return difference
 
 

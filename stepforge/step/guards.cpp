@@ -17,6 +17,9 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+// Needs Python.h, which torch includes.
+#include <structmember.h>
+
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 namespace {
@@ -109,6 +112,62 @@ Ref item(PyObject* mapping, PyObject* key) {
   return Ref::take(PyObject_GetItem(mapping, key));
 }
 
+// Clear the errors that guards.py expects of a state that is no dict of tensors.
+void forget_expected_error() {
+  require(
+      PyErr_ExceptionMatches(PyExc_KeyError) || PyErr_ExceptionMatches(PyExc_TypeError) ||
+      PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_RuntimeError));
+  PyErr_Clear();
+}
+
+// An attribute that a class with __slots__ keeps in the object: reading it there takes a tenth of
+// the time of asking for it.
+class SlotAttribute {
+ public:
+  explicit SlotAttribute(const char* name) : name_(Ref::take(PyUnicode_InternFromString(name))) {}
+
+  // Find the slot of a class; without one, objects are asked.
+  void find_slot(PyTypeObject* type) {
+    PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name_.get());
+    if (found == nullptr) return forget_expected_error();
+    Ref descriptor = Ref::take(found);
+    if (Py_TYPE(found) != &PyMemberDescr_Type) return;
+    const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(found)->d_member;
+    if (member->type != T_OBJECT_EX) return;
+    type_ = Ref::share(reinterpret_cast<PyObject*>(type));
+    offset_ = member->offset;
+  }
+
+  // Return the attribute; nothing if the object has none.
+  Ref of(PyObject* object) const {
+    if (has_slot(object)) {
+      if (PyObject* value = *slot(object)) return Ref::share(value);
+    }
+    PyObject* value = PyObject_GetAttr(object, name_.get());
+    if (value != nullptr) return Ref::take(value);
+    forget_expected_error();
+    return Ref();
+  }
+
+  // Ask for the memory of the slot.
+  void prefetch(PyObject* object) const {
+    if (has_slot(object)) __builtin_prefetch(slot(object));
+  }
+
+ private:
+  bool has_slot(PyObject* object) const {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object)) == type_.get();
+  }
+
+  PyObject** slot(PyObject* object) const {
+    return reinterpret_cast<PyObject**>(reinterpret_cast<char*>(object) + offset_);
+  }
+
+  Ref name_;
+  Ref type_;
+  Py_ssize_t offset_ = 0;
+};
+
 std::optional<std::string> variable(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr ? std::nullopt : std::optional<std::string>(value);
@@ -141,6 +200,8 @@ void prefetch(const T* place) {
   }
 }
 
+void prefetch_object(PyObject* tensor) { prefetch(reinterpret_cast<THPVariable*>(tensor)); }
+
 void prefetch_storage(const c10::TensorImpl& x) {
   if (x.has_storage()) prefetch(x.unsafe_storage().unsafeGetStorageImpl());
 }
@@ -153,6 +214,11 @@ c10::TensorImpl& impl_of(PyObject* tensor) {
 PyTypeObject* type_of(const c10::TensorImpl& x) {
   PyObject* object = x.pyobj_slot()->load_pyobj();
   return object == nullptr ? reinterpret_cast<PyTypeObject*>(THPVariableClass) : Py_TYPE(object);
+}
+
+// Return true if an object is a torch.Tensor, and of no subclass.
+bool is_plain(PyObject* object) {
+  return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(THPVariableClass);
 }
 
 // Return the address of the first element; nothing if the tensor has no memory of its own.
@@ -337,20 +403,23 @@ class LaunchGuard {
     params_ = positions(params);
     states_ = positions(states);
     keys_ = items(keys);
-    local_tensor_ = Ref::take(PyUnicode_InternFromString("_local_tensor"));
-    spec_ = Ref::take(PyUnicode_InternFromString("_spec"));
     gaps_.resize(params_.size());
   }
 
   // Record the tensors of the launch as they are.
   void record(Members& members, Layouts& layouts) {
     for (size_t param : params_) require_gradient(members.gradients.at(param));
+    if (is_sharded_ && !params_.empty()) {
+      PyTypeObject* type = Py_TYPE(members.params.at(params_[0]).get());
+      local_tensor_.find_slot(type);
+      spec_.find_slot(type);
+    }
     StepTensors found = empty();
     DispatchKeys dispatch_keys;
     for (size_t begin = 0; begin < params_.size(); begin += BLOCK) {
       Block block = read(members, begin, found);
       if (block.answer != FRESH) fail(block.answer);
-      specs_.insert(specs_.end(), block.specs.begin(), block.specs.end());
+      for (const Ref& spec : block.specs) specs_.push_back({spec, fields_of(spec)});
       for (c10::TensorImpl* x : block.tensors) {
         auto address = address_of(*x);
         if (!address) fail(NO_MEMORY);
@@ -388,6 +457,12 @@ class LaunchGuard {
  private:
   static constexpr size_t BLOCK = 64;
 
+  // The spec of a DTensor, with its attributes.
+  struct Spec {
+    Ref object;
+    Refs fields;
+  };
+
   // The tensors of a block of rows, local parts of DTensors.
   struct Block {
     std::vector<c10::TensorImpl*> tensors;  // row by row: the parameter, and its states
@@ -421,9 +496,6 @@ class LaunchGuard {
   // Read a block of rows: append its tensors to `found`, and return them.
   Block read(Members& members, size_t begin, StepTensors& found) const {
     size_t end = std::min(begin + BLOCK, params_.size());
-    Block block;
-    block.tensors.reserve((end - begin) * (1 + keys_.size()));
-    block.gradients.reserve(end - begin);
     for (size_t row = begin; row < end; ++row) {
       prefetch(members.gradients[params_[row]].unsafeGetTensorImpl());
       PyObject* state = members.states[states_[row]].get();
@@ -431,74 +503,90 @@ class LaunchGuard {
         __builtin_prefetch(reinterpret_cast<PyDictObject*>(state)->ma_keys);
       }
     }
-    Refs values;
-    values.reserve((end - begin) * keys_.size());
+    bool has_all = true;
     for (size_t row = begin; row < end; ++row) {
-      PyObject* state = members.states[states_[row]].get();
+      found.params.push_back(members.params[params_[row]]);
+      found.gradients.push_back(std::move(members.gradients[params_[row]]));
       for (const Ref& key : keys_) {
-        values.push_back(state_tensor(state, key.get()));
-        if (values.back().get() == nullptr) {
-          block.answer = NO_STATE;
-          return block;
-        }
-        prefetch(reinterpret_cast<THPVariable*>(values.back().get()));
+        found.states.push_back(state_tensor(members.states[states_[row]].get(), key.get()));
+        has_all &= found.states.back().get() != nullptr;
+        prefetch_object(found.states.back().get());
       }
     }
-    for (const Ref& value : values) {
-      if (!is_tensor(value.get())) {
-        block.answer = NO_STATE;
-        return block;
-      }
-      prefetch(&impl_of(value.get()));
+    Block block;
+    has_all = has_all && (!is_sharded_ || unwrap(begin, end, block, found)) &&
+        all_tensors(found.params, begin, end) &&
+        all_tensors(found.states, begin * keys_.size(), end * keys_.size());
+    if (!has_all) {
+      block.answer = NO_STATE;
+      return block;
     }
+    block.tensors.reserve((end - begin) * (1 + keys_.size()));
+    block.gradients.reserve(end - begin);
     for (size_t row = begin; row < end; ++row) {
-      read_row(members, row, &values[(row - begin) * keys_.size()], block, found);
-      if (block.answer != FRESH) return block;
+      block.tensors.push_back(&impl_of(found.params[row].get()));
+      for (size_t key = 0; key < keys_.size(); ++key) {
+        block.tensors.push_back(&impl_of(found.states[row * keys_.size() + key].get()));
+      }
+      block.gradients.push_back(found.gradients[row].unsafeGetTensorImpl());
     }
     for (c10::TensorImpl* x : block.tensors) prefetch_storage(*x);
     for (c10::TensorImpl* g : block.gradients) prefetch_storage(*g);
     return block;
   }
 
-  void read_row(
-      Members& members, size_t row, Ref* values, Block& block, StepTensors& found) const {
-    const Ref& param = members.params[params_[row]];
-    at::Tensor& gradient = members.gradients[params_[row]];
-    if (is_sharded_) {
-      Ref gradient_object = Ref::take(THPVariable_Wrap(gradient));
-      if (!add_spec(param.get(), block) || !add_spec(gradient_object.get(), block)) return;
-      found.sharded.push_back(param);
-      add_tensor(local(param), found.params, block);
-      Ref part = local(gradient_object);
-      if (part.get() == nullptr) {
-        block.answer = NO_STATE;
-        return;
-      }
-      found.gradients.push_back(THPVariable_Unpack(part.get()));
-    } else {
-      add_tensor(param, found.params, block);
-      found.gradients.push_back(std::move(gradient));
+  // Put the local parts of DTensors in their place, and keep their specs; return false if there is
+  // no such part.
+  bool unwrap(size_t begin, size_t end, Block& block, StepTensors& found) const {
+    Refs gradients;
+    gradients.reserve(end - begin);
+    for (size_t row = begin; row < end; ++row) {
+      gradients.push_back(Ref::take(THPVariable_Wrap(found.gradients[row])));
+      local_tensor_.prefetch(gradients.back().get());
+      local_tensor_.prefetch(found.params[row].get());
     }
-    block.gradients.push_back(found.gradients.back().unsafeGetTensorImpl());
-    for (size_t key = 0; key < keys_.size(); ++key) {
-      bool is_part = is_sharded_ && key >= static_cast<size_t>(scalars_);
-      if (is_part) {
-        if (!add_spec(values[key].get(), block)) return;
-        found.sharded.push_back(values[key]);
+    block.specs.reserve((end - begin) * (2 + keys_.size() - scalars_));
+    for (size_t row = begin; row < end; ++row) {
+      found.sharded.push_back(found.params[row]);
+      if (!take_part(found.params[row], block) || !take_part(gradients[row - begin], block)) {
+        return false;
       }
-      bool is_plain = !is_sharded_ || Py_TYPE(values[key].get()) ==
-              reinterpret_cast<PyTypeObject*>(THPVariableClass);
-      add_tensor(is_plain ? std::move(values[key]) : local(values[key]), found.states, block);
+      Ref* states = &found.states[row * keys_.size()];
+      for (size_t key = 0; key < keys_.size(); ++key) {
+        if (key >= static_cast<size_t>(scalars_)) {
+          found.sharded.push_back(states[key]);
+          if (!take_part(states[key], block)) return false;
+        } else if (!is_plain(states[key].get())) {
+          states[key] = local_tensor_.of(states[key].get());
+        }
+      }
     }
+    if (!all_tensors(gradients, 0, gradients.size())) return false;
+    for (size_t row = begin; row < end; ++row) {
+      found.gradients[row] = THPVariable_Unpack(gradients[row - begin].get());
+    }
+    return true;
   }
 
-  void add_tensor(Ref tensor, Refs& column, Block& block) const {
-    if (tensor.get() == nullptr) {
-      block.answer = NO_STATE;
-      return;
+  // Replace a DTensor by its local part, and keep its spec; return false if it is none.
+  bool take_part(Ref& tensor, Block& block) const {
+    Ref spec = spec_.of(tensor.get());
+    Ref part = local_tensor_.of(tensor.get());
+    if (spec.get() == nullptr || part.get() == nullptr) return false;
+    prefetch_object(part.get());
+    block.specs.push_back(std::move(spec));
+    tensor = std::move(part);
+    return true;
+  }
+
+  // Return true if all are tensors; the contents of each are asked for.
+  static bool all_tensors(const Refs& refs, size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      PyObject* object = refs[i].get();
+      if (object == nullptr || !THPVariable_Check(object)) return false;
+      prefetch(&impl_of(object));
     }
-    block.tensors.push_back(&impl_of(tensor.get()));
-    column.push_back(std::move(tensor));
+    return true;
   }
 
   // Return state[key]; nothing if there is none, or if the state is no mapping.
@@ -511,60 +599,35 @@ class LaunchGuard {
     }
   }
 
-  // Return the local part of a DTensor; nothing if it is none.
-  Ref local(const Ref& tensor) const {
-    PyObject* part = PyObject_GetAttr(tensor.get(), local_tensor_.get());
-    if (part == nullptr) {
-      forget_expected_error();
-      return Ref();
-    }
-    Ref found = Ref::take(part);
-    return is_tensor(part) ? found : Ref();
-  }
-
-  bool add_spec(PyObject* tensor, Block& block) const {
-    PyObject* spec = PyObject_GetAttr(tensor, spec_.get());
-    if (spec == nullptr) {
-      forget_expected_error();
-      block.answer = NO_STATE;
-      return false;
-    }
-    block.specs.push_back(Ref::take(spec));
-    return true;
-  }
-
-  // Clear the errors that guards.py expects of a state that is no dict of tensors.
-  static void forget_expected_error() {
-    require(
-        PyErr_ExceptionMatches(PyExc_KeyError) || PyErr_ExceptionMatches(PyExc_TypeError) ||
-        PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_RuntimeError));
-    PyErr_Clear();
-  }
-
-  static bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
-
   Answer compare_specs(const Block& block, size_t begin) const {
     if (!is_sharded_ || block.answer != FRESH) return FRESH;
     size_t first = begin * (2 + keys_.size() - scalars_);
     for (size_t i = 0; i < block.specs.size(); ++i) {
-      if (!is_same_spec(block.specs[i].get(), specs_[first + i].get())) return OTHER_SHARDING;
+      if (!is_same_spec(block.specs[i].get(), specs_[first + i])) return OTHER_SHARDING;
     }
     return FRESH;
   }
 
-  // Compare two specs of DTensors: field by field, as their == is a slow Python function.
-  bool is_same_spec(PyObject* one, PyObject* other) const {
-    if (one == other) return true;
-    if (Py_TYPE(one) == Py_TYPE(other) && !spec_fields_.empty()) {
+  Refs fields_of(const Ref& spec) const {
+    Refs fields;
+    for (const Ref& name : spec_fields_) {
+      fields.push_back(Ref::take(PyObject_GetAttr(spec.get(), name.get())));
+    }
+    return fields;
+  }
+
+  // Compare the spec of a DTensor: field by field, as its == is a slow Python function.
+  bool is_same_spec(PyObject* spec, const Spec& known) const {
+    if (spec == known.object.get()) return true;
+    if (Py_TYPE(spec) == Py_TYPE(known.object.get()) && !spec_fields_.empty()) {
       bool same = true;
-      for (const Ref& field : spec_fields_) {
-        Ref mine = Ref::take(PyObject_GetAttr(one, field.get()));
-        Ref theirs = Ref::take(PyObject_GetAttr(other, field.get()));
-        same = same && equal(mine.get(), theirs.get());
+      for (size_t i = 0; same && i < spec_fields_.size(); ++i) {
+        Ref field = Ref::take(PyObject_GetAttr(spec, spec_fields_[i].get()));
+        same = equal(field.get(), known.fields[i].get());
       }
       if (same) return true;
     }
-    return equal(one, other);
+    return equal(spec, known.object.get());
   }
 
   // Compare addresses and layouts, and keep the gradients' addresses.
@@ -601,10 +664,10 @@ class LaunchGuard {
   Py_ssize_t scalars_ = 0;
   int is_sharded_ = 0;
   Refs spec_fields_;
-  Ref local_tensor_;
-  Ref spec_;
+  SlotAttribute local_tensor_{"_local_tensor"};
+  SlotAttribute spec_{"_spec"};
   // Row by row, as in Block.
-  Refs specs_;
+  std::vector<Spec> specs_;
   std::vector<uintptr_t> addresses_;
   std::vector<const Layout*> layouts_;
   std::vector<const Layout*> gradient_layouts_;

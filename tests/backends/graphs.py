@@ -97,22 +97,22 @@ def step_by_kernel(batch: Batch) -> None:
         native.run(batch)
 
 
-def _results(
+def results_of(
     step: Callable[[Batch], None],
     graph: Graph,
     params: Sequence[Columns],
     coefficients: Sequence[Sequence[float]],
     arithmetic: torch.dtype,
 ) -> list[Columns]:
+    """Step copies of parameters by a function, and return the results of each."""
     copies = [{name: tensor.clone() for name, tensor in param.items()} for param in params]
     step(batch_of(graph, copies, coefficients, arithmetic))
     return [{name: param[name] for name in graph.results} for param in copies]
 
 
-#: Functions of a graph, parameters, their coefficients and the arithmetic. They return the results
-#: for each parameter by the compiled kernel or by the reference, and leave the arguments unchanged.
-by_kernel = functools.partial(_results, step_by_kernel)
-by_reference = functools.partial(_results, reference.run)
+#: The same by the compiled kernel, and by the reference.
+by_kernel = functools.partial(results_of, step_by_kernel)
+by_reference = functools.partial(results_of, reference.run)
 
 
 def special_values(dtype: torch.dtype) -> torch.Tensor:

@@ -29,7 +29,7 @@ backends.spec backends.trust backends.exact backends.grad_scale backends.cache
 backends.disk_cache
 backends.batch
 backends.aliasing
-backends.reference
+backends.reference backends.chunk
 backends.foreach backends.native. backends.triton.
 backends.native backends.triton
 backends

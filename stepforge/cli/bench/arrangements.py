@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ def _tensor_itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _gradient_itself(_: Tensor, gradient: Tensor) -> Tensor:
+    return gradient
+
+
 def _step_itself(step: Step) -> Step:
     return step
 
@@ -33,12 +37,14 @@ class Arrangement:
 
     Attributes:
         groups: the number of param groups, each with its own learning rate.
-        tensor: makes a parameter or a gradient of a plain tensor.
+        tensor: makes a parameter of a plain tensor.
+        gradient: makes the gradient of a parameter of a plain tensor.
         step: makes the timed step of an optimizer's ``step``.
     """
 
     groups: int = 1
     tensor: Callable[[Tensor], Tensor] = _tensor_itself
+    gradient: Callable[[Tensor, Tensor], Tensor] = _gradient_itself
     step: Callable[[Step], Step] = _step_itself
 
 
@@ -77,13 +83,19 @@ def _sharded() -> Iterator[Arrangement]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
 
+    def gradient_of(param: Tensor, local: Tensor) -> Tensor:
+        gradient = torch.empty_like(param)  # its spec is always the same object, as in FSDP2
+        cast(DTensor, gradient).to_local().copy_(local)
+        return gradient
+
     with TemporaryDirectory() as folder:
         store = Path(folder, "store").as_uri()
         dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
         try:
             mesh = init_device_mesh("cpu", (1,))
             yield Arrangement(
-                tensor=lambda local: DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+                tensor=lambda local: DTensor.from_local(local, mesh, [Shard(0)], run_check=False),
+                gradient=gradient_of,
             )
         finally:
             dist.destroy_process_group()

@@ -54,7 +54,7 @@ class OptimizerRunner:
         self.params = params
         self.optimizer = optimizer
         self._environment = environment
-        self._tensor = arrangement.tensor
+        self._gradient = arrangement.gradient
         self._step = arrangement.step(optimizer.step)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
@@ -62,7 +62,7 @@ class OptimizerRunner:
         # The old gradient is freed after the new one is allocated, so that no two steps in a row
         # find gradients at the same addresses.
         for p, gradient in zip(self.params, gradients):
-            p.grad = self._tensor(gradient.to(p.dtype, copy=True))
+            p.grad = self._gradient(p, gradient.to(p.dtype, copy=True))
 
     def step(self) -> object:
         """Step all parameters; timed."""

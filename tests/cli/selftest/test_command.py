@@ -17,7 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepforge.backends import foreach
+from stepforge.backends import chunk
 from stepforge.backends.native import compiler
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.cli import devices, make_app
@@ -204,11 +204,10 @@ def test_a_compiler_that_contracts_or_fails_is_found(tmp_path: Path) -> None:
 def wrong_division(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide with two roundings, as torch divides a number by a tensor."""
 
-    def by_reciprocal(x: Any, y: Any) -> Any:
-        return torch._foreach_mul(torch._foreach_reciprocal(y), x)
+    def by_reciprocal(x: Any, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return torch.mul(torch.reciprocal(y), x, out=out)
 
-    monkeypatch.setitem(foreach.OPERATIONS, "div", by_reciprocal)
-    monkeypatch.delitem(foreach.IN_PLACE, "div")
+    monkeypatch.setitem(chunk.WRITERS, "div", by_reciprocal)
     monkeypatch.setenv("STEPFORGE_BACKEND", "foreach")
 
 
