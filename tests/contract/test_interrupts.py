@@ -200,7 +200,7 @@ def test_a_later_step_interrupted_anywhere_is_done_whole_or_not_at_all(setting: 
 @pytest.mark.parametrize("setting", ["scalar state", "24 bits", "foreach"])
 def test_a_hundred_runs_interrupted_by_a_timer(setting: str) -> None:
     generator = random.Random(0)
-    limit = 40
+    limit = 400  # steps that take longer than the timer waits
     history = uninterrupted(setting, limit)
     interrupted = 0
     for _ in range(RUNS):
