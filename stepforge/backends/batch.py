@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -94,9 +95,17 @@ class LazyColumns(Mapping[str, list[torch.Tensor]]):
 
 
 def is_capturing() -> bool:
-    """Return True while a CUDA graph records the current stream."""
-    ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return ready and torch.cuda.is_current_stream_capturing()
+    """Return True while a graph of the GPU records the current stream."""
+    gpu = _capturing_gpu()
+    return gpu is not None and gpu.is_initialized() and gpu.is_current_stream_capturing()
+
+
+@functools.cache
+def _capturing_gpu() -> Any:
+    """Return ``torch.cuda``, ``torch.xpu`` or the like; None if no device here captures graphs."""
+    accelerator = torch.accelerator.current_accelerator()
+    gpu = None if accelerator is None else torch.get_device_module(accelerator)
+    return gpu if hasattr(gpu, "is_current_stream_capturing") else None
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import triton_source
+from stepforge.backends.triton.variant import Target, Variant, units
 from stepforge.formats import int8_blocks, split_weight, tensor_name
 from stepforge.rules import ALL
 
@@ -19,8 +20,8 @@ __all__ = ["PLAIN", "c_sources", "isa_name", "specs", "triton_sources"]
 #: library names it "".
 PLAIN = "plain"
 
-#: The numbers of dimensions of Triton sources: 0 for dense tensors, 2 for strided ones.
-_TRITON_DIMS = (0, 2)
+#: The GPU that Triton sources are for.
+_TARGET = Target(rounds_bfloat16=True)
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -54,8 +55,19 @@ def c_sources() -> list[str]:
 
 
 def triton_sources() -> list[str]:
-    """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton."""
-    return list(dict.fromkeys(triton_source(s, dims) for s in specs() for dims in _TRITON_DIMS))
+    """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton.
+
+    They are for dense tensors, and for tensors of two dimensions with any strides.
+    """
+    sources = (
+        triton_source(spec, variant)
+        for spec in specs()
+        for variant in (
+            *(Variant(unit=unit, target=_TARGET) for unit in units(spec)),
+            Variant(dims=2, target=_TARGET),
+        )
+    )
+    return list(dict.fromkeys(sources))
 
 
 def isa_name(isa: str) -> str:

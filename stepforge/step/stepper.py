@@ -60,6 +60,8 @@ class Stepper:
         self.plan: Plan | None = None
         self.given_plan: Plan | None = None
         self.captured = False
+        # The plans that graphs were captured of, whose tables every replay reads.
+        self._captured_plans: list[Plan] = []
         self.traced: TracedParams | None = None
 
     @property
@@ -93,9 +95,12 @@ class Stepper:
         Raises:
             RuntimeError, TypeError, ValueError: the step is impossible. Nothing has changed.
         """
-        self.captured |= is_capturing()
+        capturing = is_capturing()
+        self.captured |= capturing
         bound = self._bind_kept(self.plan, groups, state) or self._bind_new(groups, state)
         run(bound, grad_scale)
+        if capturing and self.plan is not None:
+            self._captured_plans.append(self.plan)
 
     def step_given(self, given: list[WithGradient]) -> None:
         """Step parameters, gradients and states that are given, as by ``torch.compile``.
@@ -132,6 +137,11 @@ class Stepper:
         """Build a plan, bind it, and keep it if it may serve further steps."""
         self.plan = None
         params = self.checked(params_with_gradient(groups, state))
+        if is_capturing() and any(not state.get(param.p) for param in params):
+            raise RuntimeError(
+                "the first step of a parameter cannot be captured, as every replay would set its "
+                "states to zero: step once before the capture"
+            )
         kept = can_be_kept(params, captured=self.captured)
         # A compiler may not write to tensors that alias others, such as elements of a vector.
         vectors = kept and self.traced is None

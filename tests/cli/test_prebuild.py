@@ -21,6 +21,7 @@ from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec, arithmetic_of
 from stepforge.backends.triton.source import triton_source
+from stepforge.backends.triton.variant import Target, Variant, units
 from stepforge.cli import kernels, make_app
 from stepforge.cli.kernels import c_sources, specs, triton_sources
 from stepforge.state.layout import state_layout
@@ -258,7 +259,7 @@ def sha256(text: str) -> str:
 def test_sources_are_written_under_their_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: the C source of every kernel, and its Triton source for 0 and 2 dimensions."""
+    """Oracle: the C source of every kernel, and its Triton sources: dense and strided."""
     monkeypatch.setenv("CC", "/nonexistent")
     monkeypatch.setenv("STEPFORGE_ISA", "not a set")  # nothing is compiled
     folder = tmp_path / "sources"
@@ -270,7 +271,10 @@ def test_sources_are_written_under_their_hashes(
         assert path.stem == sha256(text)
         written[path.suffix].add(text)
     assert written[".c"] == {c_source(spec) for spec in specs()}
-    assert written[".py"] == {triton_source(spec, dims) for spec in specs() for dims in (0, 2)}
+    gpu = Target(rounds_bfloat16=True)
+    forms = [(spec, Variant(dims=2, target=gpu)) for spec in specs()]
+    forms += [(spec, Variant(unit=unit, target=gpu)) for spec in specs() for unit in units(spec)]
+    assert written[".py"] == {triton_source(*form) for form in forms}
     c, triton = len(written[".c"]), len(written[".py"])
     assert result.output == f"{c} C sources and {triton} Triton sources in {folder}\n"
     assert (c, triton) == (len(c_sources()), len(triton_sources()))

@@ -24,6 +24,7 @@ from stepforge.backends.triton.expressions import OPERATIONS
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
+from stepforge.backends.triton.variant import begins_rows_with_words
 
 __all__ = [
     "OPERATIONS",
@@ -99,7 +100,11 @@ def _capability_problem(device: torch.device) -> str | None:
 
 
 class Tables:
-    """The parameters of a batch, one table for each launch: the dense ones, and the others.
+    """The parameters of a batch, one table for each launch.
+
+    Strided parameters have one of their own, as they take another kernel. So have those whose rows
+    begin anywhere, if elements share scales: one of them would have all others moved in narrow
+    words.
 
     Args:
         batch: the parameters. Other gradients may be bound later, and the tables run with other
@@ -112,13 +117,12 @@ class Tables:
     def __init__(self, batch: Batch) -> None:
         spec = batch.spec
         rows = zip(*(batch.columns[name] for name in spec.elements))
-        by_density: dict[bool, list[int]] = {}
+        members: dict[tuple[bool, bool], list[int]] = {}
         for index, row in enumerate(rows):
             is_dense = _is_dense(row, in_order=bool(spec.formats))
-            by_density.setdefault(is_dense, []).append(index)
-        self.tables = [
-            Table(batch, members, dense=is_dense) for is_dense, members in by_density.items()
-        ]
+            is_wide = is_dense and begins_rows_with_words(spec, row[0].shape)
+            members.setdefault((is_dense, is_wide), []).append(index)
+        self.tables = [Table(batch, own, dense=is_dense) for (is_dense, _), own in members.items()]
         self.aliasing = Aliasing(batch)
 
     def bind_gradients(self, gradients: Gradients) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BFLOAT16_FUNCTIONS", "STORABLE", "TRITON_TYPES", "TritonType"]
+from stepforge.backends.triton.variant import Target
+
+__all__ = ["BFLOAT16_FUNCTIONS", "STORABLE", "TritonType", "triton_type"]
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class TritonType:
 
 
 #: The types of parameters, gradients and states without a format. 16-bit dtypes are rounded to
-#: float32 first, as in torch. bfloat16 is handled as bits, since GPUs and the interpreter round it
-#: differently.
+#: float32 first, as in torch. bfloat16 is handled as bits, since only NVIDIA's GPUs since 8.0 have
+#: an instruction that rounds it so.
 STORABLE: dict[torch.dtype, TritonType] = {
     torch.float32: TritonType("tl.float32"),
     torch.float64: TritonType("tl.float64"),
@@ -35,12 +37,22 @@ STORABLE: dict[torch.dtype, TritonType] = {
     ),
     torch.float16: TritonType("tl.float16", write="{0}.to(tl.float32).to({memory})"),
 }
+#: bfloat16 where an instruction rounds it to nearest, ties to even.
+_ROUNDED_BFLOAT16 = TritonType("tl.bfloat16", write="{0}.to(tl.float32).to({memory})")
 #: The types of every dtype. Integers are read as uint32.
-TRITON_TYPES: dict[torch.dtype, TritonType] = STORABLE | {
+_TRITON_TYPES: dict[torch.dtype, TritonType] = STORABLE | {
     torch.uint8: TritonType("tl.uint8", "{0}.to(tl.uint32)"),
     torch.int8: TritonType("tl.int8", "{0}.to(tl.int32).to(tl.uint32, bitcast=True)"),
     torch.int16: TritonType("tl.int16", "{0}.to(tl.int32).to(tl.uint32, bitcast=True)"),
 }
+
+
+def triton_type(dtype: torch.dtype, target: Target) -> TritonType:
+    """Return the Triton types of a dtype on a GPU."""
+    if dtype == torch.bfloat16 and target.rounds_bfloat16:
+        return _ROUNDED_BFLOAT16
+    return _TRITON_TYPES[dtype]
+
 
 BFLOAT16_FUNCTIONS = '''\
 @triton.jit

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import torch
 
-from stepforge.program import Instruction, Program
+from stepforge.backends.triton.variant import Target
+from stepforge.program import Program
 
-__all__ = ["OPERATIONS", "function", "type_name"]
+__all__ = ["OPERATIONS", "SQRT_FUNCTION", "function", "type_name"]
 
 #: The Triton expression of each operation. Operands are names of variables; ``{number}`` is the
 #: type of the arithmetic. Triton's ``-x`` is ``0 - x``, and its ``maximum`` may return either zero.
@@ -51,6 +52,17 @@ OPERATIONS: dict[str, str] = {
 }
 #: The expressions for float32, where Triton's ``/`` and ``sqrt`` are approximations.
 FLOAT32_OPERATIONS = {"div": "tl.div_rn({0}, {1})", "sqrt": "tl.sqrt_rn({0})"}
+#: The root of float32 where that of a denormal is NaN. All factors are powers of two.
+SQRT_FUNCTION = '''\
+@triton.jit
+def sqrt(x):
+    """The root, rounded to nearest; a small number is scaled into the range of normal ones."""
+    small = x < 2.0**-96
+    root = tl.sqrt_rn(tl.where(small, x * 2.0**32, x))
+    return root * tl.where(small, 2.0**-16, 1.0)
+
+
+'''
 
 
 def type_name(dtype: torch.dtype) -> str:
@@ -64,7 +76,12 @@ def type_name(dtype: torch.dtype) -> str:
 
 
 def function(
-    name: str, program: Program, arguments: Sequence[str], arithmetic: torch.dtype, *about: str
+    name: str,
+    program: Program,
+    arguments: Sequence[str],
+    arithmetic: torch.dtype,
+    target: Target,
+    *about: str,
 ) -> str:
     """Return a function that computes a program.
 
@@ -73,9 +90,10 @@ def function(
         program: the computation.
         arguments: the names of the program's inputs, then of its given values.
         arithmetic: the dtype of its numbers.
+        target: the GPU.
         about: lines to begin with.
     """
-    number = type_name(arithmetic)
+    operations = _operations(arithmetic, target)
     constants = [f"k{position}" for position in range(len(program.constants))]
     results = [f"x{position}" for position in range(len(program.instructions))]
     names = [*arguments, *constants, *results]
@@ -87,7 +105,10 @@ def function(
     if any(instruction.op == "finite" for instruction in program.instructions):
         lines.append(f"largest = {_literal(torch.finfo(arithmetic).max, arithmetic)}")
     for instruction in program.instructions:
-        expression = _expression(instruction, names, number)
+        operands = (names[register] for register in instruction.args)
+        expression = operations[instruction.op].format(
+            *operands, number=type_name(arithmetic), largest="largest"
+        )
         lines.append(f"{names[instruction.out]} = {expression}")
     lines.append(f"return {', '.join(names[register] for register in program.outputs)}")
     return "\n    ".join(lines)
@@ -110,9 +131,9 @@ def _literal(value: float, arithmetic: torch.dtype) -> str:
     return f"tl.full((), {pattern:#x}, tl.uint{bits}).to(tl.float{bits}, bitcast=True)  # {value!r}"
 
 
-def _expression(instruction: Instruction, names: Sequence[str], number: str) -> str:
-    template = OPERATIONS[instruction.op]
-    if number == "tl.float32":
-        template = FLOAT32_OPERATIONS.get(instruction.op, template)
-    operands = (names[register] for register in instruction.args)
-    return template.format(*operands, number=number, largest="largest")
+def _operations(arithmetic: torch.dtype, target: Target) -> dict[str, str]:
+    """Return the expression of each operation."""
+    if arithmetic == torch.float64:
+        return OPERATIONS
+    scaled = {} if target.root_takes_denormals else {"sqrt": "sqrt({0})"}
+    return OPERATIONS | FLOAT32_OPERATIONS | scaled

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from stepforge.backends import cache, disk_cache, trust
+from stepforge.backends.batch import is_capturing
 from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import KernelArgs, named, triton_source, writer_source
+from stepforge.backends.triton.variant import Variant
+
+_PLAIN = Variant()
 
 #: Elements that one program of a launch steps. A launch can have 2**31 programs, which is more
-#: elements than any memory holds. Each thread of four warps then moves two words of 16 bytes of
-#: float32 per column.
+#: elements than any memory holds.
 BLOCK = 1024
-WARPS = 4
-#: Bytes of the widest load or store; an address must be a multiple of them.
-WIDEST = 16
 
 
 def is_interpreted() -> bool:
@@ -39,16 +39,22 @@ class Kernel:
 
     Args:
         spec: its computation and storage.
-        dims: the dimensions of a parameter's tensors for the kernel; 0 if all are dense.
+        variant: the tables and the GPU that it is for.
+
+    Attributes:
+        args: the record of a parameter in its tables.
+        options: Triton's options of a launch.
 
     Raises:
         BuildError: its source cannot be kept.
         ImportError: Triton cannot be imported.
     """
 
-    def __init__(self, spec: KernelSpec, dims: int) -> None:
-        self.args = KernelArgs.of(spec, dims)
-        self._step = load(triton_source(spec, dims)).step
+    def __init__(self, spec: KernelSpec, variant: Variant) -> None:
+        self.args = KernelArgs.of(spec, variant.dims)
+        self.options = launch_options(spec, variant)
+        self._step = load(triton_source(spec, variant)).step
+        self._compiled: set[tuple[torch.device, bool, tuple[int, ...]]] = set()
 
     def launch(
         self,
@@ -75,10 +81,16 @@ class Kernel:
             aligned: for each tensor, the power of two in bytes that divides all its addresses.
             grad_scale: the factor of gradients, in the dtype of the arithmetic, and a number that
                 is not zero if the step is to be skipped; one element each.
+
+        Raises:
+            RuntimeError: a graph is captured, and the kernel has not been compiled.
         """
         stride = coefficients.shape[1] if len(coefficients) > 1 else 0
         elements = () if self.args.dims else self.args.elements
-        given: dict[str, Any] = {named(x, "aligned"): aligned[x] for x in elements}
+        bytes_ = self._compiled_for(
+            rows.device, grad_scale is not None, tuple(aligned[x] for x in elements)
+        )
+        given: dict[str, Any] = {named(x, "aligned"): n for x, n in zip(elements, bytes_)}
         if step_seeds is not None:
             given["keys"] = step_seeds
         with _device(rows.device):
@@ -92,9 +104,49 @@ class Kernel:
                 **given,
                 SCALED=grad_scale is not None,
                 BLOCK=BLOCK,
-                num_warps=WARPS,
-                enable_fp_fusion=False,
+                **self.options,
             )
+
+    def _compiled_for(
+        self, device: torch.device, is_scaled: bool, aligned: tuple[int, ...]
+    ) -> tuple[int, ...]:
+        """Return the bytes that addresses are taken to be multiples of, for each tensor.
+
+        While a graph is captured nothing can be compiled, but what is compiled for multiples of
+        fewer bytes serves, too.
+        """
+        if not is_capturing():
+            self._compiled.add((device, is_scaled, aligned))
+            return aligned
+        fitting = (
+            known
+            for where, scaled, known in self._compiled
+            if where == device
+            and scaled == is_scaled
+            and all(n % k == 0 for n, k in zip(aligned, known))
+        )
+        found = max(fitting, default=None)
+        if found is None:
+            scaled = "with" if is_scaled else "without"
+            raise RuntimeError(
+                "a graph cannot capture the compilation of a kernel: before the capture, step once "
+                f"{scaled} a gradient scaler, with gradients in memory as in the capture"
+            )
+        return found
+
+
+def launch_options(spec: KernelSpec, variant: Variant) -> dict[str, Any]:
+    """Return Triton's options of a kernel's launches.
+
+    A thread has 8 elements, two words of 16 bytes of float32. It has 4 in float64, whose numbers
+    take two registers; where a word of one column has 4 elements and of another 8, which would be
+    passed on through shared memory; and on AMD, whose compiler makes wide accesses only then.
+    """
+    sizes = {spec.dtype_of[tensor].itemsize for tensor in spec.elements}
+    is_mixed = len(sizes) > 1 and max(sizes) >= 4 and not spec.in_blocks
+    is_amd = not variant.target.root_takes_denormals
+    elements = 4 if is_mixed or is_amd or spec.arithmetic == torch.float64 else 8
+    return {"num_warps": BLOCK // (elements * variant.target.lanes), "enable_fp_fusion": False}
 
 
 def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -140,8 +192,8 @@ def _keep(source: str, path: Path) -> None:
         raise disk_cache.unwritable(path.parent, error) from None
 
 
-#: The numbers that one launch of :func:`write` carries.
-_WORDS = 32
+#: The numbers that one launch of :func:`write` carries: a quarter of what any GPU takes.
+_WORDS = 256
 
 
 def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
@@ -169,20 +221,20 @@ def _writer() -> types.ModuleType:
     return load(writer_source(_WORDS))
 
 
-def kernel_for(spec: KernelSpec, dims: int = 0) -> Kernel | str:
+def kernel_for(spec: KernelSpec, variant: Variant = _PLAIN) -> Kernel | str:
     """Return the kernel of a spec; or why there is none.
 
     Args:
         spec: its computation and storage.
-        dims: the dimensions of a parameter's tensors for the kernel; 0 if all are dense.
+        variant: the tables and the GPU that it is for.
     """
-    return _kernel_for(spec, dims, is_interpreted())
+    return _kernel_for(spec, variant, is_interpreted())
 
 
 @cache.made_once(disk_cache.cache_circumstances)
-def _kernel_for(spec: KernelSpec, dims: int, _interpreted: bool) -> Kernel | str:
+def _kernel_for(spec: KernelSpec, variant: Variant, _interpreted: bool) -> Kernel | str:
     try:
-        return Kernel(spec, dims)
+        return Kernel(spec, variant)
     except BuildError as error:
         return str(error)
     except ImportError as error:

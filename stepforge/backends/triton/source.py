@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from stepforge.backends.spec import KernelSpec
-from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, TRITON_TYPES
-from stepforge.backends.triton.expressions import function, type_name
+from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
+from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
+from stepforge.backends.triton.variant import Target, Variant
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import DRAW, Format, Part, result_salt, tensor_name
 from stepforge.program import Graph, Program
 
-__all__ = ["KernelArgs", "named", "triton_source", "writer_source"]
+__all__ = ["WHOLE", "KernelArgs", "has_two_paths", "named", "triton_source", "writer_source"]
 
 _TWO_LINES = "\n\n\n"
 
@@ -80,17 +81,22 @@ class KernelArgs:
         return self.start + self.is_random
 
 
-def triton_source(spec: KernelSpec, dims: int) -> str:
+def triton_source(spec: KernelSpec, variant: Variant) -> str:
     """Return the Python source of a module whose function ``step`` is the kernel.
 
     Args:
         spec: its computation and storage.
-        dims: the dimensions of a parameter's tensors for the kernel; 0 if all tensors of every
-            parameter are dense in one order.
+        variant: the tables and the GPU that it is for.
     """
+    target = variant.target
     stored = ", ".join(f"{tensor} {_bare(dtype)}" for tensor, dtype in spec.dtype_of.items())
     about = f'"""A step in {_bare(spec.arithmetic)} on {stored}; written by stepforge."""'
-    functions = [*_format_functions(spec), _update(spec)]
+    functions = [*_format_functions(spec, target), _update(spec, target)]
+    helpers = ""
+    if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
+        helpers += BFLOAT16_FUNCTIONS
+    if any(" sqrt(" in text for text in functions):
+        helpers += SQRT_FUNCTION
     return f"""\
 {textwrap.fill(about, 100)}
 
@@ -98,11 +104,10 @@ import triton
 import triton.language as tl
 
 
-{BFLOAT16_FUNCTIONS if torch.bfloat16 in spec.dtypes else ""}\
-{_TWO_LINES.join(functions)}
+{helpers}{_TWO_LINES.join(functions)}
 
 
-{_kernel(spec, KernelArgs.of(spec, dims))}"""
+{_kernel(spec, variant)}"""
 
 
 def writer_source(words: int) -> str:
@@ -141,10 +146,10 @@ def named(tensor: str, what: str) -> str:
     return f"{column}_{what}_{part}" if part else f"{column}_{what}"
 
 
-def _update(spec: KernelSpec) -> str:
+def _update(spec: KernelSpec, target: Target) -> str:
     """Return the function that computes the new elements from the old."""
     graph = spec.graph
-    return function("update", graph.varying, _update_arguments(graph), spec.arithmetic)
+    return function("update", graph.varying, _update_arguments(graph), spec.arithmetic, target)
 
 
 def _update_arguments(graph: Graph) -> list[str]:
@@ -157,7 +162,7 @@ def _format_numbers(spec: KernelSpec) -> dict[Format, int]:
     return {format_: n for n, format_ in enumerate(dict.fromkeys(spec.formats.values()))}
 
 
-def _format_functions(spec: KernelSpec) -> list[str]:
+def _format_functions(spec: KernelSpec, target: Target) -> list[str]:
     """Return the functions that decode and encode formats."""
     texts = []
     for format_, n in _format_numbers(spec).items():
@@ -169,16 +174,16 @@ def _format_functions(spec: KernelSpec) -> list[str]:
         ):
             if program is not None:
                 about = f"{format_.name}: {about}."
-                texts.append(_format_function(f"{name}_{n}", program, about))
+                texts.append(_format_function(f"{name}_{n}", program, about, target))
     if spec.is_random:
-        texts.append(_format_function("draw", DRAW, "A random word."))
+        texts.append(_format_function("draw", DRAW, "A random word.", target))
     return texts
 
 
-def _format_function(name: str, program: Program, about: str) -> str:
+def _format_function(name: str, program: Program, about: str, target: Target) -> str:
     """Return a function of a format; the arithmetic of formats is float32."""
     arguments = [f"{given}_in" for given in program.inputs]
-    return function(name, program, arguments, torch.float32, f'"""{about}"""')
+    return function(name, program, arguments, torch.float32, target, f'"""{about}"""')
 
 
 def _parts(spec: KernelSpec, column: str) -> list[tuple[str, Part]]:
@@ -186,10 +191,10 @@ def _parts(spec: KernelSpec, column: str) -> list[tuple[str, Part]]:
     return [(tensor_name(column, part), part) for part in spec.formats[column].parts]
 
 
-def _kernel(spec: KernelSpec, args: KernelArgs) -> str:
+def _kernel(spec: KernelSpec, variant: Variant) -> str:
     """Return the kernel: it finds the parameter of a block, and steps the block."""
-    graph = spec.graph
-    aligned = [] if args.dims else [named(x, "aligned") for x in args.elements]
+    graph, args = spec.graph, KernelArgs.of(spec, variant.dims)
+    aligned = [] if variant.dims else [named(x, "aligned") for x in spec.elements]
     keys = ["    keys,  # of each row what its random bits follow from"]
     lines = [
         '@triton.jit(do_not_specialize=["stride"])',
@@ -201,7 +206,7 @@ def _kernel(spec: KernelSpec, args: KernelArgs) -> str:
         "    stride,  # from the coefficients of a row to those of the next; 0 if they are of all",
         "    unscale,  # what gradients are multiplied by before all else",
         "    found_inf,  # not zero if nothing is to be changed",
-        *(keys if args.is_random else []),
+        *(keys if spec.is_random else []),
         *(
             f"    {name}: tl.constexpr,  # the bytes that its addresses are multiples of"
             for name in aligned
@@ -215,53 +220,99 @@ def _kernel(spec: KernelSpec, args: KernelArgs) -> str:
         "row = tl.load(owners + block)",
         f"this = rows + row * {args.width}",
         f"begin = (block - tl.load(this + {args.first})) * BLOCK  # in 64 bits",
-        f"left = tl.load(this + {args.size}) - begin",
+        f"left = tl.minimum(tl.load(this + {args.size}) - begin, BLOCK).to(tl.int32)",
         f"factor = tl.full((), 1.0, {type_name(spec.arithmetic)})",
         "if SCALED:",
         "    factor = tl.load(unscale)",
         "    left = tl.where(tl.load(found_inf) != 0, 0, left)",
     ]
-    is_flat = not (args.dims or args.in_blocks)
     for tensor in spec.tensors:
         at = "gradients + row" if tensor == "g" else f"this + {args.address(tensor)}"
-        memory = TRITON_TYPES[spec.dtype_of[tensor]].memory
-        pointer = f"tl.load({at}).to(tl.pointer_type({memory}))"
-        body.append(f"{named(tensor, 'base')} = {pointer}{' + begin' if is_flat else ''}")
+        body += _base(spec, variant, tensor, at)
     if graph.coefficients:
         body.append("given = numbers + row * stride")
     for position, node in enumerate(graph.coefficients):
         test = " != 0" if node.boolean else ""
         body.append(f"c{position} = tl.load(given + {position}){test}  # {_shown(node)}")
-    if args.is_random:
+    if spec.is_random:
         body.append("key = tl.load(keys + row).to(tl.uint32)")
         body.append(f"start = tl.load(this + {args.start}).to(tl.uint32)")
-    body += _lanes(spec, args)
-    masked = [*_pointers(args, masked=True), *_work(spec, args, masked=True)]
-    if args.dims:
-        body += masked
-    else:
+    body += _lanes(spec, variant)
+    masked = [*_pointers(spec, variant, masked=True), *_work(spec, variant, masked=True)]
+    if has_two_paths(spec, variant):
         # Without a mask, the compiler moves whole words.
-        body.append(f"if {_is_whole(args)}:")
-        whole = [*_pointers(args, masked=False), *_work(spec, args, masked=False)]
+        body.append(f"if {WHOLE}:")
+        whole = [*_pointers(spec, variant, masked=False), *_work(spec, variant, masked=False)]
         body += [f"    {line}" for line in whole]
         body += ["else:", *(f"    {line}" for line in masked)]
+    else:
+        body += masked
     return "\n".join([*lines, *(f"    {line}" for line in body), ""])
 
 
-# A kernel's block is flat. If elements share scales, it is a matrix with one chunk of elements that
-# share a scale per row, so a maximum along an axis finds the largest of a chunk. Chunks restart at
-# every row of a tensor's dimension 0, and the last one of such a row may be shorter.
+def _base(spec: KernelSpec, variant: Variant, tensor: str, at: str) -> list[str]:
+    """Return the lines that find the address of a tensor, or of its part in this block.
+
+    Args:
+        spec: the kernel's spec.
+        variant: its variant.
+        tensor: the name of the tensor.
+        at: the place of its address.
+    """
+    base, is_element = named(tensor, "base"), tensor in spec.elements
+    memory = triton_type(spec.dtype_of[tensor], variant.target).memory
+    lines = [f"{base} = tl.load({at}).to(tl.pointer_type({memory}))"]
+    if not variant.dims and is_element:
+        lines.append(f"{base} = tl.multiple_of({base}, {named(tensor, 'aligned')})")
+    if _is_consecutive(spec, variant):
+        lines.append(f"{base} += begin" if is_element else f"{base} += begin // {CHUNK}")
+    return lines
 
 
-def _lanes(spec: KernelSpec, args: KernelArgs) -> list[str]:
+# A kernel's block is flat. If elements share scales, the chunks that share one are along the first
+# axis, so a maximum along the others finds the largest of a chunk. Chunks restart at every row of a
+# tensor's dimension 0, and the last one of such a row may be shorter.
+#
+# There is one more axis between if rows begin anywhere, so that nothing can be moved in wide words.
+# The compiler gives neighbouring elements to neighbouring threads then, and spreads its warps over
+# the axis after the last: they should have chunks of their own, not parts of each.
+
+#: The elements of the last axis if there are three, one for each thread of a warp.
+_PIECE = 32
+
+
+def _is_consecutive(spec: KernelSpec, variant: Variant) -> bool:
+    """Return True if the elements of every block follow one another in memory."""
+    return not variant.dims and (not spec.in_blocks or variant.unit == CHUNK)
+
+
+def has_two_paths(spec: KernelSpec, variant: Variant) -> bool:
+    """Return True if a kernel has a path of its own for blocks without a mask: :data:`WHOLE`."""
+    return not (variant.dims or spec.in_blocks or variant.unit > 1)
+
+
+#: The condition that a block has all its elements.
+WHOLE = "left >= BLOCK"
+
+
+def _lanes(spec: KernelSpec, variant: Variant) -> list[str]:
     """Return the lines that number the elements and chunks of a block, and locate the scales."""
-    if not args.in_blocks:
-        return ["lane = tl.arange(0, BLOCK)"]
-    lines = [
-        f"width = tl.load(this + {args.row_length})  # of a row of dimension 0",
-        f"lane = tl.arange(0, {CHUNK})[None, :]",
-        f"chunk = begin // {CHUNK} + tl.arange(0, BLOCK // {CHUNK})[:, None]",
-    ]
+    if not spec.in_blocks:
+        hint = f"left = tl.multiple_of(left, {variant.unit})"
+        return [*([hint] if variant.unit > 1 else []), "lane = tl.arange(0, BLOCK)"]
+    lines = []
+    if variant.unit == 1:
+        pieces = f"tl.arange(0, {CHUNK // _PIECE})[None, :, None] * {_PIECE}"
+        lines.append(f"lane = {pieces} + tl.arange(0, {_PIECE})[None, None, :]")
+    else:
+        lines.append(f"lane = tl.arange(0, {CHUNK})[None, :]")
+    if _is_consecutive(spec, variant):
+        lines.append(f"chunk = {_count(variant)}")
+    else:
+        width = f"tl.load(this + {KernelArgs.of(spec, variant.dims).row_length})"
+        hinted = width if variant.unit == 1 else f"tl.multiple_of({width}, {variant.unit})"
+        lines.append(f"width = {hinted}  # of a row of dimension 0")
+        lines.append(f"chunk = begin // {CHUNK} + {_count(variant)}")
     for column in spec.formats:
         for tensor, part in _parts(spec, column):
             if part.of_block:
@@ -269,101 +320,114 @@ def _lanes(spec: KernelSpec, args: KernelArgs) -> list[str]:
     return lines
 
 
-def _is_whole(args: KernelArgs) -> str:
-    """Return the condition that a block has all its elements, and that they are consecutive."""
-    return f"(left >= BLOCK) & (width % {CHUNK} == 0)" if args.in_blocks else "left >= BLOCK"
+def _count(variant: Variant) -> str:
+    """Return the numbers of the chunks of a block."""
+    axes = "[:, None, None]" if variant.unit == 1 else "[:, None]"
+    return f"tl.arange(0, BLOCK // {CHUNK}){axes}"
 
 
-def _pointers(args: KernelArgs, *, masked: bool) -> list[str]:
+def _largest_of_chunk(value: str, variant: Variant) -> str:
+    largest = f"tl.max({value}, 1, keep_dims=True)"
+    return f"tl.max({largest}, 2, keep_dims=True)" if variant.unit == 1 else largest
+
+
+def _pointers(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     """Return the lines that locate the elements of a block, and mask those outside."""
-    if args.in_blocks:
-        lines = _chunk_elements(masked=masked)
+    if spec.in_blocks:
+        lines = _chunk_elements(variant)
     else:
         lines = ["inside = lane < left"] if masked else []
-        if args.is_random or args.dims:
+        if spec.is_random or variant.dims:
             lines.append("element = begin + lane")
-    if args.is_random:
-        lines.append("index = element.to(tl.uint32) + start")
-    if args.dims:
-        return [*lines, *_strided_pointers(args)]
-    # A flat block begins at the kernel's own. The rows of a matrix are consecutive.
-    step, hint = ("element", "(1, {})") if args.in_blocks else ("lane", "{}")
-    for tensor in args.elements:
-        at = f"{named(tensor, 'base')} + {step}"
-        if not masked:
-            at = f"tl.multiple_of({at}, {hint.format(named(tensor, 'aligned'))})"
-        lines.append(f"{named(tensor, 'at')} = {at}")
+    if spec.is_random:
+        is_relative = spec.in_blocks and _is_consecutive(spec, variant)
+        element = "(begin + element)" if is_relative else "element"
+        lines.append(f"index = {element}.to(tl.uint32) + start")
+    if variant.dims:
+        return [*lines, *_strided_pointers(spec, variant)]
+    step = "element" if spec.in_blocks else "lane"
+    for tensor in spec.elements:
+        lines.append(f"{named(tensor, 'at')} = {named(tensor, 'base')} + {step}")
     return lines
 
 
-def _chunk_elements(*, masked: bool) -> list[str]:
-    """Return the lines that find the elements in the chunks of a block."""
-    if not masked:
-        return [f"element = chunk * {CHUNK} + lane"]
+def _chunk_elements(variant: Variant) -> list[str]:
+    """Return the lines that find the elements in the chunks of a block, and mask those outside."""
+    if variant.unit == CHUNK:
+        return [
+            f"element = chunk * {CHUNK} + lane",
+            f"reached = chunk * {CHUNK} < left",
+            "inside = reached",
+        ]
+    # 2**31 chunks are more than any memory holds, and dividing in 64 bits takes a hundred
+    # instructions.
     return [
-        f"chunks = (width + {CHUNK - 1}) // {CHUNK}  # of a row of dimension 0",
-        f"column = chunk % chunks * {CHUNK} + lane",
-        "element = chunk // chunks * width + column",
-        f"reached = chunk * {CHUNK} < begin + left",
-        "inside = reached & (column < width)",
+        f"chunks = ((width + {CHUNK - 1}) // {CHUNK}).to(tl.int32)  # of a row of dimension 0",
+        "line = chunk.to(tl.int32) // chunks",
+        f"column = (chunk.to(tl.int32) - line * chunks).to(tl.int64) * {CHUNK}",
+        "element = line.to(tl.int64) * width + column + lane",
+        f"reached = {_count(variant)} * {CHUNK} < left",
+        "inside = reached & (column + lane < width)",
     ]
 
 
-def _strided_pointers(args: KernelArgs) -> list[str]:
+def _strided_pointers(spec: KernelSpec, variant: Variant) -> list[str]:
     """Return the lines that locate elements by the strides in the record."""
+    args = KernelArgs.of(spec, variant.dims)
     lines = ["rest = element"]
-    lines += [f"{named(tensor, 'at')} = {named(tensor, 'base')}" for tensor in args.elements]
+    lines += [f"{named(tensor, 'at')} = {named(tensor, 'base')}" for tensor in spec.elements]
     for dim in reversed(range(args.dims)):
         lines += [
             f"length = tl.load(this + {args.extent(dim)})",
             "position = rest % length",
             "rest = rest // length",
         ]
-        for tensor in args.elements:
+        for tensor in spec.elements:
             stride, at = f"tl.load(this + {args.stride(tensor, dim)})", named(tensor, "at")
             lines.append(f"{at} = {at} + position * {stride}")
     return lines
 
 
-def _work(spec: KernelSpec, args: KernelArgs, *, masked: bool) -> list[str]:
+def _work(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     """Return the lines that read the elements of a block, update them and write the results."""
     graph = spec.graph
     lines = []
     for column in graph.varying.inputs:
-        lines += _read(spec, args, column, masked=masked)
+        lines += _read(spec, variant, column, masked=masked)
     results = ", ".join(f"{column}_out" for column in graph.results)
     lines.append(f"{results} = update({', '.join(_update_arguments(graph))})")
     for column in graph.results:
-        lines += _write(spec, args, column, masked=masked)
+        lines += _write(spec, variant, column, masked=masked)
     return lines
 
 
-def _read(spec: KernelSpec, args: KernelArgs, column: str, *, masked: bool) -> list[str]:
+def _read(spec: KernelSpec, variant: Variant, column: str, *, masked: bool) -> list[str]:
     """Return the lines that read a column."""
     number = type_name(spec.arithmetic)
     if column not in spec.formats:
-        read = _load(spec, args, column, number, masked=masked)
+        read = _load(spec, variant, column, number, masked=masked)
         return [f"{column}_in = {read}{' * factor' if column == 'g' else ''}"]
     format_, lines, inputs = spec.formats[column], [], {}
     for tensor, part in _parts(spec, column):
         inputs[part.name or "stored"] = name = named(tensor, "stored")
-        lines.append(f"{name} = {_load(spec, args, tensor, 'tl.float32', masked=masked)}")
+        lines.append(f"{name} = {_load(spec, variant, tensor, 'tl.float32', masked=masked)}")
     given = ", ".join(inputs[name] for name in format_.decode.inputs)
     widened = "" if spec.arithmetic == torch.float32 else f".to({number})"
     decode = f"decode_{_format_numbers(spec)[format_]}"
     return [*lines, f"{column}_in = {decode}({given}){widened}"]
 
 
-def _load(spec: KernelSpec, args: KernelArgs, tensor: str, number: str, *, masked: bool) -> str:
+def _load(spec: KernelSpec, variant: Variant, tensor: str, number: str, *, masked: bool) -> str:
     """Return the expression that loads a tensor, as a number of that type or as a uint32."""
-    load = f"tl.load({named(tensor, 'at')}{_mask(args, tensor) if masked else ''})"
-    return TRITON_TYPES[spec.dtype_of[tensor]].read.format(load, number=number)
+    load = f"tl.load({named(tensor, 'at')}{_mask(spec, tensor) if masked else ''})"
+    kind = triton_type(spec.dtype_of[tensor], variant.target)
+    return kind.read.format(load, number=number)
 
 
-def _write(spec: KernelSpec, args: KernelArgs, column: str, *, masked: bool) -> list[str]:
+def _write(spec: KernelSpec, variant: Variant, column: str, *, masked: bool) -> list[str]:
     """Return the lines that store the new numbers of a column."""
     if column not in spec.formats:
-        return [_store(spec, args, column, f"{column}_out", masked=masked)]
+        return [_store(spec, variant, column, f"{column}_out", masked=masked)]
     format_ = spec.formats[column]
     n = _format_numbers(spec)[format_]
     narrowed = "" if spec.arithmetic == torch.float32 else ".to(tl.float32)"
@@ -371,9 +435,9 @@ def _write(spec: KernelSpec, args: KernelArgs, column: str, *, masked: bool) -> 
     if format_.in_blocks:
         size, scale = f"{column}_size", named(f"{column}.scale", "new")
         lines.append(f"{size} = size_{n}({inputs['x']})")
-        if masked:  # elements outside never set the scale
+        if variant.unit < CHUNK:  # elements outside never set the scale
             lines.append(f"{size} = tl.where(inside, {size}, 0)")
-        lines.append(f"{scale} = scale_{n}(tl.max({size}, 1, keep_dims=True))")
+        lines.append(f"{scale} = scale_{n}({_largest_of_chunk(size, variant)})")
         inputs["scale"] = scale
     if format_.is_random:
         salt = result_salt(spec.graph.results.index(column))
@@ -382,21 +446,21 @@ def _write(spec: KernelSpec, args: KernelArgs, column: str, *, masked: bool) -> 
     given = ", ".join(inputs[name] for name in format_.encode.inputs)
     lines.append(f"{', '.join(names)} = encode_{n}({given})")
     for tensor, _ in _parts(spec, column):
-        lines.append(_store(spec, args, tensor, named(tensor, "new"), masked=masked))
+        lines.append(_store(spec, variant, tensor, named(tensor, "new"), masked=masked))
     return lines
 
 
-def _store(spec: KernelSpec, args: KernelArgs, tensor: str, value: str, *, masked: bool) -> str:
+def _store(spec: KernelSpec, variant: Variant, tensor: str, value: str, *, masked: bool) -> str:
     """Return the line that stores a number or a uint32."""
-    kind = TRITON_TYPES[spec.dtype_of[tensor]]
+    kind = triton_type(spec.dtype_of[tensor], variant.target)
     write = kind.write.format(value, memory=kind.memory)
-    mask = _mask(args, tensor) if masked else ""
+    mask = _mask(spec, tensor) if masked else ""
     return f"tl.store({named(tensor, 'at')}, {write}{mask})"
 
 
-def _mask(args: KernelArgs, tensor: str) -> str:
+def _mask(spec: KernelSpec, tensor: str) -> str:
     """Return the argument that masks the elements outside the parameter."""
-    return ", inside" if tensor in args.elements else ", reached"
+    return ", inside" if tensor in spec.elements else ", reached"
 
 
 def _bare(dtype: torch.dtype) -> str:

@@ -13,8 +13,9 @@ from stepforge.backends.aliasing import addresses
 from stepforge.backends.batch import Batch, is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import kernel as kernels
-from stepforge.backends.triton.kernel import BLOCK, WIDEST, kernel_for
+from stepforge.backends.triton.kernel import BLOCK, kernel_for
 from stepforge.backends.triton.strides import dimensions
+from stepforge.backends.triton.variant import WIDEST, Variant
 from stepforge.formats import BLOCK as CHUNK
 
 
@@ -39,17 +40,18 @@ class Table:
         rows = list(zip(*(columns[name] for name in spec.elements)))
         shapes = [[] if dense else dimensions(row, in_order=bool(spec.formats)) for row in rows]
         dims = max(map(len, shapes))
-        kernel = kernel_for(spec, dims)
+        self.device = rows[0][0].device
+        sizes = np.array([row[0].numel() for row in rows], np.int64)
+        lengths = np.array([math.prod(row[0].shape[1:]) for row in rows], np.int64)
+        divided = (lengths if spec.in_blocks else sizes).tolist()
+        kernel = kernel_for(spec, Variant.of(spec, dims, divided, self.device))
         if isinstance(kernel, str):
             dtypes = ", ".join(map(str, spec.dtypes))
             raise RuntimeError(f"there is no kernel for {dtypes}: {kernel}")
         self.kernel = kernel
-        self.device = rows[0][0].device
-        sizes = np.array([row[0].numel() for row in rows], np.int64)
         self.occupied = sizes > 0
         args = kernel.args
         if args.in_blocks:
-            lengths = np.array([math.prod(row[0].shape[1:]) for row in rows], np.int64)
             sizes = np.array([len(row[0]) for row in rows]) * (-(-lengths // CHUNK) * CHUNK)
         blocks = -(-sizes // BLOCK)
         self.blocks = int(blocks.sum())
@@ -77,6 +79,7 @@ class Table:
             Mirror(self.device) for _ in range(5)
         )
         self._owners: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._captured: list[torch.Tensor] = []  # as in Mirror
         if not is_capturing():  # allocate now: running out of memory must precede any change
             self._owners_of(self.rows.show(self._records))
             self.gradients.show(self._gradients)
@@ -165,6 +168,8 @@ class Table:
             if is_capturing():
                 return owners
             self._owners = rows, owners
+        elif is_capturing():
+            self._captured.append(self._owners[1])
         return self._owners[1]
 
     def _checked(self, addresses: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -184,15 +189,21 @@ class Mirror:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.uploads = 0
+        # Those that a captured graph reads, which may replay as long as the table exists.
+        self._captured: list[torch.Tensor] = []
         self._shown: tuple[np.ndarray[Any, Any], torch.Tensor] | None = None
 
     def show(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         """Return the array on the device."""
+        is_shown = self._shown is not None and _are_equal(self._shown[0], array)
         if is_capturing():
-            return written(array, self.device)
-        if self._shown is None or not _are_equal(self._shown[0], array):
+            if self._shown is None or not is_shown:
+                return written(array, self.device)
+            self._captured.append(self._shown[1])
+        elif not is_shown:
             self._shown = array.copy(), _uploaded(array, self.device)
             self.uploads += 1
+        assert self._shown is not None
         return self._shown[1]
 
 
@@ -200,7 +211,7 @@ def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     """Return a device copy of an array, written by launches that carry its numbers as arguments.
 
     A captured graph would repeat a copy from host memory at every replay, when that memory holds
-    something else.
+    something else; and a capture may pin no memory.
     """
     words = np.ascontiguousarray(array).reshape(-1).view(np.int32)
     table = torch.empty(len(words), dtype=torch.int32, device=device)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from stepforge.backends import batch
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton.kernel import is_interpreted
 from tests.backends.triton.kernels import DEVICES
@@ -41,10 +43,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """A function that starts and ends a pretended CUDA graph capture on a CPU."""
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    gpu = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(batch, "_capturing_gpu", lambda: gpu)
 
     def set_capturing(now: bool) -> None:
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now)
+        gpu.is_current_stream_capturing = lambda: now
 
     set_capturing(False)
     return set_capturing

@@ -374,6 +374,7 @@ def set_sync_debug_mode() -> Iterator[Callable[[str], None]]:
 )
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("storage", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @every_optimizer
 def test_no_step_synchronizes_the_device(
     name: str,

@@ -18,8 +18,10 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton import kernel
 from stepforge.backends.triton.dtypes import STORABLE
-from stepforge.backends.triton.kernel import BLOCK, WARPS, Kernel, kernel_for
+from stepforge.backends.triton.inspection import GPU, GPUS
+from stepforge.backends.triton.kernel import BLOCK, Kernel, kernel_for
 from stepforge.backends.triton.source import named, triton_source
+from stepforge.backends.triton.variant import Variant, units
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
 from tests.backends.graphs import columns_of, graph_of, in_new_process, spec_of, traced
@@ -31,7 +33,7 @@ every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
 def source_of(graph: Graph, dtype: torch.dtype, dims: int = 0) -> str:
-    return triton_source(spec_of(graph, dtype), dims)
+    return triton_source(spec_of(graph, dtype), Variant(dims=dims))
 
 
 def spec_of_format(name: str, format_: str) -> KernelSpec:
@@ -48,7 +50,7 @@ def spec_of_format(name: str, format_: str) -> KernelSpec:
 def test_formats_are_readable(format_: str, dims: int) -> None:
     """Stored bits, decoded values and new bits have names of their own."""
     spec = dataclasses.replace(spec_of_format("Adam", format_), arithmetic=torch.float32)
-    text = triton_source(spec, dims)
+    text = triton_source(spec, Variant(dims=dims))
     for name in set(spec.tensors) - {"g"}:
         assert f"tl.store({named(name, 'at')}, " in text
         is_part = name.partition(".")[0] in spec.formats
@@ -101,7 +103,7 @@ def test_a_kernel_is_made_once(
         inner(self, *args)
 
     monkeypatch.setattr(Kernel, "launch", launch)
-    shapes = [(40, 130), (64, 64)] if options else [(5,), (0,), (BLOCK + 1,)]
+    shapes = [(40, 144), (64, 64)] if options else [(5,), (0,), (BLOCK + 1,)]
     params = [parameter(normal(shape, torch.float32, 1)) for shape in shapes]
     params = [torch.nn.Parameter(p.detach().to(device)) for p in params]
     optimizer = OPTIMIZERS["NAdam"].ours(params, **options)
@@ -160,8 +162,15 @@ def print_instructions(folder: str) -> None:
     from triton.compiler import ASTSource
 
     found: dict[str, Any] = {}
+    gpus = [GPUS["sm_80"], GPUS["gfx942"]]
 
-    def compiled(function: Any, signature: dict[str, Any], constants: dict[str, Any]) -> Any:
+    def compiled(
+        function: Any,
+        gpu: GPU,
+        options: dict[str, Any],
+        constants: dict[str, Any],
+        **signature: str,
+    ) -> Any:
         types = {n: "constexpr" if n in constants else signature[n] for n in function.arg_names}
         position = {n: (function.arg_names.index(n),) for n in function.arg_names}
         pointers = [n for n, kind in types.items() if kind.startswith("*")]
@@ -171,12 +180,8 @@ def print_instructions(folder: str) -> None:
             {position[n]: value for n, value in constants.items()},
             {position[n]: [["tt.divisibility", 16]] for n in pointers},
         )
-        return [
-            triton.compile(
-                source, target=target, options={"num_warps": WARPS, "enable_fp_fusion": False}
-            )
-            for target in (GPUTarget("cuda", 80, 32), GPUTarget("hip", "gfx942", 64))
-        ]
+        target = GPUTarget(gpu.backend, gpu.architecture, gpu.target.lanes)
+        return triton.compile(source, target=target, options=options)
 
     for case in [*CASES, *FORMAT_CASES]:
         if case in CASES:
@@ -187,16 +192,19 @@ def print_instructions(folder: str) -> None:
             name, format_, dims = FORMAT_CASES[case]
             spec = spec_of_format(name, format_)
         number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
-        made = Kernel(spec, dims)
-        function = made._step
         signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
         signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32", "keys": "*i64"}
         constants: dict[str, Any] = {"SCALED": True, "BLOCK": BLOCK}
         if case == "NAdam":
             constants |= {"SCALED": False, "unscale": None, "found_inf": None}
         if not dims:
-            constants |= {named(x, "aligned"): 16 for x in made.args.elements}
-        cuda, hip = compiled(function, signature, constants)
+            constants |= {named(x, "aligned"): 16 for x in spec.elements}
+        unit = units(spec)[0] if case in FORMAT_CASES and not dims else 1
+        made = [Kernel(spec, Variant(dims, unit, gpu.target)) for gpu in gpus]
+        cuda, hip = (
+            compiled(each._step, gpu, each.options, constants, **signature)
+            for each, gpu in zip(made, gpus)
+        )
         opcode = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][a-z0-9_.:]+) ", re.M)
         found[case] = {
             "ptx": Counter(opcode.findall(cuda.asm["ptx"])),
@@ -204,7 +212,9 @@ def print_instructions(folder: str) -> None:
             "ttir": str(cuda.asm["ttir"]),
         }
     write = kernel._writer().write
-    compiled(write, {n: "*i32" if n == "table" else "i32" for n in write.arg_names}, {})
+    types = {n: "*i32" if n == "table" else "i32" for n in write.arg_names}
+    for gpu in gpus:
+        compiled(write, gpu, {}, {}, **types)
     print(json.dumps(found))
 
 
@@ -242,7 +252,8 @@ def test_loads_and_stores_are_16_bytes_wide(case: str, instructions: Any) -> Non
     name, dtype, _ = CASES[case]
     graph = graph_of(name)
     form = "v2.b64" if dtype == torch.float64 else "v4.b32"
-    count = BLOCK // (32 * WARPS) * dtype.itemsize // 16  # per thread and column
+    threads = 256 if dtype == torch.float64 else 128
+    count = BLOCK // threads * dtype.itemsize // 16  # per thread and column
     assert opcodes[f"ld.global.{form}"] == count * len(graph.varying.inputs)
     assert opcodes[f"st.global.{form}"] == count * len(graph.results)
 

@@ -15,6 +15,7 @@ from stepforge.backends.aliasing import Spans, addresses
 from stepforge.backends.triton.kernel import BLOCK, Kernel
 from stepforge.backends.triton.source import KernelArgs
 from stepforge.backends.triton.table import Mirror, Table, written
+from stepforge.backends.triton.variant import Variant
 from tests.backends.graphs import Columns, batch_of, by_reference, spec_of, traced
 from tests.backends.triton.kernels import by_kernel, by_kernels_only, tables, uploads
 from tests.conformance.table import OPTIMIZERS, assert_same_bits, contiguous, forced, normal
@@ -69,7 +70,7 @@ def test_a_parameter_of_more_than_2_31_elements(device: torch.device) -> None:
     last blocks, and no memory exists for the ones before.
     """
     graph = traced(lambda p, g: p - g)
-    kernel = Kernel(spec_of(graph, torch.float32), 0)
+    kernel = Kernel(spec_of(graph, torch.float32), Variant())
     assert kernel.args.elements == ("p", "g")
     skipped = (2**31 + 2**20) // BLOCK
     p, g = (normal((BLOCK + 3,), torch.float32, k).to(device) for k in range(2))
