@@ -90,7 +90,9 @@ def run(batch: Batch, scratch: Scratch, *, in_place: bool) -> None:
         overwrite = set(inputs)
     else:
         inputs = {name: x for name, (x,) in columns.items()}
-        overwrite = {n for n in names if in_place and _is_stored(inputs.get(n), n, batch)}
+        stored = {name for name in names if _is_stored(inputs.get(name), name, batch)}
+        # numpy does not write to a lazy negation.
+        overwrite = {name for name in stored if in_place and not inputs[name].is_neg()}
     scratch.reset(next(iter(inputs.values())))
     results = _evaluate(program, inputs, overwrite, batch.coefficients, scratch)
     # Storing one result must not change another.

@@ -26,7 +26,7 @@ def correct_sqrt(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     if out is None:
         out = torch.empty_like(x)
     with np.errstate(invalid="ignore"):
-        np.sqrt(x.detach().numpy(), out=out.detach().numpy())
+        np.sqrt(x.detach().resolve_neg().numpy(), out=out.detach().numpy())
     return out
 
 

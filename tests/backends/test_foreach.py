@@ -13,7 +13,7 @@ import torch
 
 from stepforge.backends import Batch, chunk, foreach, reference
 from stepforge.expr import Expr
-from stepforge.ops import where
+from stepforge.ops import sqrt, where
 from stepforge.program import Graph
 from tests.backends.graphs import (
     ARITHMETICS,
@@ -135,6 +135,23 @@ def test_parameters_are_stepped_together_if_they_share_coefficients() -> None:
         in_chunks(batch)
     assert [len(call.args[0]) for call in run.call_args_list] == [2, 2, 1]
     assert [p[0].item() for p in batch.columns["p"]] == values
+
+
+def test_a_lazy_negation_is_not_computed_in(way: Way) -> None:
+    """The root of a column that ends there is numpy's, which takes no negation."""
+    graph = traced(lambda p, g: sqrt(p) + g)
+    values = normal((5,), torch.float32, 0).abs()
+
+    def negated() -> torch.Tensor:
+        return torch._neg_view(-values)
+
+    batches = [
+        batch_of(graph, [{"p": negated(), "g": values.clone()}], [[]], torch.float32)
+        for _ in range(2)
+    ]
+    way(batches[0])
+    reference.run(batches[1])
+    assert torch.equal(batches[0].columns["p"][0], batches[1].columns["p"][0])
 
 
 def test_memory_is_taken_once_for_all_chunks() -> None:
