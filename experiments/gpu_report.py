@@ -16,38 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.inspection import GPUS, inspect_kernel, paths
 from stepforge.backends.triton.variant import Variant, units
+from stepforge.cli.kernels import STORAGES, spec_of_storage
 from stepforge.rules import ALL
-from stepforge.state.layout import state_layout
 
-__all__ = ["STORAGES", "Case", "cases", "page_table", "row", "spec_of", "with_table"]
+__all__ = ["Case", "cases", "page_table", "row", "with_table"]
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "gpus.md"
-
-#: The dtype of parameters and the options of each storage.
-STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32": (torch.float32, {}),
-    "bfloat16": (torch.bfloat16, {}),
-    "float16": (torch.float16, {}),
-    "float64": (torch.float64, {}),
-    "bfloat16, float32 states": (torch.bfloat16, {"state_format": "float32"}),
-    "bfloat16 states": (torch.float32, {"state_format": "bfloat16"}),
-    "int8": (torch.float32, {"state_format": "int8"}),
-    "24 bits": (torch.bfloat16, {"master_weight_bits": 24}),
-    "24 bits, int8": (torch.bfloat16, {"master_weight_bits": 24, "state_format": "int8"}),
-    "32 bits, float32 states": (
-        torch.bfloat16,
-        {"master_weight_bits": 32, "state_format": "float32"},
-    ),
-    "at random, int8": (torch.bfloat16, {"stochastic_rounding": True, "state_format": "int8"}),
-}
 
 
 @dataclass(frozen=True)
@@ -61,23 +41,12 @@ class Case:
     path: str
 
 
-def spec_of(rule: str, storage: str) -> KernelSpec:
-    """Return the spec of the kernel that steps an optimizer's parameters, by its defaults."""
-    dtype, options = STORAGES[storage]
-    p = torch.zeros(64, 128, dtype=dtype)
-    optimizer = ALL[rule]([p], **options)
-    group = optimizer.param_groups[0]
-    layout = state_layout(optimizer.rule, group, p)
-    graph = optimizer.rule.graph(group)
-    return KernelSpec.of(graph, {"g": dtype, **layout.dtypes}, layout.formats)
-
-
 def cases(rules: Iterable[str] = ALL, storages: Iterable[str] = STORAGES) -> Iterator[Case]:
     """Yield the paths of dense tables, on every GPU."""
     storages = list(storages)
     for rule in rules:
         for storage in storages:
-            spec = spec_of(rule, storage)
+            spec = spec_of_storage(rule, storage)
             for target in GPUS:
                 for unit in units(spec):
                     for path in paths(spec, Variant(unit=unit)):
@@ -87,7 +56,7 @@ def cases(rules: Iterable[str] = ALL, storages: Iterable[str] = STORAGES) -> Ite
 def row(case: Case) -> dict[str, Any]:
     """Compile a case; return its row of the report."""
     gpu = GPUS[case.target]
-    spec = spec_of(case.rule, case.storage)
+    spec = spec_of_storage(case.rule, case.storage)
     found = inspect_kernel(spec, Variant(unit=case.unit, target=gpu.target), gpu, case.path)
     return asdict(case) | asdict(found)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,8 +14,17 @@ from stepforge.backends.triton.source import triton_source
 from stepforge.backends.triton.variant import Target, Variant, units
 from stepforge.formats import int8_blocks, split_weight, tensor_name
 from stepforge.rules import ALL
+from stepforge.state.layout import state_layout
 
-__all__ = ["PLAIN", "c_sources", "isa_name", "specs", "triton_sources"]
+__all__ = [
+    "PLAIN",
+    "STORAGES",
+    "c_sources",
+    "isa_name",
+    "spec_of_storage",
+    "specs",
+    "triton_sources",
+]
 
 #: The name in options and messages of the instruction set that every processor of a kind has. The
 #: library names it "".
@@ -22,6 +32,24 @@ PLAIN = "plain"
 
 #: The GPU that Triton sources are for.
 _TARGET = Target(rounds_bfloat16=True)
+
+#: The dtype of parameters and the options of each storage.
+STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "float16": (torch.float16, {}),
+    "float64": (torch.float64, {}),
+    "bfloat16, float32 states": (torch.bfloat16, {"state_format": "float32"}),
+    "bfloat16 states": (torch.float32, {"state_format": "bfloat16"}),
+    "int8": (torch.float32, {"state_format": "int8"}),
+    "24 bits": (torch.bfloat16, {"master_weight_bits": 24}),
+    "24 bits, int8": (torch.bfloat16, {"master_weight_bits": 24, "state_format": "int8"}),
+    "32 bits, float32 states": (
+        torch.bfloat16,
+        {"master_weight_bits": 32, "state_format": "float32"},
+    ),
+    "at random, int8": (torch.bfloat16, {"stochastic_rounding": True, "state_format": "int8"}),
+}
 
 
 def specs() -> Iterator[KernelSpec]:
@@ -47,6 +75,17 @@ def specs() -> Iterator[KernelSpec]:
                 for part in format_.parts
             }
             yield KernelSpec.of(graph, dtypes, formats)
+
+
+def spec_of_storage(optimizer: str, storage: str) -> KernelSpec:
+    """Return the kernel that steps matrices by an optimizer's defaults, in one of STORAGES."""
+    dtype, options = STORAGES[storage]
+    p = torch.zeros(64, 128, dtype=dtype)
+    instance = ALL[optimizer]([p], **options)
+    group = instance.param_groups[0]
+    layout = state_layout(instance.rule, group, p)
+    graph = instance.rule.graph(group)
+    return KernelSpec.of(graph, {"g": dtype, **layout.dtypes}, layout.formats)
 
 
 def c_sources() -> list[str]:

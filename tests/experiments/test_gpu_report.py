@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from experiments.gpu_report import STORAGES, cases, page_table, row, spec_of, with_table
+from experiments.gpu_report import cases, page_table, row, with_table
+from stepforge.cli.kernels import STORAGES, spec_of_storage
 from stepforge.rules import ALL
 from tests.backends.graphs import in_new_process
 
@@ -120,7 +121,7 @@ def test_masks_cost_little(rows: list[dict[str, Any]]) -> None:
 def test_the_report_has_every_rule_and_storage() -> None:
     listed = {(case.rule, case.storage) for case in cases()}
     assert listed == {(rule, storage) for rule in ALL for storage in STORAGES}
-    specs = [spec_of("AdamW", storage) for storage in STORAGES]
+    specs = [spec_of_storage("AdamW", storage) for storage in STORAGES]
     assert len(set(specs)) == len(STORAGES)
 
 

@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -21,6 +22,7 @@ from stepforge.cli.options import OptimizerNames, current_device, optimizer_name
 from stepforge.cli.output_files import file_option, write_json
 from stepforge.cli.selftest.cases import Case, cases
 from stepforge.cli.selftest.compare import Outcome, Result, digest, find_differences, outcomes
+from stepforge.cli.selftest.speed import gpu_of, kernels, speeds
 from stepforge.cli.tables import new_table, print_whole
 from stepforge.state.layout import dtypes_after_step, state_layout
 from stepforge.step.params import kernel_spec
@@ -49,7 +51,7 @@ def selftest(
         Path | None,
         file_option(
             f"File for all comparisons; if not given, {REPORT} in the current folder, written only "
-            "if something differs",
+            "on a GPU, and if something differs",
             "--report",
         ),
     ] = None,
@@ -68,6 +70,9 @@ def selftest(
     reference on this CPU, and the reference's with hashes in the package. Every optimizer steps
     every dtype; of all other options (formats, gradients of another dtype, flags) every pair occurs
     in some case. Every case has all memory layouts.
+
+    On a GPU, its steps are timed too, beside a copy within its memory, and the machine code of its
+    kernels is read. All of that is in one file, to attach to a report.
 
     The exit code is 0 if all bits are equal, otherwise 1.
     """
@@ -92,8 +97,12 @@ def selftest(
     if write_hashes:
         _write_hashes(console, results)
         return
-    if differs or report is not None:
-        _write_report(console, report or REPORT, tested, results)
+    measured: dict[str, Any] = {}
+    if tested.type != "cpu":
+        measured = _measure(console, tested)
+        print_whole(console, _speed_table(measured["speeds"]))
+    if differs or report is not None or measured:
+        _write_report(console, report or REPORT, tested, results, measured)
     if differs:
         raise typer.Exit(1)
 
@@ -222,6 +231,29 @@ def _results(
             yield Result(case, backend, _REFERENCE_NAME, expected, found, differing)
 
 
+# A GPU. -------------------------------------------------------------------------------------------
+
+
+def _measure(console: Console, device: torch.device) -> dict[str, Any]:
+    """Return the rows of a report about a GPU: speeds, and kernels where they can be read."""
+    with console.status("timing steps and reading kernels; a minute or two"):
+        gpu = gpu_of(device)
+        return {
+            "speeds": [asdict(speed) for speed in speeds(device)],
+            "kernels": [] if gpu is None else list(kernels(gpu)),
+        }
+
+
+def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of what a step takes."""
+    table = new_table(["AdamW", ""], ["host ms", "device ms", "of a copy's speed"])
+    for row in rows:
+        on_device = "" if row["device_s"] is None else f"{row['device_s'] * 1e3:.3g}"
+        share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
+        table.add_row(row["workload"], row["way"], f"{row['host_s'] * 1e3:.3g}", on_device, share)
+    return table
+
+
 # Output. ------------------------------------------------------------------------------------------
 
 
@@ -274,12 +306,17 @@ def _verdict(results: Sequence[Result], backends: Sequence[str]) -> str:
 
 
 def _write_report(
-    console: Console, path: Path, device: torch.device, results: Sequence[Result]
+    console: Console,
+    path: Path,
+    device: torch.device,
+    results: Sequence[Result],
+    measured: Mapping[str, Any],
 ) -> None:
     content = {
         "machine": machine.describe_in_detail(),
         "device": {"name": str(device)} | devices.describe(device),
         "results": [result.report() for result in results],
+        **measured,
     }
     write_json(path, content, hint="; name another file with --report")
     console.print(f"Attach {path} to a report.", soft_wrap=True, markup=False)
