@@ -233,7 +233,7 @@ def test_compiled_and_plain_steps_keep_their_plans_while_they_alternate(cls: typ
         (pair.compiled.step if step % 2 else pair.step)()
         pair.plain.step()
         stepper = pair.compiled._stepper
-        plans.append((stepper.plan, stepper.given_plan))
+        plans.append((stepper.plans.latest, stepper.given_plans.latest))
     assert None not in plans[-1]
     assert plans[-1] == plans[-2] == plans[-3]
     assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
@@ -257,7 +257,7 @@ def test_the_plain_step_runs_outside_of_the_graph_unless_there_must_be_one(cls: 
         give_gradients(params, number)
         (optimizer.step if number == 3 else step)()
         run(plain, plain_params, range(number, number + 1))
-        plans.append(optimizer._stepper.plan)
+        plans.append(optimizer._stepper.plans.latest)
         assert_identical(snapshot(optimizer), snapshot(plain))
     assert len(fired) == 6
     assert plans[0] is not None
