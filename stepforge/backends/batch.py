@@ -24,6 +24,7 @@ __all__ = [
     "LazyColumns",
     "Seeds",
     "is_capturing",
+    "uploaded",
 ]
 
 #: Elements of a chunk of the reference, so that the dozen tensors of a step stay in a CPU's cache.
@@ -97,6 +98,15 @@ def is_capturing() -> bool:
     """Return True while a CUDA graph records the current stream."""
     ready = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return ready and torch.cuda.is_current_stream_capturing()
+
+
+def uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """Return a copy of an array on a device, without waiting for it."""
+    host = torch.from_numpy(array.copy())
+    if device.type == "cpu":
+        return host
+    # torch frees pinned memory only after the copy that reads it.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(eq=False)

@@ -10,10 +10,9 @@ from stepforge.step.plan import Plan
 
 __all__ = ["KeptPlans"]
 
-#: The number of plans that are kept. That is enough for parts that are trained in turn, and for a
-#: layer that sends each step to one of eight experts. A plan holds a few hundred bytes per
-#: parameter; mixtures with more sets than any number of plans could serve would fill them for
-#: nothing.
+#: The number of plans that are kept. Eight serve parts of a model that are trained in turn, and
+#: steps that each go to one of eight experts. Each plan takes about 400 bytes per parameter. Some
+#: mixtures have hundreds of sets, of which no small number of plans would find one again.
 _MOST = 8
 
 
@@ -42,12 +41,12 @@ class KeptPlans:
         if bound is not None or not self._plans:
             return bound
         pattern = gradient_pattern(groups, source)
-        plan = self._plans.get(pattern)
+        plan = self._plans.pop(pattern, None)
         if plan is None or plan is self.latest:
             return None
         bound = _bind(plan, groups, source)
         if bound is not None:
-            self._enter(pattern, plan)
+            self._plans[pattern] = self.latest = plan
         return bound
 
     def keep(self, plan: Plan, groups: Groups, source: Source) -> None:
@@ -58,7 +57,9 @@ class KeptPlans:
             groups: all param groups of the optimizer.
             source: the origin of the states.
         """
-        self._enter(gradient_pattern(groups, source), plan)
+        pattern = gradient_pattern(groups, source)
+        self._plans.pop(pattern, None)
+        self._plans[pattern] = self.latest = plan
         if len(self._plans) > _MOST:
             del self._plans[next(iter(self._plans))]
 
@@ -66,12 +67,6 @@ class KeptPlans:
         """Forget all plans."""
         self.latest = None
         self._plans.clear()
-
-    def _enter(self, pattern: Hashable, plan: Plan) -> None:
-        """Make a plan the latest."""
-        self._plans.pop(pattern, None)
-        self._plans[pattern] = plan
-        self.latest = plan
 
 
 def _bind(plan: Plan | None, groups: Groups, source: Source) -> list[BoundLaunch] | None:

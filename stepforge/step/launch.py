@@ -12,7 +12,7 @@ import torch
 
 from stepforge.backends import Backend
 from stepforge.backends.aliasing import addresses
-from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds
+from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds, is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.rule import Rule
@@ -183,9 +183,10 @@ class Launch:
             RuntimeError: a tensor has no memory.
             TypeError, ValueError: an option was set by hand to something that is no number.
         """
-        scalars = self.scalars or ScalarStates(
-            {key: self._states(tensors, key) for key in self.layout.scalars}
-        )
+        scalars = self.scalars
+        # A graph may outlive the plan, so it must not hold the address of an index.
+        if scalars is None or (scalars.has_index and is_capturing()):
+            scalars = ScalarStates({k: self._states(tensors, k) for k in self.layout.scalars})
         coefficients, scalar_values = self.uniform.run(groups, scalars)
         batch = Batch(
             self.kernel,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.batch import is_capturing
+from stepforge.backends.batch import is_capturing, uploaded
 from stepforge.ops import to_float32
 from stepforge.state.sharding import is_plain, local_part
 
@@ -56,6 +56,11 @@ class ScalarStates:
     """
 
     tensors: Mapping[str, torch.Tensor | Elements | list[torch.Tensor]]
+
+    @functools.cached_property
+    def has_index(self) -> bool:
+        """True if positions are read, from memory that lives no longer than these."""
+        return any(isinstance(x, Elements) for x in self.tensors.values())
 
     def on_host(self, key: str) -> Any:
         """Return the number on which all parameters agree, else a float64 array of theirs.
@@ -327,7 +332,7 @@ class _Vector:
         """Return the elements at some positions: as a vector if they are in order, without gaps."""
         if _is_range(places):
             return self._tensor[places[0] : places[0] + len(places)]
-        return Elements(self._tensor, torch.tensor(places, device=self._tensor.device))
+        return Elements(self._tensor, uploaded(np.array(places), self._tensor.device))
 
 
 def _kind(key: str, x: torch.Tensor) -> tuple[str, torch.device, torch.dtype]:

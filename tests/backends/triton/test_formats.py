@@ -257,7 +257,7 @@ def test_a_captured_step_uploads_nothing(
         for _ in range(2)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_uploaded", None)
+        patch.setattr(table, "uploaded", None)
         capturing(True)
         advance(optimizer, range(steps_before, steps_before + 2))
         capturing(False)
