@@ -18,6 +18,7 @@ import torch
 import stepforge
 from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.rules import ALL
+from stepforge.step import kept_plans
 from stepforge.step.plan import Plan
 from tests.conformance.table import forced
 from tests.step.mutations import (
@@ -213,6 +214,15 @@ def test_a_change_of_states_costs_each_set_one_plan(
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()
     assert turn() == 0
+
+
+def test_the_set_is_not_read_while_it_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = mixture(stepforge.AdamW, 2)
+    for step in range(5):
+        give(optimizer, step, [0])
+        if step == 2:
+            monkeypatch.setattr(kept_plans, "gradient_pattern", None)
+        optimizer.step()
 
 
 def test_gradients_that_come_back_find_their_plan_after_a_step_without_any(
