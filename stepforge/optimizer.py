@@ -374,7 +374,7 @@ class Optimizer(_Declared):
 
     def _apply(self, loading: checkpoint.Loading, strict: bool) -> None:
         checkpoint.apply(loading, self.param_groups, self.state, strict=strict)
-        self._stepper.plan = None
+        self._stepper.forget()
         self._lent = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -25,6 +25,7 @@ __all__ = [
     "LazyColumns",
     "Seeds",
     "is_capturing",
+    "uploaded",
 ]
 
 #: Elements of a chunk of the reference, so that the dozen tensors of a step stay in a CPU's cache.
@@ -106,6 +107,15 @@ def _capturing_gpu() -> Any:
     accelerator = torch.accelerator.current_accelerator()
     gpu = None if accelerator is None else torch.get_device_module(accelerator)
     return gpu if hasattr(gpu, "is_current_stream_capturing") else None
+
+
+def uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """Return a copy of an array on a device, without waiting for it."""
+    host = torch.from_numpy(array.copy())
+    if device.type == "cpu":
+        return host
+    # torch frees pinned memory only after the copy that reads it.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(eq=False)

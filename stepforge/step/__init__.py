@@ -1,6 +1,7 @@
 """One step: the way from ``optimizer.step()`` to the launches of its backends.
 
-* :mod:`~stepforge.step.stepper`: finds the kept plan, or builds one; binds and runs its launches.
+* :mod:`~stepforge.step.stepper`: finds a kept plan, or builds one; binds and runs its launches.
+* :mod:`~stepforge.step.kept_plans`: a few plans, by the parameters that have a gradient.
 * :mod:`~stepforge.step.params`: the parameters of a step, checked before anything changes.
 * :mod:`~stepforge.step.plan`: a plan groups parameters into launches.
 * :mod:`~stepforge.step.guards`: tell whether a kept plan still fits.

@@ -719,7 +719,7 @@ class Guards {
   std::optional<std::string> find(
       PyObject* groups, PyObject* source, std::vector<StepTensors>& found) {
     Members members;
-    if (!is_given_ && read_state(source, members.states) != state_keys_) {
+    if (!is_given_ && !begins_with(read_state(source, members.states), state_keys_)) {
       return "optimizer.state has other keys";
     }
     if (auto stale = find_params(groups, members.params)) return stale;
@@ -820,6 +820,12 @@ class Guards {
       values = items(Ref::take(PyMapping_Values(state)).get());
     }
     return keys;
+  }
+
+  // Return true if the first keys are the known ones. Other parameters may have got a state since.
+  static bool begins_with(
+      const std::vector<PyObject*>& keys, const std::vector<PyObject*>& known) {
+    return keys.size() >= known.size() && std::equal(known.begin(), known.end(), keys.begin());
   }
 
   // Read parameters, gradients and states from what torch.compile gives: a list of tuples (index,

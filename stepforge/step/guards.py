@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -26,7 +26,16 @@ from stepforge.state.sharding import is_sharded
 from stepforge.step.launch import StepTensors
 from stepforge.step.params import ParamStep, WithGradient
 
-__all__ = ["Groups", "Guards", "PythonGuards", "Source", "Watched", "in_cpp", "record"]
+__all__ = [
+    "Groups",
+    "Guards",
+    "PythonGuards",
+    "Source",
+    "Watched",
+    "gradient_pattern",
+    "in_cpp",
+    "record",
+]
 
 #: The origin of a step's states: ``optimizer.state``; or the parameters, gradients and states that
 #: the operator of ``torch.compile`` is given.
@@ -88,6 +97,19 @@ def in_cpp(watched: Watched, groups: Groups, source: Source) -> Guards | None:
         watched.spec_fields,
     )
     return guards
+
+
+def gradient_pattern(groups: Groups, source: Source) -> Hashable:
+    """Return a key for the set of parameters that have a gradient.
+
+    Args:
+        groups: the param groups.
+        source: the origin of the states.
+    """
+    if not isinstance(source, Mapping):
+        return tuple(index for index, *_ in source)
+    params = itertools.chain.from_iterable(_of_each(groups, "params"))
+    return bytes(_exist(map(_grad, params)))
 
 
 @dataclass(frozen=True)
@@ -180,7 +202,8 @@ class PythonGuards:
         watched: the things that they compare.
         groups: the param groups.
         origins: the ids of the keys of ``optimizer.state``, in order; or the indices of the
-            parameters that are given.
+            parameters that are given. Keys that come after these do not matter: other parameters
+            may have got a state since.
         has_gradient: for each parameter that a step finds, True if it has a gradient.
         launches: the tensors of each launch.
     """
@@ -205,13 +228,15 @@ class PythonGuards:
 
     def find(self, groups: Groups, source: Source) -> list[StepTensors] | str:
         """Return the tensors of each launch in the next step; or why the plan is stale."""
-        if not self.watched.is_given and list(map(id, source)) != self.origins:
+        is_given = self.watched.is_given
+        if not is_given and list(map(id, source))[: len(self.origins)] != self.origins:
             return "optimizer.state has other keys"
         stale = self.groups.stale(groups)
         if stale:
             return stale
-        members = _Members.of(groups, source, is_given=self.watched.is_given)
-        if members.origins != self.origins or _exist(members.gradients) != self.has_gradient:
+        members = _Members.of(groups, source, is_given=is_given)
+        has_other_indices = is_given and members.origins != self.origins
+        if has_other_indices or _exist(members.gradients) != self.has_gradient:
             return "other parameters have a gradient"
         found: list[StepTensors] = []
         for guard in self.launches:
@@ -326,8 +351,7 @@ class _TensorGuard:
 
     @classmethod
     def record(cls, places: LaunchPlaces, members: _Members) -> _TensorGuard:
-        take_params = _take(places.params, len(members.params))
-        take_states = _take(places.states, len(members.states))
+        take_params, take_states = _take(places.params), _take(places.states)
         params, gradients = take_params(members.params), take_params(members.gradients)
         found, specs = _read_tensors(places, params, gradients, take_states(members.states))
         tensors = [*found.params, *found.states]
@@ -383,10 +407,11 @@ def _read_tensors(
     return found, specs
 
 
-def _take(positions: list[int], count: int) -> _Take:
-    """Return a function that takes some positions out of a list of that length."""
+def _take(positions: list[int]) -> _Take:
+    """Return a function that takes some positions out of a list."""
+    count = len(positions)
     if positions == list(range(count)):
-        return list
+        return lambda values: values[:count]
     if len(positions) == 1:
         return lambda values: [values[positions[0]]]
     take = operator.itemgetter(*positions)
@@ -406,7 +431,7 @@ _spec = operator.attrgetter("_spec")
 _local = operator.attrgetter("_local_tensor")
 
 
-def _exist(gradients: list[Any]) -> list[bool]:
+def _exist(gradients: Iterable[Any]) -> list[bool]:
     return list(map(operator.is_not, gradients, itertools.repeat(None)))
 
 

@@ -12,14 +12,14 @@ import torch
 
 from stepforge.backends import Backend
 from stepforge.backends.aliasing import addresses
-from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds
+from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds, is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.rule import Rule
 from stepforge.state.layout import StateLayout
 from stepforge.state.sharding import first_index, is_sharded, local, local_part
 from stepforge.step.params import ParamStep
-from stepforge.step.scalar_states import ScalarStates
+from stepforge.step.scalar_states import ScalarStates, ScalarVectors
 from stepforge.step.signals import Deferred
 from stepforge.step.uniform import (
     UniformProgram,
@@ -104,7 +104,7 @@ class Launch:
         uniform: computes the values that are one number per parameter.
         seeds: the seed of each parameter; None if nothing is rounded at random.
         first_indices: the flat index of each parameter's first local element; None likewise.
-        scalars: the step counts and scalar states as vectors; None if each parameter has its own.
+        scalars: the step counts and scalar states in vectors; None if each parameter has its own.
         table: the part of a batch that the backend keeps, made at the first bind; None if it keeps
             nothing.
     """
@@ -126,7 +126,7 @@ class Launch:
         params: Sequence[ParamStep],
         groups: Sequence[Mapping[str, Any]],
         *,
-        vectors: bool,
+        vectors: ScalarVectors | None,
     ) -> Launch:
         """Return the launch of some parameters.
 
@@ -134,8 +134,8 @@ class Launch:
             rule: the optimizer's rule.
             params: parameters with the same backend, kernel, layout keys and device.
             groups: all param groups of the optimizer.
-            vectors: True to make one vector of each scalar state, whose elements then replace those
-                in the parameters' states.
+            vectors: the vectors whose elements then replace the scalar states of the parameters;
+                None if each parameter keeps its own.
         """
         first = params[0]
         positions = {id(group): index for index, group in reversed(list(enumerate(groups)))}
@@ -148,9 +148,13 @@ class Launch:
             seeds = param_seeds(of_groups, np.array([param.index for param in params]), device)
             first_indices = np.array([first_index(param.p) for param in params])
         scalars = None
-        if vectors:
-            states = [param.state for param in params]
-            scalars = ScalarStates.as_vectors(states, first.layout.scalars)
+        if vectors is not None:
+            scalars = vectors.scalar_states(
+                [param.p for param in params],
+                [param.state for param in params],
+                first.layout.scalars,
+                room=sum(len(group["params"]) for group in groups),
+            )
         return cls(
             first.choice.backend,
             first.kernel,
@@ -179,9 +183,10 @@ class Launch:
             RuntimeError: a tensor has no memory.
             TypeError, ValueError: an option was set by hand to something that is no number.
         """
-        scalars = self.scalars or ScalarStates(
-            {key: self._states(tensors, key) for key in self.layout.scalars}
-        )
+        scalars = self.scalars
+        # A graph may outlive the plan, so it must not hold the address of an index.
+        if scalars is None or (scalars.has_index and is_capturing()):
+            scalars = ScalarStates({k: self._states(tensors, k) for k in self.layout.scalars})
         coefficients, scalar_values = self.uniform.run(groups, scalars)
         batch = Batch(
             self.kernel,

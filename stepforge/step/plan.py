@@ -13,7 +13,7 @@ from stepforge.state.sharding import is_plain, is_sharded, local_part
 from stepforge.step.guards import Groups, Guards, PythonGuards, Source, Watched, in_cpp, record
 from stepforge.step.launch import BoundLaunch, Launch, StepTensors
 from stepforge.step.params import ParamStep
-from stepforge.step.scalar_states import shared_vector
+from stepforge.step.scalar_states import ScalarVectors
 
 __all__ = ["Plan", "can_be_kept"]
 
@@ -37,7 +37,7 @@ class Plan:
         params: Sequence[ParamStep],
         groups: Groups,
         *,
-        vectors: bool = False,
+        vectors: ScalarVectors | None = None,
     ) -> tuple[Plan, list[list[ParamStep]]]:
         """Group parameters into launches.
 
@@ -45,7 +45,8 @@ class Plan:
             rule: the optimizer's rule.
             params: the parameters of the step.
             groups: all param groups of the optimizer.
-            vectors: True to make one vector of each launch's scalar states, as a kept plan needs.
+            vectors: the vectors that hold the scalar states of kept plans; None if each parameter
+                keeps its own.
 
         Returns:
             The plan, and the parameters of each launch.
@@ -109,19 +110,25 @@ def _launch_key(param: ParamStep) -> tuple[Any, ...]:
     )
 
 
-def can_be_kept(params: Sequence[ParamStep], *, captured: bool) -> bool:
+def can_be_kept(params: Sequence[ParamStep], captured: ScalarVectors | None = None) -> bool:
     """Return True if a plan of these parameters may serve further steps.
 
     Args:
         params: the parameters of a step.
-        captured: True once a CUDA graph holds the addresses of the step counters. Those of a
-            capturable group must then stay where they are.
+        captured: the vectors of scalar states once a CUDA graph holds the addresses of the step
+            counters; None before. The counters of a capturable group must then stay where they are.
     """
     one_of_each = {id(param.kind): param for param in params}.values()
     if not params or not all(map(_has_plain_memory, one_of_each)):
         return False
-    return not captured or all(
-        _has_vectors(launch) for launch in _grouped(params) if launch[0].group["capturable"]
+    return captured is None or all(
+        captured.hold(
+            [param.p for param in launch],
+            [param.state for param in launch],
+            launch[0].layout.scalars,
+        )
+        for launch in _grouped(params)
+        if launch[0].group["capturable"]
     )
 
 
@@ -147,9 +154,3 @@ def _is_sharded_throughout(param: ParamStep) -> bool:
     """
     states = (param.state[tensor.key] for tensor in param.layout.tensors)
     return param.g is param.p.grad and all(map(is_sharded, states))
-
-
-def _has_vectors(params: Sequence[ParamStep]) -> bool:
-    """Return True if step counts and scalar states are elements of vectors already."""
-    keys = params[0].layout.scalars
-    return all(shared_vector([param.state[key] for param in params]) is not None for key in keys)

@@ -1,10 +1,15 @@
-"""Scalar states: the step counts and other numbers that each parameter of a launch has one of."""
+"""Scalar states: the step counts and other numbers that each parameter of a launch has one of.
+
+A launch reads and writes all of its parameters' numbers at once, so those of a kept plan are
+elements of vectors. The vectors belong to the optimizer, not to the launch: the next step may have
+other gradients, so other launches, which share some of the parameters. A parameter's number stays
+where it is, and each launch knows the positions of its own.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +18,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepforge.backends.batch import is_capturing, uploaded
 from stepforge.ops import to_float32
+from stepforge.state.sharding import is_plain, local_part
 
-__all__ = ["ScalarStates", "shared_vector"]
+__all__ = ["Elements", "ScalarStates", "ScalarVectors"]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Some elements of a vector, each once, in any order.
+
+    Attributes:
+        vector: the vector.
+        index: their positions, on the device of the vector.
+    """
+
+    vector: torch.Tensor
+    index: torch.Tensor
+
+    def read(self) -> torch.Tensor:
+        """Return their values in a new vector."""
+        return self.vector.index_select(0, self.index)
+
+    def write(self, values: torch.Tensor) -> None:
+        """Write a value of the vector's dtype to each."""
+        self.vector.index_copy_(0, self.index, values)
 
 
 @dataclass(frozen=True)
@@ -24,15 +52,15 @@ class ScalarStates:
 
     Attributes:
         tensors: for each key, ``step`` among them: one vector, whose elements are the parameters'
-            own tensors; or a list of those tensors.
+            own tensors; or elements of a vector that are; or a list of those tensors.
     """
 
-    tensors: Mapping[str, torch.Tensor | list[torch.Tensor]]
+    tensors: Mapping[str, torch.Tensor | Elements | list[torch.Tensor]]
 
-    @classmethod
-    def as_vectors(cls, states: Sequence[dict[str, Any]], keys: Sequence[str]) -> ScalarStates:
-        """Return the scalar states as vectors; the states of the parameters become elements."""
-        return cls({key: _as_vector(states, key) for key in keys})
+    @functools.cached_property
+    def has_index(self) -> bool:
+        """True if positions are read, from memory that lives no longer than these."""
+        return any(isinstance(x, Elements) for x in self.tensors.values())
 
     def on_host(self, key: str) -> Any:
         """Return the number on which all parameters agree, else a float64 array of theirs.
@@ -41,7 +69,7 @@ class ScalarStates:
         """
         if self._host_vectors is not None:
             return self._host_vectors[key].read()
-        values = self.tensors[key]
+        values = _values(self.tensors[key])
         array = np.array(
             values.tolist() if isinstance(values, torch.Tensor) else list(map(float, values)),
             np.float64,
@@ -51,16 +79,21 @@ class ScalarStates:
     @functools.cached_property
     def _host_vectors(self) -> Mapping[str, _HostVector] | None:
         """The vectors as memory of the host; None if there are none, or autograd must see them."""
-        vectors = [x for x in self.tensors.values() if isinstance(x, torch.Tensor)]
-        if len(vectors) < len(self.tensors) or not all(map(_HostVector.serves, vectors)):
-            return None
-        return dict(zip(self.tensors, map(_HostVector, vectors)))
+        found: dict[str, _HostVector] = {}
+        for key, x in self.tensors.items():
+            if isinstance(x, list):
+                return None
+            vector = x.vector if isinstance(x, Elements) else x
+            if not _HostVector.serves(vector):
+                return None
+            found[key] = _HostVector(vector, x.index if isinstance(x, Elements) else None)
+        return found
 
     def on_device(self) -> dict[str, torch.Tensor]:
         """Return a vector for each key, one element per parameter."""
         return {
             key: x if isinstance(x, torch.Tensor) else torch.stack([each.reshape(()) for each in x])
-            for key, x in self.tensors.items()
+            for key, x in self._items()
         }
 
     def by_param(self) -> Iterator[dict[str, Any]]:
@@ -68,7 +101,7 @@ class ScalarStates:
 
         Clones, as the step overwrites its scalar states in place.
         """
-        columns = {key: list(x) for key, x in self.tensors.items()}
+        columns = {key: list(x) for key, x in self._items()}
         for values in zip(*columns.values()):
             yield {
                 key: x.clone() if x.requires_grad else float(x) for key, x in zip(columns, values)
@@ -83,11 +116,14 @@ class ScalarStates:
             skipped: true on the device if the step is skipped; None if it is not.
         """
         tensors = self.tensors[key]
-        if isinstance(tensors, torch.Tensor):
-            if skipped is None and self._host_vectors is not None and type(values) is float:
-                self._host_vectors[key].fill(values)
-            else:
-                _store(tensors, values, skipped)
+        if skipped is None and self._host_vectors is not None and type(values) is float:
+            self._host_vectors[key].fill(values)
+        elif isinstance(tensors, torch.Tensor):
+            _store(tensors, values, skipped)
+        elif isinstance(tensors, Elements):
+            stored = tensors.read()
+            _store(stored, values, skipped)
+            tensors.write(stored)
         else:
             for tensor, value in zip(tensors, _by_param(values, len(tensors))):
                 _store(tensor, value, skipped)
@@ -104,6 +140,9 @@ class ScalarStates:
         steps = self.tensors["step"]
         if isinstance(steps, torch.Tensor):
             steps.add_(one)
+        elif isinstance(steps, Elements):
+            tensors = steps.read()
+            steps.write(tensors.add_(one))
         elif len(steps) == 1:
             steps[0].add_(one)
         else:
@@ -113,23 +152,35 @@ class ScalarStates:
     def device(self) -> torch.device:
         """The device of the step counts."""
         steps = self.tensors["step"]
-        return steps.device if isinstance(steps, torch.Tensor) else steps[0].device
+        first = steps.vector if isinstance(steps, Elements) else steps[0]
+        return first.device
+
+    def _items(self) -> Iterator[tuple[str, torch.Tensor | list[torch.Tensor]]]:
+        """Yield each key with its numbers: in a vector, or in a list."""
+        return ((key, _values(x)) for key, x in self.tensors.items())
+
+
+def _values(tensors: torch.Tensor | Elements | list[torch.Tensor]) -> Any:
+    """Return numbers in a vector or a list: elements of a vector in a new one."""
+    return tensors.read() if isinstance(tensors, Elements) else tensors
 
 
 class _HostVector:
-    """A vector in the memory of the host, read and written in a few calls.
+    """A vector in the memory of the host, or elements of one, read and written in a few calls.
 
     numpy and torch take several times as long, which is most of a step of a few small parameters.
 
     Args:
         vector: a vector that :meth:`serves` accepts.
+        index: the positions of the elements; None for all.
     """
 
-    __slots__ = ("_array", "_bytes", "_number", "_vector")
+    __slots__ = ("_array", "_bytes", "_index", "_number", "_vector")
 
-    def __init__(self, vector: torch.Tensor) -> None:
+    def __init__(self, vector: torch.Tensor, index: torch.Tensor | None) -> None:
         self._vector = vector
         self._array = vector.numpy()
+        self._index = None if index is None else index.numpy()
         self._bytes = self._array.view(np.uint8).data
         self._number = struct.Struct(self._array.dtype.char)
 
@@ -145,48 +196,153 @@ class _HostVector:
 
     def read(self) -> Any:
         """Return the number on which all elements agree, bit for bit, else a float64 array."""
-        content = self._bytes.tobytes()
+        array = self._array if self._index is None else self._array[self._index]
+        content = array.tobytes()
         size = self._number.size
-        if content == content[:size] * len(self._array):
+        if content == content[:size] * len(array):
             return self._number.unpack_from(content)[0]
-        return self._array.astype(np.float64)
+        return array.astype(np.float64)
 
     def fill(self, value: float) -> None:
         """Write a number to all elements, rounded to nearest, and tell autograd."""
         if self._array.dtype == np.float32:
             value = to_float32(value)
-        self._bytes[:] = self._number.pack(value) * len(self._array)
+        if self._index is None:
+            self._bytes[:] = self._number.pack(value) * len(self._array)
+        else:
+            self._array[self._index] = value
         torch.autograd.graph.increment_version(self._vector)
 
 
-def shared_vector(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Return the vector that has exactly these tensors as elements, in order; None if none has."""
-    base: torch.Tensor | None = tensors[0]._base
-    if base is None or base.dim() != 1 or len(base) != len(tensors):
-        return None
-    if not all(map(operator.is_, map(_base, tensors), itertools.repeat(base))):
-        return None
-    begin, step = base.data_ptr(), base.stride(0) * base.itemsize
-    is_in_order = all(
-        map(operator.eq, map(torch.Tensor.data_ptr, tensors), itertools.count(begin, step))
-    )
-    return base if is_in_order else None
+class ScalarVectors:
+    """The vectors of an optimizer's scalar states: one for each key, device and dtype.
+
+    A parameter keeps its element in all steps, whichever other parameters step with it. An element
+    never becomes that of another parameter, so what the user has kept of a state is not written.
+    """
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[str, torch.device, torch.dtype], _Vector] = {}
+
+    def scalar_states(
+        self,
+        params: Sequence[torch.Tensor],
+        states: Sequence[dict[str, Any]],
+        keys: Sequence[str],
+        *,
+        room: int,
+    ) -> ScalarStates:
+        """Return the scalar states of parameters; their tensors become elements of the vectors.
+
+        Args:
+            params: the parameters, each once.
+            states: the state of each.
+            keys: the keys of the scalar states.
+            room: the number of the optimizer's parameters, all of which a vector should hold.
+        """
+        owners = list(map(id, params))
+        return ScalarStates({key: self._elements(owners, states, key, room) for key in keys})
+
+    def hold(
+        self, params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], keys: Sequence[str]
+    ) -> bool:
+        """Return True if the scalar states are elements already, and nothing must be uploaded.
+
+        Args:
+            params: the parameters.
+            states: the state of each.
+            keys: the keys of the scalar states.
+        """
+        owners = list(map(id, params))
+        for key in keys:
+            tensors = [state[key] for state in states]
+            vector = self._vectors.get(_kind(key, tensors[0]))
+            places = [] if vector is None else vector.places(owners, tensors)
+            if not places or None in places or (is_capturing() and not _is_range(places)):
+                return False
+        return True
+
+    def _elements(
+        self, owners: list[int], states: Sequence[dict[str, Any]], key: str, room: int
+    ) -> torch.Tensor | Elements:
+        """Return the scalar states of one key, after those without an element have got one."""
+        tensors = [state[key] for state in states]
+        kind = _kind(key, tensors[0])
+        vector = self._vectors.get(kind)
+        places: list[int | None] = [None] * len(owners)
+        if vector is not None:
+            places = vector.places(owners, tensors)
+        new = [i for i, place in enumerate(places) if place is None]
+        if new and (vector is None or not vector.takes(len(new))):
+            vector = self._vectors[kind] = _Vector(tensors[0], max(room, len(owners)))
+            new = list(range(len(owners)))
+        assert vector is not None
+        if new:
+            elements = vector.add([owners[i] for i in new], [tensors[i] for i in new])
+            for i, (place, element) in zip(new, elements):
+                states[i][key], places[i] = element, place
+        return vector.at(places)
 
 
-_base = operator.attrgetter("_base")
+class _Vector:
+    """A vector with room for elements that come later.
+
+    Args:
+        like: a tensor of the vector's dtype and device.
+        size: the number of elements that it has room for.
+    """
+
+    def __init__(self, like: torch.Tensor, size: int) -> None:
+        self._tensor = torch.zeros(size, dtype=like.dtype, device=like.device)
+        self._owners: list[int] = []  # the id of the parameter of each element so far
+
+    def takes(self, count: int) -> bool:
+        """Return True if there is room for more elements, to which this step may write."""
+        is_writable = self._tensor.is_inference() == torch.is_inference_mode_enabled()
+        return is_writable and len(self._owners) + count <= len(self._tensor)
+
+    def places(self, owners: Sequence[int], tensors: Sequence[torch.Tensor]) -> list[int | None]:
+        """Return the position of each tensor; None if it is no element, or another parameter's."""
+        begin, size = self._tensor.data_ptr(), self._tensor.itemsize
+        places: list[int | None] = []
+        for owner, x in zip(owners, tensors):
+            place = None
+            if x._base is self._tensor and not x.is_neg():
+                offset, rest = divmod(x.data_ptr() - begin, size)
+                if rest == 0 and 0 <= offset < len(self._owners) and self._owners[offset] == owner:
+                    place = offset
+            places.append(place)
+        return places
+
+    def add(
+        self, owners: list[int], tensors: list[torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Copy numbers into new elements; return the position of each, and its tensor."""
+        if not all(map(is_plain, tensors)):
+            tensors = list(map(local_part, tensors))
+        if any(map(torch.Tensor.dim, tensors)):
+            tensors = [x.reshape(()) for x in tensors]
+        first = len(self._owners)
+        part = self._tensor[first : first + len(tensors)]
+        part.copy_(torch.stack(tensors).detach())
+        self._owners += owners
+        return zip(itertools.count(first), part.unbind())
+
+    def at(self, places: Sequence[Any]) -> torch.Tensor | Elements:
+        """Return the elements at some positions: as a vector if they are in order, without gaps."""
+        if _is_range(places):
+            return self._tensor[places[0] : places[0] + len(places)]
+        return Elements(self._tensor, uploaded(np.array(places), self._tensor.device))
 
 
-def _as_vector(states: Sequence[dict[str, Any]], key: str) -> torch.Tensor:
-    tensors = list(map(operator.itemgetter(key), states))
-    shared = shared_vector(tensors)
-    if shared is not None:
-        return shared
-    if any(map(torch.Tensor.dim, tensors)):
-        tensors = [x.reshape(()) for x in tensors]
-    vector = torch.stack(tensors).detach()
-    for state, element in zip(states, vector.unbind()):
-        state[key] = element
-    return vector
+def _kind(key: str, x: torch.Tensor) -> tuple[str, torch.device, torch.dtype]:
+    """Return the properties that the scalar states in one vector share."""
+    return key, x.device, x.dtype
+
+
+def _is_range(places: Sequence[Any]) -> bool:
+    """Return True if positions follow each other."""
+    return list(places) == list(range(places[0], places[0] + len(places)))
 
 
 def _store(state: torch.Tensor, value: Any, skipped: torch.Tensor | None) -> None:

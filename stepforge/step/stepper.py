@@ -1,4 +1,4 @@
-"""The stepper: keeps a plan from step to step, and runs it."""
+"""The stepper: keeps plans from step to step, and runs the one that fits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
 from stepforge.step.garbage import uncollected
-from stepforge.step.guards import Groups, Source, Watched
+from stepforge.step.guards import Groups, Watched
+from stepforge.step.kept_plans import KeptPlans
 from stepforge.step.launch import BoundLaunch, StepTensors, run
 from stepforge.step.params import (
     ParamStep,
@@ -23,6 +24,7 @@ from stepforge.step.params import (
     params_with_gradient,
 )
 from stepforge.step.plan import Plan, can_be_kept
+from stepforge.step.scalar_states import ScalarVectors
 from stepforge.step.traced import TracedParams
 
 __all__ = ["Stepper"]
@@ -31,7 +33,7 @@ _numbers = itertools.count()
 
 
 class Stepper:
-    """Owner of an optimizer's plan: steps by the kept one while it fits, else by a new one.
+    """Owner of an optimizer's plans: steps by a kept one that fits, else by a new one.
 
     Args:
         optimizer: the optimizer; not kept alive.
@@ -40,8 +42,9 @@ class Stepper:
 
     Attributes:
         number: identifies it to the operator of ``torch.compile``.
-        plan: the kept plan; None before the first step and when none can be kept.
-        given_plan: the kept plan of steps whose tensors ``torch.compile`` gives.
+        plans: the kept plans.
+        given_plans: the kept plans of steps whose tensors ``torch.compile`` gives.
+        vectors: the vectors of the scalar states of parameters in kept plans.
         captured: True once a CUDA graph holds the addresses of the step counters.
         traced: the parameters that ``torch.compile`` has seen; None if it has seen none.
     """
@@ -57,8 +60,9 @@ class Stepper:
         self._optimizer = weakref.ref(optimizer)
         self.rule = rule
         self.sparse_problem = sparse_problem
-        self.plan: Plan | None = None
-        self.given_plan: Plan | None = None
+        self.plans = KeptPlans()
+        self.given_plans = KeptPlans()
+        self.vectors = ScalarVectors()
         self.captured = False
         # The plans that graphs were captured of, whose tables every replay reads.
         self._captured_plans: list[Plan] = []
@@ -97,10 +101,10 @@ class Stepper:
         """
         capturing = is_capturing()
         self.captured |= capturing
-        bound = self._bind_kept(self.plan, groups, state) or self._bind_new(groups, state)
+        bound = self.plans.bind(groups, state) or self._bind_new(groups, state)
         run(bound, grad_scale)
-        if capturing and self.plan is not None:
-            self._captured_plans.append(self.plan)
+        if capturing and self.plans.latest is not None:
+            self._captured_plans.append(self.plans.latest)
 
     def step_given(self, given: list[WithGradient]) -> None:
         """Step parameters, gradients and states that are given, as by ``torch.compile``.
@@ -110,7 +114,7 @@ class Stepper:
         """
         self.captured |= is_capturing()
         groups = self.groups
-        run(self._bind_kept(self.given_plan, groups, given) or self._bind_given(groups, given))
+        run(self.given_plans.bind(groups, given) or self._bind_given(groups, given))
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.
@@ -119,45 +123,41 @@ class Stepper:
         """
         return type(self).make_traceable(self)
 
+    def forget(self) -> None:
+        """Forget the plans, and the vectors of states that others have replaced."""
+        self.plans.clear()
+        self.vectors = ScalarVectors()
+
     def checked(self, params: Iterable[WithGradient]) -> list[ParamStep]:
         """Check parameters, as :func:`~stepforge.step.params.check_params` does."""
         return check_params(self.rule, params, sparse_problem=self.sparse_problem)
 
-    def _bind_kept(
-        self, plan: Plan | None, groups: Groups, source: Source
-    ) -> list[BoundLaunch] | None:
-        """Bind a kept plan to the tensors of this step; None if there is none that fits."""
-        if plan is None:
-            return None
-        tensors = plan.find(groups, source)
-        return None if isinstance(tensors, str) else plan.bind(tensors, groups)
-
     @uncollected
     def _bind_new(self, groups: Groups, state: dict[Any, dict[str, Any]]) -> list[BoundLaunch]:
         """Build a plan, bind it, and keep it if it may serve further steps."""
-        self.plan = None
+        self.plans.latest = None
         params = self.checked(params_with_gradient(groups, state))
         if is_capturing() and any(not state.get(param.p) for param in params):
             raise RuntimeError(
                 "the first step of a parameter cannot be captured, as every replay would set its "
                 "states to zero: step once before the capture"
             )
-        kept = can_be_kept(params, captured=self.captured)
+        kept = can_be_kept(params, self.vectors if self.captured else None)
         # A compiler may not write to tensors that alias others, such as elements of a vector.
-        vectors = kept and self.traced is None
+        vectors = self.vectors if kept and self.traced is None else None
         plan, launches = Plan.build(self.rule, params, groups, vectors=vectors)
         bound = plan.bind(list(map(StepTensors.of, launches)), groups)
         enter_new_states(params, state)
         if kept:
             members = itertools.chain.from_iterable(group["params"] for group in groups)
             plan.guard(Watched.by(self.rule, launches, members, state), groups, state)
-            self.plan = plan
+            self.plans.keep(plan, groups, state)
         return bound
 
     @uncollected
     def _bind_given(self, groups: Groups, given: list[WithGradient]) -> list[BoundLaunch]:
         """Build a plan of given tensors, bind it, and keep it if it may serve further steps."""
-        self.given_plan = None
+        self.given_plans.latest = None
         params = self.checked(given)
         if any(param.state is not state for param, (*_, state) in zip(params, given)):
             raise RuntimeError(
@@ -167,9 +167,9 @@ class Stepper:
         plan, launches = Plan.build(self.rule, params, groups)
         bound = plan.bind(list(map(StepTensors.of, launches)), groups)
         # Each parameter has a step count of its own, whose address no vector decides.
-        if not self.captured and can_be_kept(params, captured=False):
+        if not self.captured and can_be_kept(params):
             members = [p for _, p, *_ in given]
             watched = Watched.by(self.rule, launches, members, members, is_given=True)
             plan.guard(watched, groups, given)
-            self.given_plan = plan
+            self.given_plans.keep(plan, groups, given)
         return bound

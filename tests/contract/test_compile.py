@@ -233,10 +233,28 @@ def test_compiled_and_plain_steps_keep_their_plans_while_they_alternate(cls: typ
         (pair.compiled.step if step % 2 else pair.step)()
         pair.plain.step()
         stepper = pair.compiled._stepper
-        plans.append((stepper.plan, stepper.given_plan))
+        plans.append((stepper.plans.latest, stepper.given_plans.latest))
     assert None not in plans[-1]
     assert plans[-1] == plans[-2] == plans[-3]
     assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
+
+
+@pytest.mark.parametrize("cls", [stepforge.AdamW, stepforge.NAdam], ids=lambda cls: cls.__name__)
+def test_compiled_steps_keep_a_plan_for_each_set_of_gradients(cls: type) -> None:
+    pair = Pair(cls, backend="eager", lr=LR)
+    pair.advance(range(1))
+    plans = []
+    for step in range(8):
+        for params in (pair.params, pair.plain_params):
+            give_gradients(params, step)
+            params[step % 2].grad = None
+        pair.step()
+        pair.plain.step()
+        plans.append(pair.compiled._stepper.given_plans.latest)
+        assert_identical(snapshot(pair.compiled), snapshot(pair.plain))
+    assert None not in plans
+    assert plans[-2] is not plans[-1]
+    assert plans[2:4] == plans[4:6] == plans[6:8]
 
 
 @pytest.mark.parametrize("cls", [stepforge.AdamW, stepforge.NAdam], ids=lambda cls: cls.__name__)
@@ -257,7 +275,7 @@ def test_the_plain_step_runs_outside_of_the_graph_unless_there_must_be_one(cls: 
         give_gradients(params, number)
         (optimizer.step if number == 3 else step)()
         run(plain, plain_params, range(number, number + 1))
-        plans.append(optimizer._stepper.plan)
+        plans.append(optimizer._stepper.plans.latest)
         assert_identical(snapshot(optimizer), snapshot(plain))
     assert len(fired) == 6
     assert plans[0] is not None

@@ -126,7 +126,7 @@ def test_a_kept_plan_of_dtensors_is_as_good_as_a_new_one(
                     mutate(optimizer, mesh)
             p.grad = placed(torch.full((4, 6), float(step + 1)), Shard(0), mesh)
             if forgets:
-                optimizer._stepper.plan = None
+                optimizer._stepper.plans.clear()
             try:
                 optimizer.step()
             except RuntimeError as error:
@@ -151,7 +151,24 @@ def test_a_plan_of_dtensors_is_kept(mesh: DeviceMesh) -> None:
     for step in range(3):
         p.grad = placed(torch.full((4, 6), float(step + 1)), Shard(0), mesh)
         optimizer.step()
-        plans.append(optimizer._stepper.plan)
+        plans.append(optimizer._stepper.plans.latest)
     assert plans[0] is not None
     assert plans[1] is plans[0]
     assert plans[2] is plans[0]
+
+
+def test_a_step_count_may_be_a_dtensor(mesh: DeviceMesh) -> None:
+    """Oracle: an optimizer whose step count is a plain tensor."""
+    counts = [torch.tensor(7.0), distribute_tensor(torch.tensor(7.0), mesh, [Replicate()])]
+    params = []
+    for count in counts:
+        p = sharded(mesh)
+        optimizer = stepforge.AdamW([p], lr=0.1)
+        for step in range(5):
+            if step == 2:
+                optimizer.state[p]["step"] = count
+            p.grad = placed(torch.full((4, 6), float(step + 1)), Shard(0), mesh)
+            optimizer.step()
+        assert float(optimizer.state[p]["step"]) == 10.0
+        params.append(p._local_tensor)
+    assert torch.equal(*params)

@@ -121,12 +121,12 @@ def test_a_plan_is_kept_under_a_default_dtype_of_float64(options: dict[str, Any]
         p.grad = normal(1)
         optimizer = stepforge.NAdam([p], **options)
         optimizer.step()
-        plan = optimizer._stepper.plan
+        plan = optimizer._stepper.plans.latest
         optimizer.step()
     finally:
         torch.set_default_dtype(before)
     assert plan is not None
-    assert optimizer._stepper.plan is plan
+    assert optimizer._stepper.plans.latest is plan
 
 
 @pytest.mark.parametrize("step", [torch.tensor(3), torch.tensor(3.0), 3, 3.0], ids=repr)

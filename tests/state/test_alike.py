@@ -19,7 +19,6 @@ from stepforge.rules import ALL
 from stepforge.state.alike import differences, grouped, layout_differences
 from stepforge.state.layout import state_layout
 from stepforge.state.values import completed, initial_states
-from stepforge.step.scalar_states import shared_vector
 
 every_optimizer = pytest.mark.parametrize("cls", ALL.values())
 
@@ -231,23 +230,6 @@ def test_parameters_of_many_kinds_step_as_each_alone(cls: Any) -> None:
         assert list(together.state[p]) == list(optimizer.state[twin])
         for key, x in together.state[p].items():
             assert torch.equal(x, optimizer.state[twin][key]), key
-
-
-def test_elements_of_a_vector_share_it_only_whole_and_in_order() -> None:
-    vector = torch.arange(8.0)
-    elements = list(vector.unbind())
-    assert shared_vector(elements) is vector
-    for others in (
-        elements[1:],
-        elements[:-1],
-        elements[::-1],
-        [*elements[:-1], elements[0]],
-        [*elements[:-1], torch.tensor(7.0)],
-        [torch.tensor(0.0), *elements[1:]],
-        [*elements[:-1], torch.arange(8.0)[7]],
-        list(vector.view(2, 4)[0].unbind()),
-    ):
-        assert shared_vector(others) is None
 
 
 def test_step_counts_of_one_element_become_elements() -> None:

@@ -41,7 +41,7 @@ def main(path: str) -> None:
                 set_gradients(optimizer, step)
                 optimizer.step()
                 if step == 2:
-                    plan = optimizer._stepper.plan
+                    plan = optimizer._stepper.plans.latest
                     assert plan is not None
                     assert isinstance(plan.guards, module.Guards)
                     assert not isinstance(plan.guards, PythonGuards)

@@ -52,7 +52,7 @@ def history(
         if step >= 3 and mutate is gradient_missing:
             params_of(optimizer)[2].grad = None
         if not keep:
-            optimizer._stepper.plan = None
+            optimizer._stepper.plans.clear()
         optimizer.step()
         for p in params_of(optimizer):
             seen.append(p.detach().clone())
@@ -154,12 +154,12 @@ def test_a_plan_is_kept_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = built(stepforge.AdamW, "native")
     set_gradients(optimizer, 0)
     optimizer.step()
-    plan = optimizer._stepper.plan
+    plan = optimizer._stepper.plans.latest
     for step in range(3):
         set_gradients(optimizer, step)
         optimizer.param_groups[0]["lr"] = 0.1 * step
         optimizer.step()
-    assert optimizer._stepper.plan is plan
+    assert optimizer._stepper.plans.latest is plan
 
 
 def test_the_layout_check_without_torchs_guards(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def stepped_with_a_plan(backend: str) -> stepforge.Optimizer:
     for seed in range(3):
         set_gradients(optimizer, seed)
         optimizer.step()
-    assert optimizer._stepper.plan is not None
+    assert optimizer._stepper.plans.latest is not None
     return optimizer
 
 

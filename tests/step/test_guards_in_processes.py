@@ -69,12 +69,12 @@ def test_two_optimizers_in_two_threads() -> None:
 def test_a_forked_child_steps_on_with_the_plan(tmp_path: Path) -> None:
     optimizer = built(stepforge.AdamW, "native")
     step(optimizer, range(5))
-    plan = optimizer._stepper.plan
+    plan = optimizer._stepper.plans.latest
     child = os.fork()
     if child == 0:
         try:
             torch.save(step(optimizer, range(5, 10)), tmp_path / "child.pt")
-            os._exit(0 if optimizer._stepper.plan is plan else 2)
+            os._exit(0 if optimizer._stepper.plans.latest is plan else 2)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -93,4 +93,4 @@ def test_a_copy_has_a_plan_of_its_own(copied: object) -> None:
     before = results(optimizer)
     assert_identical(step(other, range(5, 10)), wanted)
     assert_identical(results(optimizer), before)
-    assert other._stepper.plan is not optimizer._stepper.plan
+    assert other._stepper.plans.latest is not optimizer._stepper.plans.latest

@@ -41,6 +41,7 @@ step.uniform
 step.launch step.traced
 step.guards
 step.plan
+step.kept_plans
 step.stepper
 step.compiled step
 accounting

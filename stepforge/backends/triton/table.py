@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stepforge.backends.aliasing import addresses
-from stepforge.backends.batch import Batch, is_capturing
+from stepforge.backends.batch import Batch, is_capturing, uploaded
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import kernel as kernels
 from stepforge.backends.triton.kernel import BLOCK, kernel_for
@@ -201,7 +201,7 @@ class Mirror:
                 return written(array, self.device)
             self._captured.append(self._shown[1])
         elif not is_shown:
-            self._shown = array.copy(), _uploaded(array, self.device)
+            self._shown = array.copy(), uploaded(array, self.device)
             self.uploads += 1
         assert self._shown is not None
         return self._shown[1]
@@ -218,14 +218,6 @@ def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
     kernels.write(table, words)
     like = torch.from_numpy(array[:0].copy())
     return table.view(like.dtype).view(array.shape)
-
-
-def _uploaded(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(array.copy())
-    if device.type == "cpu":
-        return host
-    # torch frees pinned memory only after the copy that reads it.
-    return host.pin_memory().to(device, non_blocking=True)
 
 
 def _are_equal(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
@@ -247,7 +239,7 @@ def _on_device(
         return value.to(device, non_blocking=True).expand(count)
     if isinstance(value, (torch.Tensor, np.ndarray)):
         array = np.asarray(value, np.float64)
-        sent = written(array, device) if is_capturing() else _uploaded(array, device)
+        sent = written(array, device) if is_capturing() else uploaded(array, device)
         return sent.expand(count)
     return torch.full((count,), float(value), dtype=torch.float64, device=device)
 

@@ -56,9 +56,9 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
 
 def tables(optimizer: stepforge.Optimizer) -> list[Table]:
     """Return the tables of an optimizer's plan; fail if it has no plan."""
-    assert optimizer._stepper.plan is not None
+    assert optimizer._stepper.plans.latest is not None
     found = []
-    for launch in optimizer._stepper.plan.launches:
+    for launch in optimizer._stepper.plans.latest.launches:
         assert isinstance(launch.table, triton.Tables)
         found += launch.table.tables
     return found

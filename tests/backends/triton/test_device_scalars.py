@@ -6,7 +6,7 @@ CPU; test_gpu.py compares compiled kernels within a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -19,7 +19,8 @@ from stepforge.backends import triton
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
-from stepforge.step.scalar_states import ScalarStates
+from stepforge.step import scalar_states
+from stepforge.step.scalar_states import Elements, ScalarStates
 from tests.backends.triton.kernels import by_kernels_only, tables
 from tests.conformance.table import (
     OPTIMIZERS,
@@ -79,7 +80,7 @@ def test_device_scalars_give_the_reference_s_bits(variant: str, dtype: torch.dty
                     lr.mul_(3)
                 run(optimizer, params, [gradients(step, dtype)])
                 found += outcomes(optimizer)
-            assert optimizer._stepper.plan is not None
+            assert optimizer._stepper.plans.latest is not None
         return found
 
     for got, oracle in zip(train("triton"), train("reference"), strict=True):
@@ -98,14 +99,16 @@ class Trained:
         groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
         return OPTIMIZERS[name].ours(groups, lr=torch.tensor(0.01), capturable=True, **options)
 
-    def advance(self, steps: int = 1) -> None:
+    def advance(self, steps: int = 1, members: Collection[int] = range(len(SHAPES))) -> None:
+        """Step those of the parameters that have the given indices."""
         for _ in range(steps):
             for optimizer in self.optimizers:
                 for k, p in enumerate(params_of(optimizer)):
-                    p.grad = normal(p.shape, p.dtype, 100 * self.step + k)
+                    g = normal(p.shape, p.dtype, 100 * self.step + k)
+                    p.grad = g if k in members else None
             with_kept_plan, with_new_plans = self.optimizers
             with_kept_plan.step()
-            with_new_plans._stepper.plan = None
+            with_new_plans._stepper.plans.clear()
             with_new_plans.step()
             assert_identical(snapshot(with_kept_plan), snapshot(with_new_plans))
             self.step += 1
@@ -180,11 +183,11 @@ def test_a_kept_plan_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trained("NAdam")
     trained.advance(1)
     optimizer = trained.optimizers[0]
-    plan, first = optimizer._stepper.plan, tables(optimizer)
+    plan, first = optimizer._stepper.plans.latest, tables(optimizer)
     scalars = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
     with by_kernels_only():
         trained.advance(3)
-    assert optimizer._stepper.plan is plan
+    assert optimizer._stepper.plans.latest is plan
     assert tables(optimizer) == first
     now = [state[key] for state in optimizer.state.values() for key in ("step", "mu_product")]
     assert all(x is y for x, y in zip(now, scalars, strict=True))
@@ -202,7 +205,7 @@ def test_a_captured_step_uploads_nothing_and_keeps_nothing(
     trained = Trained(name)
     trained.advance(2)
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_uploaded", None)
+        patch.setattr(table, "uploaded", None)
         capturing(True)
         trained.advance(2)
         capturing(False)
@@ -272,6 +275,41 @@ def test_scalar_states_stay_where_a_captured_graph_reads_them(
     assert addresses() == captured
 
 
+@every_optimizer
+def test_sets_of_gradients_that_take_turns_leave_captured_scalar_states_where_they_are(
+    name: str, capturing: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans of before the capture serve on; a new set runs without one, and moves nothing."""
+    trained = Trained(name)
+    kept = trained.optimizers[0]
+    keys = ("step", "mu_product") if name == "NAdam" else ("step",)
+
+    def plan_of(*members: int) -> Any:
+        trained.advance(members=members)
+        return kept._stepper.plans.latest
+
+    one, other = plan_of(1, 2), plan_of(0, 1, 2)  # 0 comes before 1, but its element after
+    third = plan_of(3)
+    before = [state[key].data_ptr() for state in kept.state.values() for key in keys]
+    capturing(True)
+    with monkeypatch.context() as patch:  # the graph may outlive the index
+        patch.setattr(Elements, "read", None)
+        assert plan_of(0, 1, 2) is other
+    capturing(False)
+    assert plan_of(1, 2) is one
+    assert plan_of(3) is third
+    assert plan_of(0, 1, 2) is other
+    capturing(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "uploaded", None)
+        patch.setattr(scalar_states, "uploaded", None)
+        assert plan_of(0, 1, 3) is None  # its positions would have to be uploaded
+    capturing(False)
+    assert plan_of(0, 1, 3) is not None  # all of them have an element already
+    assert plan_of(1, 2) is one
+    assert before == [state[key].data_ptr() for state in kept.state.values() for key in keys]
+
+
 # Gradient scales.
 
 
@@ -311,6 +349,28 @@ def test_a_step_that_the_device_skips_leaves_everything_untouched(
         factor = 1 if scale is None else 64
         scaled_step(optimizer, [g * factor for g in gradients(step)], scale, zero)
         run(twin, params_of(twin), [gradients(step)])
+        assert_equal(optimizer, twin)
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
+@every_optimizer
+def test_a_step_that_the_device_skips_counts_for_no_set_of_gradients(
+    name: str, options: dict[str, bool]
+) -> None:
+    """Oracle: an optimizer that takes the other steps only."""
+    optimizer, twin = (built(name, lr=0.1, **options) for _ in range(2))
+    zero = torch.zeros(())
+    for step in range(9):
+        given = gradients(step)
+        for each in (optimizer, twin):
+            for k, p in enumerate(params_of(each)):
+                p.grad = given[k] if k % 3 != step % 3 else None
+        optimizer.grad_scale, optimizer.found_inf = None, zero + (step in (4, 5, 6))
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        if step not in (4, 5, 6):
+            twin.step()
         assert_equal(optimizer, twin)
 
 

@@ -254,7 +254,7 @@ def test_a_captured_step_uploads_nothing(
         trained(format_, steps=2, capturable=True, shapes=[(33, 130), (7,)]) for _ in range(2)
     )
     with monkeypatch.context() as patch:
-        patch.setattr(table, "_uploaded", None)
+        patch.setattr(table, "uploaded", None)
         capturing(True)
         advance(optimizer, range(2, 4))
         capturing(False)

@@ -323,7 +323,7 @@ def test_running_out_of_memory_for_a_table_precedes_any_change(
     for p in parameters:
         p.grad = torch.ones_like(p)
     optimizer = stepforge.Adam(parameters)
-    upload, uploads = table._uploaded, []
+    upload, uploads = table.uploaded, []
 
     def scarce(*arguments: Any) -> torch.Tensor:
         uploads.append(arguments)
@@ -331,7 +331,7 @@ def test_running_out_of_memory_for_a_table_precedes_any_change(
             raise torch.OutOfMemoryError("no memory is left on the device")
         return upload(*arguments)
 
-    monkeypatch.setattr(table, "_uploaded", scarce)
+    monkeypatch.setattr(table, "uploaded", scarce)
     with forced("triton"):
         with pytest.raises(torch.OutOfMemoryError, match="no memory is left"):
             optimizer.step()
