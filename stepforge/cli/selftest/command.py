@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +16,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stepforge.backends import BACKENDS, FUSED, ParamSpec
+from stepforge.backends.triton.inspection import GPU
 from stepforge.cli import devices, machine
 from stepforge.cli.options import OptimizerNames, current_device, optimizer_names
 from stepforge.cli.output_files import file_option, write_json
 from stepforge.cli.selftest.cases import Case, cases
 from stepforge.cli.selftest.compare import Outcome, Result, digest, find_differences, outcomes
-from stepforge.cli.selftest.speed import gpu_of, kernels, speeds
+from stepforge.cli.selftest.gpu import gpu_of, kernels
 from stepforge.cli.tables import new_table, print_whole
 from stepforge.state.layout import dtypes_after_step, state_layout
 from stepforge.step.params import kernel_spec
@@ -71,8 +71,8 @@ def selftest(
     every dtype; of all other options (formats, gradients of another dtype, flags) every pair occurs
     in some case. Every case has all memory layouts.
 
-    On a GPU, its steps are timed too, beside a copy within its memory, and the machine code of its
-    kernels is read. All of that is in one file, to attach to a report.
+    On a GPU the machine code of its kernels is read, too, and all is in one file, to attach to a
+    report.
 
     The exit code is 0 if all bits are equal, otherwise 1.
     """
@@ -97,12 +97,10 @@ def selftest(
     if write_hashes:
         _write_hashes(console, results)
         return
-    measured: dict[str, Any] = {}
-    if tested.type != "cpu":
-        measured = _measure(console, tested)
-        print_whole(console, _speed_table(measured["speeds"]))
-    if differs or report is not None or measured:
-        _write_report(console, report or REPORT, tested, results, measured)
+    gpu = gpu_of(tested)
+    if differs or report is not None or gpu is not None:
+        compiled = _kernels(console, gpu)
+        _write_report(console, report or REPORT, tested, results, compiled)
     if differs:
         raise typer.Exit(1)
 
@@ -234,24 +232,12 @@ def _results(
 # A GPU. -------------------------------------------------------------------------------------------
 
 
-def _measure(console: Console, device: torch.device) -> dict[str, Any]:
-    """Return the rows of a report about a GPU: speeds, and kernels where they can be read."""
-    with console.status("timing steps and reading kernels; a minute or two"):
-        gpu = gpu_of(device)
-        return {
-            "speeds": [asdict(speed) for speed in speeds(device)],
-            "kernels": [] if gpu is None else list(kernels(gpu)),
-        }
-
-
-def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a table of what a step takes."""
-    table = new_table(["AdamW", ""], ["host ms", "device ms", "of a copy's speed"])
-    for row in rows:
-        on_device = "" if row["device_s"] is None else f"{row['device_s'] * 1e3:.3g}"
-        share = "" if row["of_limit"] is None else f"{row['of_limit']:.2f}"
-        table.add_row(row["workload"], row["way"], f"{row['host_s'] * 1e3:.3g}", on_device, share)
-    return table
+def _kernels(console: Console, gpu: GPU | None) -> list[dict[str, Any]]:
+    """Return what kernels are compiled to; nothing where their machine code cannot be read."""
+    if gpu is None:
+        return []
+    with console.status("reading kernels"):
+        return list(kernels(gpu))
 
 
 # Output. ------------------------------------------------------------------------------------------
@@ -310,13 +296,13 @@ def _write_report(
     path: Path,
     device: torch.device,
     results: Sequence[Result],
-    measured: Mapping[str, Any],
+    compiled: Sequence[Mapping[str, Any]],
 ) -> None:
     content = {
         "machine": machine.describe_in_detail(),
         "device": {"name": str(device)} | devices.describe(device),
         "results": [result.report() for result in results],
-        **measured,
+        "kernels": compiled,
     }
     write_json(path, content, hint="; name another file with --report")
     console.print(f"Attach {path} to a report.", soft_wrap=True, markup=False)
