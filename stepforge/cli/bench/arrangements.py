@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["COMPILED", "PLAIN", "SHARDED", "Arrangement", "Form", "Step"]
+from stepforge.cli.bench.captured import CapturedStep, Step, why_no_graphs
 
-Step: TypeAlias = Callable[[], object]
+__all__ = ["CAPTURED", "COMPILED", "FUSED", "PLAIN", "SHARDED", "Arrangement", "Form"]
+
+_CPU_ONLY = "it is measured on a CPU only"
 
 
 def _tensor_itself(tensor: Tensor) -> Tensor:
@@ -40,12 +42,14 @@ class Arrangement:
         tensor: makes a parameter of a plain tensor.
         gradient: makes the gradient of a parameter of a plain tensor.
         step: makes the timed step of an optimizer's ``step``.
+        options: arguments of the optimizer's constructor, beside the implementation's own.
     """
 
     groups: int = 1
     tensor: Callable[[Tensor], Tensor] = _tensor_itself
     gradient: Callable[[Tensor, Tensor], Tensor] = _gradient_itself
     step: Callable[[Step], Step] = _step_itself
+    options: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,20 +59,18 @@ class Form:
     Attributes:
         description: text for a title; empty for plain tensors and steps.
         arrangement: returns a context with the arrangement, which holds only within.
-        why_not: returns why this machine lacks it, in a clause; empty if it does not.
+        missing: returns why it cannot be measured on a device, in a clause; empty if it can.
         leaves_out: the names of implementations that are not measured in this form.
     """
 
     description: str
     arrangement: Callable[[], AbstractContextManager[Arrangement]]
-    why_not: Callable[[], str]
+    missing: Callable[[torch.device], str]
     leaves_out: frozenset[str] = frozenset()
 
-    def missing(self, device: torch.device) -> str:
-        """Return why it cannot be measured on a device, in a clause; empty if it can."""
-        if self.description and device.type != "cpu":
-            return "it is measured on a CPU only"
-        return self.why_not()
+
+def _never_missing(_: torch.device) -> str:
+    return ""
 
 
 @contextmanager
@@ -101,7 +103,9 @@ def _sharded() -> Iterator[Arrangement]:
             dist.destroy_process_group()
 
 
-def _why_not_sharded() -> str:
+def _sharded_missing(device: torch.device) -> str:
+    if device.type != "cpu":
+        return _CPU_ONLY
     if not torch.distributed.is_available():
         return "this torch has no torch.distributed"
     return "" if torch.distributed.is_gloo_available() else "this torch has no gloo"
@@ -119,19 +123,53 @@ def _compiled() -> Iterator[Arrangement]:
         torch.compiler.reset()
 
 
-def _why_not_compiled() -> str:
+def _compiled_missing(device: torch.device) -> str:
+    if device.type != "cpu":
+        return _CPU_ONLY
     compiler = os.environ.get("CXX", "g++")
     found = shutil.which(compiler) is not None
     return "" if found else f"torch.compile finds no C++ compiler: {compiler} is not on the PATH"
 
 
-PLAIN = Form("", _plain, lambda: "")
+@contextmanager
+def _fused() -> Iterator[Arrangement]:
+    yield Arrangement(options={"fused": True})
+
+
+@contextmanager
+def _captured() -> Iterator[Arrangement]:
+    yield Arrangement(
+        gradient=_in_place, step=CapturedStep.on_current_device, options={"capturable": True}
+    )
+
+
+def _in_place(param: Tensor, gradient: Tensor) -> Tensor:
+    """Copy a gradient into the one before it, whose address a graph holds."""
+    return gradient if param.grad is None else param.grad.copy_(gradient)
+
+
+PLAIN = Form("", _plain, _never_missing)
 #: Parameters of FSDP2.
-SHARDED = Form("DTensors, Shard(0) on a mesh of one process", _sharded, _why_not_sharded)
+SHARDED = Form("DTensors, Shard(0) on a mesh of one process", _sharded, _sharded_missing)
 COMPILED = Form(
     "torch.compile(step)",
     _compiled,
-    _why_not_compiled,
+    _compiled_missing,
     # It compiles as long as torch's default, to steps as fast.
     leaves_out=frozenset({"torch foreach"}),
+)
+#: torch.optim has no other implementation of these options than its fused one.
+FUSED = Form(
+    "fused=True",
+    _fused,
+    _never_missing,
+    leaves_out=frozenset({"torch", "torch foreach", "stepforge foreach", "stepforge reference"}),
+)
+#: Steps with ``capturable=True``, captured once and replayed.
+CAPTURED = Form(
+    "a replayed graph",
+    _captured,
+    why_no_graphs,
+    # A replay runs no Python, and on a GPU torch's default is foreach.
+    leaves_out=frozenset({"access", "torch foreach", "stepforge foreach", "stepforge reference"}),
 )

@@ -21,7 +21,14 @@ from stepforge.cli.bench.device_settings import DeviceSettings, settings_for
 from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.fresh_process import ProcessError
 from stepforge.cli.bench.measure import WARM_UPS, memory_needed
-from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload, read_shapes
+from stepforge.cli.bench.workloads import (
+    DEFAULT_WORKLOADS,
+    GPU_WORKLOADS,
+    WORKLOADS,
+    Workload,
+    read_shapes,
+)
+from stepforge.cli.dtypes import dtype_name
 from stepforge.cli.options import OptimizerNames, current_device, optimizer_names
 from stepforge.cli.output_files import file_option, write_json
 
@@ -29,6 +36,7 @@ __all__ = ["bench"]
 
 #: The values of ``--workload``.
 WorkloadName = StrEnum("WorkloadName", [(name, name) for name in WORKLOADS])  # type: ignore[misc]
+_ON_A_GPU = [name for name in GPU_WORKLOADS if name not in DEFAULT_WORKLOADS]
 
 
 def bench(
@@ -36,7 +44,7 @@ def bench(
         list[WorkloadName] | None,
         typer.Option(
             help=f"Repeat it for several; {', '.join(DEFAULT_WORKLOADS)} if neither it nor "
-            "--shapes is given, and all with --all."
+            f"--shapes is given, on a GPU {', '.join(_ON_A_GPU)} too, and all with --all."
         ),
     ] = None,
     optimizer: OptimizerNames = None,
@@ -102,7 +110,8 @@ def bench(
     between machines and from minute to minute; the ratios of one run tell more.
     """
     settings = settings_for(current_device(device))
-    chosen = _workloads(workload, shapes, scale, everything)
+    defaults = WORKLOADS if everything else settings.default_workloads
+    chosen = _workloads(workload, shapes, scale, defaults)
     names = optimizer_names(optimizer)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -153,6 +162,8 @@ def bench(
                 "form": w.form.description,
                 "threads": w.threads or torch.get_num_threads(),
                 "steps": w.steps,
+                "dtype": dtype_name(w.dtype),
+                "gradient_size": w.gradient_size,
                 "skipped": skipped.get(w.name),
             }
             for w in chosen
@@ -187,13 +198,13 @@ def bench(
 
 
 def _workloads(
-    names: Iterable[str] | None, shapes: Path | None, scale: float, everything: bool
+    names: Iterable[str] | None, shapes: Path | None, scale: float, defaults: Iterable[str]
 ) -> list[Workload]:
     if not 0 < scale <= 1000:
         raise typer.BadParameter(
             f"{scale:g} is no factor; it must be above 0 and at most 1000.", param_hint="--scale"
         )
-    selected = names or ([] if shapes else WORKLOADS if everything else DEFAULT_WORKLOADS)
+    selected = names or ([] if shapes else defaults)
     chosen = [WORKLOADS[name] for name in dict.fromkeys(selected)]
     if shapes is not None:
         try:

@@ -15,7 +15,7 @@ from stepforge.cli.bench.implementations import (
 )
 from stepforge.cli.bench.targets import FIRST_STEP_TARGET, GPU_TARGETS, TARGETS, Targets
 from stepforge.cli.bench.timing import EventTimer, HostTimer, Timer, timer_for
-from stepforge.cli.bench.workloads import Workload
+from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, GPU_WORKLOADS, Workload
 
 __all__ = ["DeviceSettings", "settings_for"]
 
@@ -33,6 +33,7 @@ class DeviceSettings:
         targets: the target ratios.
         first_step_target: the largest difference between the first and the second step in seconds,
             if stated.
+        default_workloads: the names of the workloads of a run that names none.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class DeviceSettings:
     temporaries: int
     targets: Targets
     first_step_target: float | None = None
+    default_workloads: Sequence[str] = DEFAULT_WORKLOADS
 
     @property
     def is_asynchronous(self) -> bool:
@@ -69,5 +71,10 @@ def settings_for(device: torch.device) -> DeviceSettings:
     # The same, and the surplus of the limit's copy; on a GPU stepforge's foreach works on a whole
     # batch at once.
     return DeviceSettings(
-        device, timer_for(device), GPU_IMPLEMENTATIONS, temporaries=16, targets=GPU_TARGETS
+        device,
+        timer_for(device),
+        GPU_IMPLEMENTATIONS,
+        temporaries=16,
+        targets=GPU_TARGETS,
+        default_workloads=GPU_WORKLOADS,
     )

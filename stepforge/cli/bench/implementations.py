@@ -105,27 +105,30 @@ class Implementation:
     missing: tuple[type[Exception], ...] = ()
     is_plain: bool = False
 
-    def exists(self, optimizer: str) -> bool:
+    def exists(self, optimizer: str, arrangement: Arrangement = _PLAIN) -> bool:
         """Return True if the library's optimizer takes these flags; RAdam has no ``fused``."""
         if self.library is None:
             return True
         arguments = inspect.signature(getattr(self.library, optimizer)).parameters
-        return all(flag in arguments for flag in self.flags)
+        return all(flag in arguments for flag in self._options(arrangement))
+
+    def _options(self, arrangement: Arrangement) -> dict[str, bool]:
+        return {**self.flags, **({} if self.is_plain else arrangement.options)}
 
     def start(
-        self, optimizer: str, gradients: Sequence[Tensor], arrangement: Arrangement = _PLAIN
+        self, optimizer: str, initial: Sequence[Tensor], arrangement: Arrangement = _PLAIN
     ) -> Runner:
-        """Return parameters in the shapes of the gradients, with their optimizer.
+        """Return copies of parameters, with their optimizer.
 
         Args:
             optimizer: the optimizer's name.
-            gradients: a gradient for each parameter.
+            initial: the parameters before the first step.
             arrangement: the arrangement of parameters and steps. A lower bound has a plain one.
 
         Raises:
             Exception: one of ``missing``, if this machine lacks the implementation.
         """
-        params = [gradient.clone() for gradient in gradients]
+        params = [p.clone() for p in initial]
         if self.bound is not None:
             return self.bound(optimizer, params)
         if self.is_plain:
@@ -139,7 +142,7 @@ class Implementation:
         ]
         return OptimizerRunner(
             params,
-            make(params if count == 1 else split, **self.flags),
+            make(params if count == 1 else split, **self._options(arrangement)),
             arrangement,
             self.environment,
         )
@@ -150,6 +153,7 @@ def start_if_available(
     optimizer: str,
     gradients: Sequence[Tensor],
     arrangement: Arrangement = _PLAIN,
+    initial: Sequence[Tensor] | None = None,
 ) -> Runner | None:
     """Return the runner of an implementation, or None if the library or this machine lacks it.
 
@@ -158,11 +162,12 @@ def start_if_available(
         optimizer: the optimizer's name.
         gradients: a gradient for each parameter.
         arrangement: the arrangement of parameters and steps.
+        initial: the parameters before the first step; the same numbers as the gradients if None.
     """
-    if not implementation.exists(optimizer):
+    if not implementation.exists(optimizer, arrangement):
         return None
     try:
-        runner = implementation.start(optimizer, gradients, arrangement)
+        runner = implementation.start(optimizer, initial or gradients, arrangement)
         if implementation.missing:
             runner.set_gradients(gradients)
             runner.step()
@@ -205,10 +210,10 @@ OUR_FOREACH = Implementation(
 _OUR_REFERENCE = Implementation(
     "stepforge reference", "stepforge, foreach=False", stepforge, {"foreach": False}
 )
-#: The same tensors as plainly as possible, beside param groups, sharded or compiled steps.
+#: The same tensors as plainly as possible, beside arranged workloads.
 PLAINLY = Implementation(
     "stepforge plainly",
-    "stepforge on plain tensors in one param group, not compiled",
+    "stepforge by default on plain tensors in one param group",
     stepforge,
     is_plain=True,
 )

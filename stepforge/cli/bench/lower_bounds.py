@@ -34,13 +34,15 @@ class Runner(Protocol):
 class Limit:
     """The memory traffic of an optimizer, through the driver and the threads of its kernel.
 
-    Only the C call counts as the step: the kernel's tables are laid out before.
+    Only the C call counts as the step: the kernel's tables are laid out before. Whatever the dtype,
+    as many bytes are moved in float32: to round would be arithmetic.
     """
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
         graph = traffic(optimizer)
         columns = {*graph.varying.inputs, *graph.results}
         self.kernel = Kernel(KernelSpec.of(graph, dict.fromkeys(columns, torch.float32)))
+        params = _in_float32(params)
         self.tensors = {
             column: params if column == "p" else [torch.zeros_like(p) for p in params]
             for column in self.kernel.args.tensors
@@ -51,13 +53,21 @@ class Limit:
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Copy the gradients and write all addresses into the kernel's table."""
-        self.tensors["g"] = [gradient.clone() for gradient in gradients]
+        self.tensors["g"] = _in_float32(gradients)
         columns = [[t.data_ptr() for t in self.tensors[name]] for name in self.kernel.args.tensors]
         self.pointers = np.array(columns, dtype=np.uint64).T.copy()
 
     def step(self) -> None:
         """Call the kernel."""
         self.kernel(self.starts, self.pointers, self.scalars)
+
+
+def _in_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the first elements of tensors in float32, in memory of their own, and of equal size.
+
+    Elements have at most 4 bytes.
+    """
+    return [t.flatten()[: -(-t.nbytes // 4)].to(torch.float32, copy=True) for t in tensors]
 
 
 class Access:
@@ -91,7 +101,7 @@ class Copy:
     """
 
     def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        moved = bytes_per_element(optimizer) * sum(p.numel() for p in params)
+        moved = bytes_per_element(optimizer, params[0].dtype) * sum(p.numel() for p in params)
         self.source = torch.zeros(moved // 2, dtype=torch.uint8, device=params[0].device)
         self.target = torch.empty_like(self.source)
 
@@ -103,17 +113,20 @@ class Copy:
         self.target.copy_(self.source)
 
 
-def bytes_per_element(optimizer: str) -> int:
-    """Return the bytes that a step reads and writes per element of a float32 parameter.
+def bytes_per_element(optimizer: str, dtype: torch.dtype = torch.float32) -> int:
+    """Return the bytes that a step reads and writes per element of a parameter.
 
     Args:
         optimizer: the optimizer's name.
+        dtype: the parameter's dtype.
 
     Example:
         >>> bytes_per_element("Adam"), bytes_per_element("Adagrad")
         (28, 20)
+        >>> bytes_per_element("Adam", torch.bfloat16)
+        14
     """
-    p = torch.zeros(1)
+    p = torch.zeros(1, dtype=dtype)
     instance = getattr(stepforge, optimizer)([p])
     return account(instance.rule, instance.param_groups[0], p).moved
 

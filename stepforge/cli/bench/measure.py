@@ -18,7 +18,7 @@ from stepforge.cli.bench.implementations import (
 )
 from stepforge.cli.bench.lower_bounds import Runner, traffic
 from stepforge.cli.bench.timing import HostTimer, StepTime, Timer
-from stepforge.cli.bench.workloads import Shape, Workload
+from stepforge.cli.bench.workloads import PARAM_SIZE, Shape, Workload
 
 __all__ = [
     "WARM_UPS",
@@ -34,11 +34,24 @@ WARM_UPS = 2
 _HOST_TIMER = HostTimer()
 
 
-def make_gradients(shapes: Sequence[Shape], device: torch.device | str = "cpu") -> list[Tensor]:
-    """Return random float32 gradients, the same in every call and on every device."""
+def make_gradients(
+    shapes: Sequence[Shape],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    size: float = PARAM_SIZE,
+) -> list[Tensor]:
+    """Return random tensors, the same in every call and on every device.
+
+    Args:
+        shapes: their shapes.
+        device: their device.
+        dtype: their dtype.
+        size: their standard deviation.
+    """
     generator = torch.Generator().manual_seed(0)
-    on_cpu = (torch.randn(shape, generator=generator).mul_(0.01) for shape in shapes)
-    return [gradient.to(device) for gradient in on_cpu]
+    # A product of 0 may be -0.
+    on_cpu = (torch.randn(shape, generator=generator).mul_(size).add_(0.0) for shape in shapes)
+    return [gradient.to(device, dtype) for gradient in on_cpu]
 
 
 def measure(
@@ -116,10 +129,13 @@ def measure_implementations(
         rounds: the number of measured rounds.
         tick: called after each round, warm-up rounds included.
     """
-    gradients = make_gradients(workload.shapes, settings.device)
+    initial = gradients = make_gradients(workload.shapes, settings.device, workload.dtype)
+    if workload.gradient_size != PARAM_SIZE:
+        like = workload.shapes, settings.device, workload.dtype
+        gradients = make_gradients(*like, workload.gradient_size)
     with workload.arranged() as arrangement:
         runners = {
-            i.name: start_if_available(i, optimizer, gradients, arrangement)
+            i.name: start_if_available(i, optimizer, gradients, arrangement, initial)
             for i in settings.implementations_for(workload)
         }
         return measure(

@@ -133,11 +133,11 @@ def steps(
                 soft_wrap=True,
             )
         if settings.is_asynchronous:
-            speeds = [x for r in results for x in _copy_speed(r, workload.elements).values()]
+            speeds = [x for r in results for x in _copy_speed(r, workload).values()]
             fastest = number(max(speeds, default=0.0), 1e-9)
             screen.console.print(f"The limit's fastest copy moved {fastest} GB/s.")
         for result in results:
-            yield _steps_entry(result, settings) | _copy_speed(result, workload.elements)
+            yield _steps_entry(result, workload, settings) | _copy_speed(result, workload)
     for name, description in legend.items():
         screen.console.print(f"  [bold]{name:<20}[/]{description}", soft_wrap=True)
     if settings.is_asynchronous:
@@ -152,15 +152,14 @@ def _is_doubtful(result: Result) -> bool:
     return any((result.spread(name) or 0) > _WIDE_SPREAD for name in result.seconds)
 
 
-def _steps_entry(result: Result, settings: DeviceSettings) -> dict[str, Any]:
-    optimizer = getattr(stepforge, result.optimizer)(
-        [torch.zeros(1, device=settings.device, requires_grad=True)]
-    )
+def _steps_entry(result: Result, workload: Workload, settings: DeviceSettings) -> dict[str, Any]:
+    p = torch.zeros(1, dtype=workload.dtype, device=settings.device, requires_grad=True)
+    optimizer = getattr(stepforge, result.optimizer)([p])
     return {
         "workload": result.workload,
         "optimizer": result.optimizer,
         "backend": stepforge.explain(optimizer).served[0].backend,
-        "bytes_per_element": bytes_per_element(result.optimizer),
+        "bytes_per_element": bytes_per_element(result.optimizer, workload.dtype),
         "arms": {
             name: {
                 "seconds": list(seconds),
@@ -180,10 +179,10 @@ def _as_dict(target: Ratios | None) -> dict[str, float | None] | None:
     return dataclasses.asdict(target) if target else None
 
 
-def _copy_speed(result: Result, elements: int) -> dict[str, float]:
+def _copy_speed(result: Result, workload: Workload) -> dict[str, float]:
     """Return the bytes per second that the limit reads and writes on a GPU; empty on a CPU."""
     seconds = result.median_on_device(LIMIT.name)
-    moved = bytes_per_element(result.optimizer) * elements
+    moved = bytes_per_element(result.optimizer, workload.dtype) * workload.elements
     return {"limit_bytes_per_second": moved / seconds} if seconds else {}
 
 

@@ -22,7 +22,7 @@ class Ratios:
         of_limit: its share of the limit's speed.
         against_best: its speed relative to the fastest implementation of torch.optim.
         against_default: its speed relative to torch.optim with default flags.
-        of_plain: its share of stepforge's speed on plain tensors in one param group, not compiled.
+        of_plain: its share of stepforge's speed by default on plain tensors in one param group.
     """
 
     of_limit: float | None

@@ -12,11 +12,31 @@ from typing import Any, TypeAlias
 
 import torch
 
-from stepforge.cli.bench.arrangements import COMPILED, PLAIN, SHARDED, Arrangement, Form
+from stepforge.cli.bench.arrangements import (
+    CAPTURED,
+    COMPILED,
+    FUSED,
+    PLAIN,
+    SHARDED,
+    Arrangement,
+    Form,
+)
+from stepforge.cli.dtypes import dtype_name
 
-__all__ = ["DEFAULT_WORKLOADS", "WORKLOADS", "Shape", "Workload", "read_shapes"]
+__all__ = [
+    "DEFAULT_WORKLOADS",
+    "GPU_WORKLOADS",
+    "PARAM_SIZE",
+    "WORKLOADS",
+    "Shape",
+    "Workload",
+    "read_shapes",
+]
 
 Shape: TypeAlias = tuple[int, ...]
+
+#: The standard deviation of parameters, which are random.
+PARAM_SIZE = 0.01
 
 
 @dataclass(frozen=True)
@@ -31,6 +51,8 @@ class Workload:
         threads: the number of threads; None for torch's.
         steps: the consecutive steps of a round, each on fresh gradients. The caches are warm after
             the first, and the median step counts.
+        dtype: the dtype of parameters and gradients.
+        gradient_size: the standard deviation of gradients, which are random.
     """
 
     name: str
@@ -39,6 +61,8 @@ class Workload:
     form: Form = PLAIN
     threads: int | None = None
     steps: int = 1
+    dtype: torch.dtype = torch.float32
+    gradient_size: float = PARAM_SIZE
 
     @property
     def elements(self) -> int:
@@ -59,6 +83,8 @@ class Workload:
         parts = [
             f"{_count(len(self.shapes), 'tensor')}, {self.elements:,} elements",
             f"in {self.groups:,} param groups" if self.groups > 1 else "",
+            dtype_name(self.dtype) if self.dtype != torch.float32 else "",
+            f"gradients of size {self.gradient_size:g}" if self.gradient_size != PARAM_SIZE else "",
             self.form.description,
             f"on {_count(self.threads, 'thread')}" if self.threads else "",
         ]
@@ -133,24 +159,41 @@ def _model(width: int, tokens: int, positions: int) -> tuple[Shape, ...]:
     )
 
 
+_LARGE = ((3125, 16_000),)
 _SMALL = 1000 * ((1000,),)
-#: The workloads by name. Memory bounds the first, and overhead all but the first two.
+#: The workloads by name.
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        Workload("large", ((3125, 16_000),)),
+        # Bound by memory.
+        Workload("large", _LARGE),
         Workload("model", _model(512, tokens=12_992, positions=1024)),
+        # Bound by overhead.
         Workload("small", _SMALL),
         # A network of reinforcement learning.
         Workload("tiny", 8 * ((64, 32),), threads=1, steps=100),
         Workload("groups", _SMALL, groups=250),
         Workload("sharded", 12 * _layer(64), form=SHARDED),
         Workload("compiled", _model(32, tokens=256, positions=64), form=COMPILED, steps=10),
+        # Bound by memory, unless a GPU's kernels or its arithmetic are slower here.
+        Workload("bfloat16", _LARGE, dtype=torch.bfloat16),
+        # Rows of 576 elements, which is no multiple of 128.
+        Workload("convolution", ((86_800, 64, 3, 3),)),
+        Workload("zeros", _LARGE, gradient_size=0.0),
+        # Second moments of 1e-43: the smallest normal number is 1e-38.
+        Workload("denormals", _LARGE, gradient_size=1e-20),
+        Workload("fused", _SMALL, form=FUSED),
+        Workload("captured", _SMALL, form=CAPTURED),
     )
 }
 #: The workloads of a run that names none: one bound by memory, a real model, and one bound by
 #: overhead.
 DEFAULT_WORKLOADS = ("large", "model", "small")
+#: The same on a GPU, with whatever takes another path there.
+GPU_WORKLOADS = (
+    *DEFAULT_WORKLOADS,
+    *("bfloat16", "convolution", "zeros", "denormals", "fused", "captured"),
+)
 
 
 def read_shapes(path: Path) -> list[Workload]:

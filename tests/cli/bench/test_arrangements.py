@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from stepforge.cli import devices
-from stepforge.cli.bench.arrangements import COMPILED, PLAIN, SHARDED, Form
+from stepforge.cli.bench.arrangements import COMPILED, FUSED, PLAIN, SHARDED, Form
 from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import (
     ACCESS,
@@ -191,6 +191,22 @@ def test_compiled_needs_a_compiler_of_cpp(monkeypatch):
     )
     monkeypatch.setenv("CXX", "python3")
     assert COMPILED.missing(devices.CPU) == ""
+
+
+# Fused. -------------------------------------------------------------------------------------------
+
+
+def test_a_fused_step_has_its_option_and_the_plain_step_has_not():
+    """Oracle: the optimizer's own param groups, and steps by default."""
+    assert FUSED.missing(devices.CPU) == FUSED.missing(torch.device("cuda:0")) == ""
+    with FUSED.arrangement() as arrangement:
+        for implementation, fused in ((OURS, True), (PLAINLY, None)):
+            runner: Any = implementation.start("NAdam", make_gradients(SHAPES), arrangement)
+            assert runner.optimizer.param_groups[0]["fused"] is fused
+        assert TORCH.exists("AdamW", arrangement)
+        assert not TORCH.exists("NAdam", arrangement)
+    for fused, plain in zip(stepped(OURS, FUSED), stepped(OURS, PLAIN)):
+        assert torch.equal(fused, plain)
 
 
 @pytest.mark.parametrize("form", [SHARDED, COMPILED], ids=lambda form: form.description)

@@ -26,7 +26,7 @@ from stepforge.cli.bench.formats import STORAGE_FORMATS, has_int8_states
 from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT, PLAINLY
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import Ratios
-from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, WORKLOADS, read_shapes
+from stepforge.cli.bench.workloads import WORKLOADS, read_shapes
 
 ROOT = Path(__file__).parents[3]
 NEEDS_PROC = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
@@ -72,6 +72,8 @@ def test_report_and_table(tmp_path, few):
             "form": "",
             "threads": 1,
             "steps": 1,
+            "dtype": "float32",
+            "gradient_size": 0.01,
             "skipped": None,
         }
     ]
@@ -117,12 +119,30 @@ def test_the_script_is_the_command(monkeypatch, capsys):
     assert "--scale" in capsys.readouterr().err
 
 
-def test_a_run_without_options_is_short():
-    def names(everything: bool) -> list[str]:
-        return [workload.name for workload in command._workloads(None, None, 1.0, everything)]
+@pytest.mark.parametrize(
+    ("options", "expected"), [([], ("large", "model", "small")), (["--all"], tuple(WORKLOADS))]
+)
+def test_a_run_without_options_is_short(options, expected, tmp_path, monkeypatch):
+    """Oracle: the workloads that the results' page names. Nothing is measured."""
+    for section in ("steps", "formats", "first_steps", "memory"):
+        monkeypatch.setattr(command.sections, section, lambda *_: [])
+    monkeypatch.setattr(command, "_check_memory", lambda *_: None)
+    report = report_of(tmp_path, *options)
+    assert tuple(workload["name"] for workload in report["workloads"]) == expected
 
-    assert names(everything=False) == list(DEFAULT_WORKLOADS)
-    assert names(everything=True) == list(WORKLOADS)
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("bfloat16", 14), ("convolution", 28), ("zeros", 28), ("denormals", 28)]
+)
+def test_workloads_of_a_gpu_are_measured_on_a_cpu_by_name(name, size, tmp_path):
+    """Oracle: the bytes of an element that Adam moves, and the implementations on a CPU."""
+    chosen = ["--workload", name, "--optimizer", "Adam", "--scale", 1e-4, "--rounds", 1]
+    report = report_of(tmp_path, *chosen)
+    ((step,), (workload,)) = report["steps"], report["workloads"]
+    assert step["bytes_per_element"] == size
+    assert {i.name for i in IMPLEMENTATIONS} - set(step["arms"]) <= {LIMIT.name}
+    assert workload["dtype"] == ("bfloat16" if name == "bfloat16" else "float32")
+    assert workload["gradient_size"] == {"zeros": 0.0, "denormals": 1e-20}.get(name, 0.01)
 
 
 def test_groups(tmp_path):
@@ -144,9 +164,9 @@ def test_arranged_workloads_are_in_the_report_and_the_table(tmp_path, monkeypatc
     few = replace(WORKLOADS["compiled"], shapes=((4, 3), (4,)))
     monkeypatch.setitem(WORKLOADS, "compiled", few)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(command, "DEFAULT_WORKLOADS", ("tiny", "groups", "sharded", "compiled"))
     output = tmp_path / "bench.json"
-    chosen = ["--optimizer", "Adam", "--scale", 0.02, "--rounds", 1, "--json", output]
+    chosen = [x for name in ("tiny", "groups", "sharded", "compiled") for x in ("--workload", name)]
+    chosen += ["--optimizer", "Adam", "--scale", 0.02, "--rounds", 1, "--json", output]
     printed = run(*chosen, "--threads", 2)
     report = json.loads(output.read_text(encoding="utf-8"))
     assert [
@@ -168,6 +188,19 @@ def test_arranged_workloads_are_in_the_report_and_the_table(tmp_path, monkeypatc
     assert printed.count("plain\n") == 3  # the heading of a column
     assert PLAINLY.description in printed
     assert "…" not in printed
+
+
+def test_fused_is_measured_beside_the_default_and_a_captured_step_is_skipped(tmp_path):
+    chosen = ["--workload", "fused", "--workload", "captured", "--optimizer", "AdamW"]
+    output = tmp_path / "bench.json"
+    printed = run(*chosen, "--scale", 0.01, "--rounds", 1, "--json", output)
+    report = json.loads(output.read_text(encoding="utf-8"))
+    (step,) = report["steps"]
+    assert set(step["arms"]) - {LIMIT.name} == {
+        *("access", "torch fused", "stepforge", "stepforge plainly"),
+    }
+    assert [w["skipped"] for w in report["workloads"]] == [None, "a CPU has no graphs to replay"]
+    assert "\ncaptured x 0.01 is skipped: a CPU has no graphs to replay.\n" in printed
 
 
 def test_a_workload_that_the_machine_lacks_is_skipped_in_one_sentence(tmp_path, monkeypatch):

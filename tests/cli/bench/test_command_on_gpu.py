@@ -23,8 +23,11 @@ from stepforge.cli.bench.device_settings import DeviceSettings
 from stepforge.cli.bench.implementations import GPU_IMPLEMENTATIONS
 from stepforge.cli.bench.targets import GPU_TARGETS
 from stepforge.cli.bench.timing import EventTimer, StepTime
+from stepforge.cli.bench.workloads import GPU_WORKLOADS
 from stepforge.rules import ALL
 from tests.cli.bench.simulated_device import SimulatedDevice
+
+PAGE = Path(__file__).parents[3] / "docs" / "gpus.md"
 
 
 @pytest.fixture
@@ -37,7 +40,10 @@ def simulated_gpu(simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -
             return super().time(lambda: simulated.work(1e-3, 2e-3))
 
     timer = SimulatedTimer(simulated, simulated.lead)
-    settings = DeviceSettings(devices.CPU, timer, GPU_IMPLEMENTATIONS, 16, GPU_TARGETS)
+    settings = DeviceSettings(
+        *(devices.CPU, timer, GPU_IMPLEMENTATIONS, 16, GPU_TARGETS),
+        default_workloads=GPU_WORKLOADS,
+    )
     monkeypatch.setattr(command, "settings_for", lambda _: settings)
 
 
@@ -72,6 +78,22 @@ def test_report_and_table(few, tmp_path):
     assert "GPU ms" in printed
     assert GPU_IMPLEMENTATIONS[0].description in printed
     assert "…" not in printed  # nothing is cut off at 80 columns
+
+
+@pytest.mark.usefixtures("simulated_gpu")
+def test_a_run_without_options_has_what_takes_another_path_there(tmp_path):
+    """Oracle: the list of docs/gpus.md. The parameters are on a CPU, which captures nothing."""
+    output = tmp_path / "bench.json"
+    code, printed = run(*("--optimizer", "AdamW", "--scale", 1e-5, "--rounds", 1, "--json", output))
+    assert code == 0, printed
+    report = json.loads(output.read_text(encoding="utf-8"))
+    named = [workload["name"].removesuffix(" x 1e-05") for workload in report["workloads"]]
+    assert named[:3] == ["large", "model", "small"]
+    (line,) = [x for x in PAGE.read_text().splitlines() if x.startswith("| `bfloat16`")]
+    rows = PAGE.read_text().split(line)[1].split("\n\n")[0].splitlines()
+    assert named[3:] == [x.split("`")[1] for x in (line, *rows) if x]
+    assert [step["workload"].split()[0] for step in report["steps"]] == named[:-1]
+    assert "captured x 1e-05 is skipped" in printed
 
 
 @pytest.mark.usefixtures("simulated_gpu")

@@ -77,11 +77,18 @@ def test_groups_hold_all_parameters_with_rates_of_their_own(implementation):
 
 def test_only_arranged_workloads_have_a_plain_step_beside_them():
     settings = settings_for(devices.CPU)
+    arranged = {"groups", "sharded", "compiled", "fused", "captured"}
+    loops = {"torch foreach", "stepforge foreach", "stepforge reference"}
+    left_out = {
+        "compiled": {"torch foreach"},
+        "fused": {"torch", *loops},
+        "captured": {"access", *loops},
+    }
     for name, workload in WORKLOADS.items():
         implementations = settings.implementations_for(workload)
-        assert (PLAINLY in implementations) == (name in ("groups", "sharded", "compiled"))
+        assert (PLAINLY in implementations) == (name in arranged)
         assert [i for i in implementations if i is not PLAINLY] == [
-            i for i in IMPLEMENTATIONS if not (name == "compiled" and i.name == "torch foreach")
+            i for i in IMPLEMENTATIONS if i.name not in left_out.get(name, ())
         ]
     runner = PLAINLY.start("Adam", make_gradients(3 * [(2,)]), Arrangement(groups=3))
     assert len(runner.optimizer.param_groups) == 1
@@ -96,6 +103,42 @@ def test_foreach_is_what_runs_without_a_compiler(name, monkeypatch):
     monkeypatch.setenv("STEPFORGE_BACKEND", "foreach")
     forced = stepforge.explain(make([p]))
     assert ours.served[0].backend == forced.served[0].backend == "foreach"
+
+
+def first_step_of(workload: Workload) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Return the parameter, its gradient and its state, after what is measured first of Adam's."""
+    started = []
+
+    class Noted(Implementation):
+        def start(self, *arguments):
+            started.append(super().start(*arguments))
+            return started[0]
+
+    ours = Noted(OURS.name, "", stepforge)
+    settings = replace(settings_for(devices.CPU), implementations=[ours])
+    measure_implementations("Adam", workload, settings, rounds=1)
+    (runner,) = started
+    (p,) = runner.params
+    return p, p.grad, runner.optimizer.state[p]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "zeros", "denormals"])
+def test_dtype_and_gradients_are_those_of_the_workload(name):
+    """Oracle: the smallest normal float32."""
+    workload = replace(WORKLOADS[name], shapes=((50, 4),))
+    p, gradient, state = first_step_of(workload)
+    second = state["exp_avg_sq"]
+    assert p.dtype == gradient.dtype == second.dtype == workload.dtype
+    assert 0.005 < p.float().std() < 0.02
+    if name == "zeros":
+        assert not gradient.any()
+        assert not torch.signbit(gradient).any()
+        assert not second.any()
+    elif name == "denormals":
+        assert 0.5e-20 < gradient.std() < 2e-20
+        assert 0 < second.max() < torch.finfo(torch.float32).tiny
+    else:
+        assert 0.005 < gradient.float().std() < 0.02
 
 
 class Recorder:
@@ -178,12 +221,32 @@ def test_the_limit_moves_what_a_step_moves(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_limit_copies_half_of_what_a_step_moves(name):
+def test_the_limit_moves_as_many_bytes_in_bfloat16(name):
+    """Oracle: two bytes for each element of each tensor, and words of four."""
+    gradients = [torch.ones(8, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)]
+    try:
+        limit = LIMIT.start(name, gradients)
+    except BuildError as error:
+        pytest.skip(str(error))
+    limit.set_gradients(gradients)
+    limit.step()
+    assert {t.dtype for ts in limit.tensors.values() for t in ts} == {torch.float32}
+    assert [[t.nbytes for t in ts] for ts in limit.tensors.values()] == len(limit.tensors) * [
+        [16, 8]
+    ]
+    assert limit.starts.tolist() == [0, 4, 6]
+    assert {float(t.max()) for t in limit.tensors["p"]} == {2.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ALL)
+def test_the_limit_copies_half_of_what_a_step_moves(name, dtype):
     """A copy reads each byte and writes it. Oracle: the bytes that the targets are stated for."""
-    gradients = [torch.ones(5), torch.ones(2, 3), torch.ones(())]
+    gradients = [torch.ones(shape, dtype=dtype) for shape in [(5,), (2, 3), ()]]
     limit = GPU_IMPLEMENTATIONS[0].start(name, gradients)
     assert isinstance(limit, Copy)
-    assert 2 * limit.source.nbytes == 12 * bytes_per_element(name)
+    assert 2 * limit.source.nbytes == 12 * bytes_per_element(name, dtype)
+    assert bytes_per_element(name, dtype) * 4 == dtype.itemsize * bytes_per_element(name)
     limit.source.random_()
     limit.set_gradients(gradients)
     limit.step()

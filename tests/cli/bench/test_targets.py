@@ -15,7 +15,7 @@ from stepforge.cli.bench.implementations import IMPLEMENTATIONS
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import GPU_TARGETS, TARGETS, Ratios
 from stepforge.cli.bench.timing import StepTime
-from stepforge.cli.bench.workloads import WORKLOADS
+from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS
 from stepforge.rules import ALL
 
 SECONDS = {
@@ -94,7 +94,8 @@ def test_reached_is_judged_ratio_by_ratio():
 
 
 def test_targets_of_every_workload_and_optimizer():
-    ours = {(workload, name, "stepforge") for workload in WORKLOADS for name in ALL}
+    named = {workload for workload, _, _ in TARGETS}
+    ours = {(workload, name, "stepforge") for workload in named for name in ALL}
     foreach = {key for key in TARGETS if key[2] == "stepforge foreach"}
     assert set(TARGETS) == ours | foreach
     assert {key[:2] for key in foreach} == {(w, name) for w in ("large", "small") for name in ALL}
@@ -104,7 +105,7 @@ def test_targets_of_every_workload_and_optimizer():
     assert TARGETS["tiny", "NAdam", "stepforge"] == Ratios(None, 5.0, 5.0)
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("workload", dict.fromkeys(workload for workload, _, _ in TARGETS))
 def test_targets_are_those_of_the_results_page(workload):
     row = " | ".join([workload, *(cell(workload, name) for name in vars(Ratios(0, 0, 0)))])
     assert f"\n| {row} |\n" in PAGE.read_text(encoding="utf-8")
@@ -137,3 +138,4 @@ def test_settings_of_a_cpu():
     assert settings.targets == TARGETS
     assert not settings.is_asynchronous
     assert settings.first_step_target == 0.2
+    assert settings.default_workloads == DEFAULT_WORKLOADS == ("large", "model", "small")

@@ -6,21 +6,32 @@ The oracle of the built-in ones is their description on the results' page.
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from stepforge.cli import make_app
-from stepforge.cli.bench.arrangements import COMPILED, PLAIN, SHARDED
+from stepforge.cli.bench.arrangements import CAPTURED, COMPILED, FUSED, PLAIN, SHARDED
+from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.implementations import OURS
 from stepforge.cli.bench.measure import make_gradients
 from stepforge.cli.bench.targets import TARGETS
-from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, WORKLOADS, Workload, read_shapes
+from stepforge.cli.bench.workloads import (
+    DEFAULT_WORKLOADS,
+    GPU_WORKLOADS,
+    PARAM_SIZE,
+    WORKLOADS,
+    Workload,
+    read_shapes,
+)
 
 
-def test_workloads_are_those_of_the_targets():
-    assert {workload for workload, _, _ in TARGETS} == set(WORKLOADS)
+def test_workloads_are_those_of_the_targets_and_those_of_a_gpu():
+    with_targets = {workload for workload, _, _ in TARGETS}
+    assert with_targets | set(GPU_WORKLOADS) == set(WORKLOADS)
+    assert with_targets & set(GPU_WORKLOADS) == set(DEFAULT_WORKLOADS)
     counts = {name: (len(w.shapes), w.elements) for name, w in WORKLOADS.items()}
     assert counts["large"] == (1, 50_000_000)
     assert counts["small"] == (1000, 1_000_000)
@@ -30,19 +41,26 @@ def test_workloads_are_those_of_the_targets():
     assert counts["groups"] == counts["small"]
     assert counts["sharded"] == (144, 599_808)
     assert counts["compiled"] == (148, 162_752)
+    assert counts["bfloat16"] == counts["zeros"] == counts["denormals"] == counts["large"]
+    assert counts["convolution"] == (1, 49_996_800)
+    assert counts["fused"] == counts["captured"] == counts["small"]
 
 
 def test_workloads_are_stepped_as_described():
     plain = {name for name, workload in WORKLOADS.items() if workload.is_plain}
-    assert plain == set(DEFAULT_WORKLOADS)
-    forms = {name: workload.form for name, workload in WORKLOADS.items()}
-    assert {name for name, form in forms.items() if form is not PLAIN} == {"sharded", "compiled"}
-    assert (forms["sharded"], forms["compiled"]) == (SHARDED, COMPILED)
-    assert [name for name, w in WORKLOADS.items() if w.is_arranged] == [
-        "groups",
-        "sharded",
-        "compiled",
-    ]
+    assert plain == {*DEFAULT_WORKLOADS, "convolution"}
+    forms = {name: w.form for name, w in WORKLOADS.items() if w.form is not PLAIN}
+    assert forms == {
+        "sharded": SHARDED,
+        "compiled": COMPILED,
+        "fused": FUSED,
+        "captured": CAPTURED,
+    }
+    assert {name for name, w in WORKLOADS.items() if w.is_arranged} == {"groups", *forms}
+    dtypes = {name: w.dtype for name, w in WORKLOADS.items() if w.dtype != torch.float32}
+    assert dtypes == {"bfloat16": torch.bfloat16}
+    sizes = {n: w.gradient_size for n, w in WORKLOADS.items() if w.gradient_size != PARAM_SIZE}
+    assert sizes == {"zeros": 0.0, "denormals": 1e-20}
     assert {name: w.threads for name, w in WORKLOADS.items() if w.threads} == {"tiny": 1}
     assert WORKLOADS["tiny"].steps >= 50
     assert str(WORKLOADS["tiny"]) == "tiny: 8 tensors, 16,384 elements, on 1 thread"
@@ -50,6 +68,19 @@ def test_workloads_are_stepped_as_described():
         "groups: 1,000 tensors, 1,000,000 elements, in 250 param groups"
     )
     assert str(WORKLOADS["large"]) == "large: 1 tensor, 50,000,000 elements"
+    assert str(WORKLOADS["bfloat16"]) == "bfloat16: 1 tensor, 50,000,000 elements, bfloat16"
+    assert str(WORKLOADS["denormals"]) == (
+        "denormals: 1 tensor, 50,000,000 elements, gradients of size 1e-20"
+    )
+    assert str(WORKLOADS["fused"]) == "fused: 1,000 tensors, 1,000,000 elements, fused=True"
+
+
+def test_a_convolutions_rows_are_no_multiple_of_128_and_have_int8_states():
+    """Oracle: a convolution of 64 channels in windows of 3 x 3; the whole path of int8 kernels."""
+    ((_, *row),) = WORKLOADS["convolution"].shapes
+    assert math.prod(row) == 64 * 3 * 3
+    assert math.prod(row) % 128
+    assert has_int8_states(WORKLOADS["convolution"].scaled(0.001))
 
 
 def test_groups_of_four():
@@ -74,11 +105,10 @@ def test_threads_are_set_and_restored():
 
 
 def test_a_scaled_or_split_workload_is_stepped_alike():
-    small = Workload("own", ((10, 3), (4,)), form=SHARDED, threads=3, steps=5)
-    scaled = small.scaled(0.5)
-    assert scaled == Workload("own x 0.5", ((5, 3), (2,)), form=SHARDED, threads=3, steps=5)
-    split = small.split(2)
-    assert split == Workload("own in groups", small.shapes, 2, SHARDED, 3, 5)
+    small = Workload("own", ((10, 3), (4,)), 1, SHARDED, 3, 5, torch.bfloat16, 0.5)
+    rest = small.form, small.threads, small.steps, small.dtype, small.gradient_size
+    assert small.scaled(0.5) == Workload("own x 0.5", ((5, 3), (2,)), 1, *rest)
+    assert small.split(2) == Workload("own in groups", small.shapes, 2, *rest)
 
 
 @pytest.mark.parametrize(
