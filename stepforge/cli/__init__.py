@@ -1,7 +1,7 @@
 """The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``.
 
 Each command is a module or a folder with a ``command.py``, and imports no other command. The other
-modules at this level are shared by several commands.
+modules at this level, and those of ``timing``, are shared by several commands.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from stepforge.cli.bench import sections
 from stepforge.cli.bench.device_settings import DeviceSettings, settings_for
 from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.fresh_process import ProcessError
-from stepforge.cli.bench.measure import WARM_UPS, memory_needed
+from stepforge.cli.bench.measure import memory_needed
 from stepforge.cli.bench.workloads import (
     DEFAULT_WORKLOADS,
     GPU_WORKLOADS,
@@ -31,6 +31,7 @@ from stepforge.cli.bench.workloads import (
 from stepforge.cli.dtypes import dtype_name
 from stepforge.cli.options import OptimizerNames, current_device, optimizer_names
 from stepforge.cli.output_files import file_option, write_json
+from stepforge.cli.timing.turns import WARM_UPS
 
 __all__ = ["bench"]
 

@@ -14,8 +14,8 @@ from stepforge.cli.bench.implementations import (
     Implementation,
 )
 from stepforge.cli.bench.targets import FIRST_STEP_TARGET, GPU_TARGETS, TARGETS, Targets
-from stepforge.cli.bench.timing import EventTimer, HostTimer, Timer, timer_for
 from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS, GPU_WORKLOADS, Workload
+from stepforge.cli.timing.timers import EventTimer, HostTimer, Timer, timer_for
 
 __all__ = ["DeviceSettings", "settings_for"]
 

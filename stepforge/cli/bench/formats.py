@@ -11,9 +11,9 @@ from torch import Tensor
 
 import stepforge
 from stepforge.cli.bench.implementations import OptimizerRunner
-from stepforge.cli.bench.measure import measure
-from stepforge.cli.bench.timing import HostTimer, Timer
 from stepforge.cli.bench.workloads import Workload
+from stepforge.cli.timing.timers import HostTimer, Timer
+from stepforge.cli.timing.turns import measure
 from stepforge.state.layout import state_layout
 
 __all__ = [

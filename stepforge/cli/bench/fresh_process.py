@@ -21,9 +21,9 @@ import torch
 from stepforge.cli import devices
 from stepforge.cli.bench.device_settings import DeviceSettings, settings_for
 from stepforge.cli.bench.implementations import OURS, start_if_available
-from stepforge.cli.bench.lower_bounds import Runner
 from stepforge.cli.bench.measure import make_gradients
 from stepforge.cli.bench.workloads import Shape, Workload
+from stepforge.cli.timing.turns import Runner
 
 __all__ = ["PROCESSES", "ProcessError", "extra_memory", "time_first_step"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 import stepforge
 from stepforge.backends.disk_cache import BuildError
 from stepforge.cli.bench.arrangements import Arrangement
-from stepforge.cli.bench.lower_bounds import Access, Copy, Limit, Runner
+from stepforge.cli.bench.lower_bounds import Access, Limit, copy_of_step
+from stepforge.cli.timing.turns import Runner
 
 __all__ = [
     "ACCESS",
@@ -223,7 +224,9 @@ IMPLEMENTATIONS = (LIMIT, ACCESS, TORCH, _FOREACH, _FUSED, OURS, OUR_FOREACH, _O
 #: reference is left out: a launch for each operation of each tensor measures launches, and they
 #: would fill the device's queue, which then makes the host wait.
 GPU_IMPLEMENTATIONS = (
-    Implementation("limit", "one copy on the device, of as many bytes as a step moves", bound=Copy),
+    Implementation(
+        "limit", "one copy on the device, of as many bytes as a step moves", bound=copy_of_step
+    ),
     ACCESS,
     TORCH,
     _FOREACH,

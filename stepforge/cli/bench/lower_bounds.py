@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,20 +14,11 @@ import stepforge
 from stepforge.accounting import account
 from stepforge.backends.native import Kernel
 from stepforge.backends.spec import KernelSpec
+from stepforge.cli.timing.copies import Copy
 from stepforge.expr import Trace
 from stepforge.program import Graph
 
-__all__ = ["Access", "Copy", "Limit", "Runner", "bytes_per_element", "traffic"]
-
-
-class Runner(Protocol):
-    """Parameters with anything that steps them."""
-
-    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Give every parameter a fresh copy of its gradient; not timed."""
-
-    def step(self) -> object:
-        """Step all parameters; timed."""
+__all__ = ["Access", "Limit", "bytes_per_element", "copy_of_step", "traffic"]
 
 
 class Limit:
@@ -94,23 +84,10 @@ class Access:
         torch.autograd.graph.increment_version(self.written)
 
 
-class Copy:
-    """The memory traffic of an optimizer as one copy within the memory of a device.
-
-    A copy of n bytes reads n and writes n, so it copies half the bytes that a step moves.
-    """
-
-    def __init__(self, optimizer: str, params: list[Tensor]) -> None:
-        moved = bytes_per_element(optimizer, params[0].dtype) * sum(p.numel() for p in params)
-        self.source = torch.zeros(moved // 2, dtype=torch.uint8, device=params[0].device)
-        self.target = torch.empty_like(self.source)
-
-    def set_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Do nothing: the copy is always the same."""
-
-    def step(self) -> None:
-        """Copy."""
-        self.target.copy_(self.source)
+def copy_of_step(optimizer: str, params: list[Tensor]) -> Copy:
+    """Return the memory traffic of an optimizer as one copy within the memory of a device."""
+    p = params[0]
+    return Copy(bytes_per_element(optimizer, p.dtype) * sum(map(Tensor.numel, params)), p.device)
 
 
 def bytes_per_element(optimizer: str, dtype: torch.dtype = torch.float32) -> int:

@@ -1,11 +1,8 @@
-"""Measurement of step times: runners take turns on fresh gradients; only ``step()`` is timed."""
+"""Measurement of implementations: they take turns on fresh gradients."""
 
 from __future__ import annotations
 
-import gc
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,22 +13,16 @@ from stepforge.cli.bench.implementations import (
     Implementation,
     start_if_available,
 )
-from stepforge.cli.bench.lower_bounds import Runner, traffic
-from stepforge.cli.bench.timing import HostTimer, StepTime, Timer
+from stepforge.cli.bench.lower_bounds import traffic
 from stepforge.cli.bench.workloads import PARAM_SIZE, Shape, Workload
+from stepforge.cli.timing.timers import StepTime
+from stepforge.cli.timing.turns import measure
 
 __all__ = [
-    "WARM_UPS",
     "make_gradients",
-    "measure",
     "measure_implementations",
     "memory_needed",
 ]
-
-#: The rounds before the measured ones. They allocate state, compile kernels and fill caches.
-WARM_UPS = 2
-
-_HOST_TIMER = HostTimer()
 
 
 def make_gradients(
@@ -52,64 +43,6 @@ def make_gradients(
     # A product of 0 may be -0.
     on_cpu = (torch.randn(shape, generator=generator).mul_(size).add_(0.0) for shape in shapes)
     return [gradient.to(device, dtype) for gradient in on_cpu]
-
-
-def measure(
-    runners: Mapping[str, Runner],
-    gradients: Sequence[Tensor],
-    *,
-    rounds: int,
-    warm_ups: int = WARM_UPS,
-    steps: int = 1,
-    timer: Timer = _HOST_TIMER,
-    tick: Callable[[], object] = lambda: None,
-) -> dict[str, list[StepTime]]:
-    """Time the steps of several runners in turn.
-
-    Args:
-        runners: the runners, by name.
-        gradients: the gradients. Each step gets fresh copies.
-        rounds: the number of measured rounds.
-        warm_ups: the number of rounds before them.
-        steps: the consecutive steps per runner and round.
-        timer: the timer for the gradients' device.
-        tick: called after each round, warm-up rounds included.
-
-    Returns:
-        The median step of each measured round, by the runner's name.
-    """
-    times: dict[str, list[StepTime]] = {name: [] for name in runners}
-    # The previous runner determines the content of the caches, so the order changes every round.
-    shuffle = random.Random(0)
-    with _no_garbage_collection():
-        for index in range(warm_ups + rounds):
-            for name in shuffle.sample(list(runners), len(runners)):
-                time = _median_step(runners[name], gradients, steps, timer)
-                if index >= warm_ups:
-                    times[name].append(time)
-            tick()
-    return times
-
-
-def _median_step(runner: Runner, gradients: Sequence[Tensor], steps: int, timer: Timer) -> StepTime:
-    """Return the time of the median step; of the slower of two."""
-    times: list[StepTime] = []
-    for _ in range(steps):
-        runner.set_gradients(gradients)
-        times.append(timer.time(runner.step))
-    return sorted(times, key=lambda time: time.seconds)[steps // 2]
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def measure_implementations(

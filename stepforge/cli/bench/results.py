@@ -10,7 +10,7 @@ import torch
 
 from stepforge.cli.bench.implementations import IMPLEMENTATIONS, LIMIT, PLAINLY, TORCH
 from stepforge.cli.bench.targets import TARGETS, Ratios, Targets
-from stepforge.cli.bench.timing import StepTime
+from stepforge.cli.timing.timers import StepTime
 
 __all__ = ["Result"]
 

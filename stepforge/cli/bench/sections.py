@@ -26,12 +26,13 @@ from stepforge.cli.bench.formats import FLOAT32, INT8_TARGET, measure_formats
 from stepforge.cli.bench.fresh_process import PROCESSES, extra_memory, time_first_step
 from stepforge.cli.bench.implementations import LIMIT, OURS, PLAINLY, Implementation
 from stepforge.cli.bench.lower_bounds import bytes_per_element
-from stepforge.cli.bench.measure import WARM_UPS, make_gradients, measure_implementations
+from stepforge.cli.bench.measure import make_gradients, measure_implementations
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import Ratios
-from stepforge.cli.bench.timing import StepTime
 from stepforge.cli.bench.workloads import Workload
 from stepforge.cli.tables import new_table, print_whole
+from stepforge.cli.timing.timers import StepTime
+from stepforge.cli.timing.turns import WARM_UPS
 
 __all__ = ["Screen", "first_steps", "formats", "memory", "steps"]
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from stepforge.cli.output_files import file_option, write_json
 from stepforge.cli.selftest.cases import Case, cases
 from stepforge.cli.selftest.compare import Outcome, Result, digest, find_differences, outcomes
 from stepforge.cli.selftest.gpu import gpu_of, kernels
+from stepforge.cli.selftest.speed import Speed, speeds
 from stepforge.cli.tables import new_table, print_whole
 from stepforge.state.layout import dtypes_after_step, state_layout
 from stepforge.step.params import kernel_spec
@@ -71,8 +73,8 @@ def selftest(
     every dtype; of all other options (formats, gradients of another dtype, flags) every pair occurs
     in some case. Every case has all memory layouts.
 
-    On a GPU the machine code of its kernels is read, too, and all is in one file, to attach to a
-    report.
+    On a GPU steps are timed, too, beside a copy within its memory, and the machine code of kernels
+    is read. All is in one file, to attach to a report.
 
     The exit code is 0 if all bits are equal, otherwise 1.
     """
@@ -97,10 +99,15 @@ def selftest(
     if write_hashes:
         _write_hashes(console, results)
         return
-    gpu = gpu_of(tested)
-    if differs or report is not None or gpu is not None:
-        compiled = _kernels(console, gpu)
-        _write_report(console, report or REPORT, tested, results, compiled)
+    timed, problem = ([], "") if tested == devices.CPU else _speeds(console, tested)
+    if differs or report is not None or tested != devices.CPU:
+        content = _report(tested, results) | {
+            "speed": [asdict(speed) for speed in timed],
+            "speed_problem": problem,
+            "kernels": _kernels(console, gpu_of(tested)),
+        }
+        write_json(report or REPORT, content, hint="; name another file with --report")
+        console.print(f"Attach {report or REPORT} to a report.", soft_wrap=True, markup=False)
     if differs:
         raise typer.Exit(1)
 
@@ -232,6 +239,42 @@ def _results(
 # A GPU. -------------------------------------------------------------------------------------------
 
 
+def _speeds(console: Console, device: torch.device) -> tuple[list[Speed], str]:
+    """Time steps and print their speeds; return them, and why some are missing.
+
+    Returns:
+        The speeds, and the error that ended the measurement, if any: the comparisons are to be
+        reported all the same.
+    """
+    timed: list[Speed] = []
+    problem = ""
+    with console.status("timing steps"):
+        try:
+            timed.extend(speeds(device))
+        except Exception as error:  # of any kind, such as a driver's
+            problem = f"{type(error).__name__}: {error}"
+    print_whole(console, _speed_table(timed))
+    if problem:
+        console.print(f"Steps could not be timed: {problem}", soft_wrap=True, markup=False)
+    return timed, problem
+
+
+def _speed_table(timed: Sequence[Speed]) -> Table:
+    """Return a table of speeds."""
+    table = new_table(
+        ["a kept step of AdamW"], ["tensors", "host ms", "GPU ms", "of a copy's speed"]
+    )
+    for speed in timed:
+        table.add_row(
+            speed.storage,
+            f"{speed.tensors}",
+            f"{speed.host_ms:.3g}",
+            "" if speed.gpu_ms is None else f"{speed.gpu_ms:.3g}",
+            f"{speed.share_of_copy:.0%}",
+        )
+    return table
+
+
 def _kernels(console: Console, gpu: GPU | None) -> list[dict[str, Any]]:
     """Return what kernels are compiled to; nothing where their machine code cannot be read."""
     if gpu is None:
@@ -291,21 +334,13 @@ def _verdict(results: Sequence[Result], backends: Sequence[str]) -> str:
     )
 
 
-def _write_report(
-    console: Console,
-    path: Path,
-    device: torch.device,
-    results: Sequence[Result],
-    compiled: Sequence[Mapping[str, Any]],
-) -> None:
-    content = {
+def _report(device: torch.device, results: Sequence[Result]) -> dict[str, Any]:
+    """Return the machine, the device and the comparisons."""
+    return {
         "machine": machine.describe_in_detail(),
         "device": {"name": str(device)} | devices.describe(device),
         "results": [result.report() for result in results],
-        "kernels": compiled,
     }
-    write_json(path, content, hint="; name another file with --report")
-    console.print(f"Attach {path} to a report.", soft_wrap=True, markup=False)
 
 
 def _write_hashes(console: Console, results: Sequence[Result]) -> None:

@@ -22,10 +22,10 @@ from stepforge.cli.bench import command
 from stepforge.cli.bench.device_settings import DeviceSettings
 from stepforge.cli.bench.implementations import GPU_IMPLEMENTATIONS
 from stepforge.cli.bench.targets import GPU_TARGETS
-from stepforge.cli.bench.timing import EventTimer, StepTime
 from stepforge.cli.bench.workloads import GPU_WORKLOADS
+from stepforge.cli.timing.timers import EventTimer, StepTime
 from stepforge.rules import ALL
-from tests.cli.bench.simulated_device import SimulatedDevice
+from tests.cli.timing.simulated_device import SimulatedDevice
 
 PAGE = Path(__file__).parents[3] / "docs" / "gpus.md"
 

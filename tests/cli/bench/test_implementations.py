@@ -26,10 +26,10 @@ from stepforge.cli.bench.implementations import (
     Implementation,
     start_if_available,
 )
-from stepforge.cli.bench.lower_bounds import Copy, bytes_per_element
-from stepforge.cli.bench.measure import make_gradients, measure, measure_implementations
-from stepforge.cli.bench.timing import StepTime
+from stepforge.cli.bench.lower_bounds import bytes_per_element
+from stepforge.cli.bench.measure import make_gradients, measure_implementations
 from stepforge.cli.bench.workloads import WORKLOADS, Workload
+from stepforge.cli.timing.copies import Copy
 from stepforge.rules import ALL
 
 OPTIMIZERS = [i for i in IMPLEMENTATIONS if i.bound is None]
@@ -139,56 +139,6 @@ def test_dtype_and_gradients_are_those_of_the_workload(name):
         assert 0 < second.max() < torch.finfo(torch.float32).tiny
     else:
         assert 0.005 < gradient.float().std() < 0.02
-
-
-class Recorder:
-    def __init__(self, name: str, log: list[tuple[str, str]]) -> None:
-        self.name, self.log = name, log
-
-    def set_gradients(self, gradients):
-        self.log.append(("set_gradients", self.name))
-
-    def step(self):
-        self.log.append(("step", self.name))
-
-
-def test_runners_take_turns_and_warm_ups_do_not_count():
-    log: list[tuple[str, str]] = []
-    ticks = []
-    times = measure(
-        {name: Recorder(name, log) for name in "abc"},
-        [],
-        rounds=3,
-        warm_ups=2,
-        tick=lambda: ticks.append(len(log)),
-    )
-    assert {name: len(steps) for name, steps in times.items()} == dict.fromkeys("abc", 3)
-    assert [call for call, _ in log] == 15 * ["set_gradients", "step"]
-    assert [name for _, name in log[::2]] == [name for _, name in log[1::2]]
-    assert ticks == [6, 12, 18, 24, 30]
-    rounds = [tuple(name for _, name in log[i : i + 6 : 2]) for i in range(0, 30, 6)]
-    assert all(sorted(order) == list("abc") for order in rounds)
-    assert len(set(rounds)) > 1
-
-
-def test_the_median_of_consecutive_steps_counts():
-    """Oracle: medians by hand. Each step has fresh gradients, and only it is timed."""
-    log: list[tuple[str, str]] = []
-
-    class CountingTimer:
-        def __init__(self) -> None:
-            self.seconds = iter((9.0, 9.0, 9.0, 1.0, 3.0, 2.0, 5.0, 4.0, 6.0))
-
-        def time(self, step):
-            assert log[-1][0] == "set_gradients"
-            step()
-            return StepTime(next(self.seconds))
-
-    times = measure(
-        {"a": Recorder("a", log)}, [], rounds=2, warm_ups=1, steps=3, timer=CountingTimer()
-    )
-    assert times == {"a": [StepTime(2.0), StepTime(5.0)]}
-    assert log == 9 * [("set_gradients", "a"), ("step", "a")]
 
 
 def test_gradients_are_the_same_on_each_device():

@@ -14,8 +14,8 @@ from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import IMPLEMENTATIONS
 from stepforge.cli.bench.results import Result
 from stepforge.cli.bench.targets import GPU_TARGETS, TARGETS, Ratios
-from stepforge.cli.bench.timing import StepTime
 from stepforge.cli.bench.workloads import DEFAULT_WORKLOADS
+from stepforge.cli.timing.timers import StepTime
 from stepforge.rules import ALL
 
 SECONDS = {

@@ -150,6 +150,11 @@ def test_kernels_on_a_gpu_store_the_bits_of_the_cpu() -> None:
     code, output = run("--device", "cuda")
     assert code == 0, output
     assert "triton on cuda:0" in output
+    content = report()
+    assert content["speed_problem"] == ""
+    assert len(content["speed"]) == 8
+    assert all(each["share_of_copy"] > 0 and each["gpu_ms"] > 0 for each in content["speed"])
+    assert content["kernels"]
 
 
 # Faults. ------------------------------------------------------------------------------------------

@@ -48,8 +48,10 @@ def test_every_path_of_a_kernel_is_in_the_report(tmp_path: Path) -> None:
     assert all(math.isfinite(each["instructions_per_element"]) for each in found)
 
 
-def test_a_report_on_a_cpu_has_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_on_a_cpu_has_neither_kernels_nor_speeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, _ = run("--optimizer", "Adagrad", "--report", "here.json")
     assert code == 0
-    assert report("here.json")["kernels"] == []
+    assert report("here.json")["kernels"] == report("here.json")["speed"] == []

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from stepforge.cli import devices
-from stepforge.cli.bench.measure import measure
-from stepforge.cli.bench.timing import EventTimer, HostTimer, StepTime, timer_for
-from tests.cli.bench.simulated_device import LEAD, SimulatedDevice
+from stepforge.cli.timing.timers import EventTimer, HostTimer, StepTime, timer_for
+from tests.cli.timing.simulated_device import LEAD, SimulatedDevice
 
 
 def time_of(simulated: SimulatedDevice, step: Callable[[], object]) -> StepTime:
@@ -64,22 +63,6 @@ def test_what_fed_the_step_is_not_counted(simulated):
     simulated.queue(100.0)
     assert time_of(simulated, lambda: simulated.work(0.25, 0.5)) == StepTime(0.25, 0.5)
     assert simulated.log == ["wait", "lead", "event", "step", "event", "wait"]
-
-
-def test_all_runners_are_timed_by_the_timer(simulated):
-    class Runner:
-        def __init__(self, host: float, on_device: float) -> None:
-            self.times = host, on_device
-
-        def set_gradients(self, gradients):
-            simulated.queue(3.0)
-
-        def step(self):
-            simulated.work(*self.times)
-
-    runners = {"a": Runner(0.25, 0.5), "b": Runner(0.5, 0.25)}
-    times = measure(runners, [], rounds=3, timer=EventTimer(simulated, simulated.lead))
-    assert times == {"a": 3 * [StepTime(0.25, 0.5)], "b": 3 * [StepTime(0.5, 0.25)]}
 
 
 @pytest.mark.gpu

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
+from stepforge.cli.timing.copies import Copy
+
 __all__ = ["EventTimer", "HostTimer", "StepTime", "Timer", "timer_for"]
 
 #: The bytes and the count of the copies that occupy a GPU before a step. The bytes exceed a cache.
@@ -112,16 +114,10 @@ def timer_for(device: torch.device) -> Timer:
     """Return the timer for steps on a device, which must be the current one of its type."""
     if device.type == "cpu":
         return HostTimer()
-    return EventTimer(torch.get_device_module(device), _Copies(device))
+    copy = Copy(2 * _LEAD_BYTES, device)
 
-
-class _Copies:
-    """Copies within a device's memory. A call queues them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._source = torch.zeros(_LEAD_BYTES, dtype=torch.uint8, device=device)
-        self._target = torch.empty_like(self._source)
-
-    def __call__(self) -> None:
+    def lead() -> None:
         for _ in range(_LEAD_COPIES):
-            self._target.copy_(self._source)
+            copy.step()
+
+    return EventTimer(torch.get_device_module(device), lead)
