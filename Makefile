@@ -10,7 +10,7 @@ SUITE := -m pytest -n 2 --dist worksteal --doctest-modules --doctest-glob=README
 COMPAT := python3.11-torch2.10.0 python3.12-torch2.11.0 python3.13-torch2.13.0
 COMPAT_DIR ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stepforge-compat
 
-.PHONY: demo test check format compat $(COMPAT) numerics low-precision gpu-report bench wheel clean
+.PHONY: demo test check format compat $(COMPAT) numerics low-precision gpu-report host-time bench wheel clean
 
 demo: $(READY)
 	mkdir -p out
@@ -60,6 +60,10 @@ low-precision: $(READY)
 # Compiles every kernel for GPUs that need not be there, into out/gpu.json and docs/gpus.md.
 gpu-report: $(READY)
 	$(BIN)/python -m experiments.gpu_report
+
+# Times what a step costs the host of a GPU that need not be there, into docs/gpus.md.
+host-time: $(READY)
+	$(BIN)/python -m experiments.host_time
 
 # Times the step of every optimizer; a few minutes on a machine with nothing else to do.
 bench: $(READY)

@@ -92,9 +92,9 @@ def page_table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, table: str) -> str:
-    """Return a page with the table between its markers replaced."""
-    begin, end = "<!-- kernels -->\n", "\n<!-- end of kernels -->"
+def with_table(page: str, table: str, name: str = "kernels") -> str:
+    """Return a page with the table between the markers of a name replaced."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
     return re.sub(f"(?s){begin}.*{end}", lambda _: begin + table + end, page)
 
 
