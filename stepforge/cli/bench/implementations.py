@@ -114,7 +114,7 @@ class Implementation:
         return all(flag in arguments for flag in self._options(arrangement))
 
     def _options(self, arrangement: Arrangement) -> dict[str, bool]:
-        return {**self.flags, **({} if self.is_plain else arrangement.options)}
+        return {**self.flags, **arrangement.options}
 
     def start(
         self, optimizer: str, initial: Sequence[Tensor], arrangement: Arrangement = _PLAIN
