@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.backends import foreach, native, reference, triton
-from stepforge.backends.batch import Batch, KernelTable
+from stepforge.backends.batch import Batch, KernelTable, Seeds, UniformKernel
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec
 
@@ -42,6 +42,20 @@ class Backend(Protocol):
 
         Raises:
             RuntimeError: a tensor has no memory.
+        """
+
+    def uniform_kernel(
+        self, spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+    ) -> UniformKernel | None:
+        """Return a kernel for the uniform values of a launch whose scalars are on its device.
+
+        Args:
+            spec: the kernel of the launch.
+            scalars: the vectors of step counts, named ``t``, and of scalar states, by letter.
+            seeds: the seed of each parameter; None if nothing is rounded at random.
+
+        Returns:
+            The kernel; None if torch's operations must compute the values.
         """
 
     def run(

@@ -20,10 +20,12 @@ __all__ = [
     "CHUNK_ELEMENTS",
     "Batch",
     "Coefficient",
+    "DeviceValues",
     "Gradients",
     "KernelTable",
     "LazyColumns",
     "Seeds",
+    "UniformKernel",
     "is_capturing",
     "uploaded",
 ]
@@ -57,6 +59,38 @@ class Gradients(Protocol):
 
     def write_addresses(self, out: np.ndarray[Any, Any]) -> None:
         """Write the address of each gradient into an array of uint64."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceValues:
+    """The uniform values of a step in the memory of a device, which a kernel is still to write.
+
+    Attributes:
+        matrix: the coefficients, a row per parameter, in the dtype of the arithmetic; a boolean is
+            0 or 1.
+        coefficients: the columns of the matrix.
+        step_seeds: the seed of each parameter's random bits; None if no format rounds at random.
+        advance: writes the values, and advances step counts and scalar states. Its argument is one
+            number on the device, not zero if the step is to be skipped, which then advances
+            nothing; None if it is not.
+    """
+
+    matrix: torch.Tensor
+    coefficients: list[Coefficient]
+    step_seeds: torch.Tensor | None
+    advance: Callable[[torch.Tensor | None], None]
+
+
+class UniformKernel(Protocol):
+    """A kernel that computes the uniform values of a launch, and advances its scalars."""
+
+    def bind(self, options: Mapping[str, Any]) -> DeviceValues:
+        """Return the values of the next step, not yet written. Changes nothing.
+
+        Args:
+            options: the options among the inputs of the uniform program, in their order: numbers,
+                or tensors, which the device reads.
+        """
 
 
 class LazyColumns(Mapping[str, list[torch.Tensor]]):
@@ -133,6 +167,7 @@ class Batch:
         step_seeds: the seed of each parameter's random bits; None if no format rounds at random.
         first_indices: the flat index of each parameter's first element, int64; not 0 in a slice.
         differentiable: True if autograd must see the step.
+        matrix: the coefficients, a row per parameter, if a kernel has written them so.
     """
 
     spec: KernelSpec
@@ -141,6 +176,7 @@ class Batch:
     step_seeds: Seeds | None = None
     first_indices: np.ndarray[Any, Any] | None = None
     differentiable: bool = False
+    matrix: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -281,6 +317,7 @@ class Batch:
             coefficients=[_of_params(c, slice(begin, end)) for c in self.coefficients],
             step_seeds=None if self.step_seeds is None else self.step_seeds[begin:end],
             first_indices=None if starts is None else starts[begin:end],
+            matrix=None,
         )
 
     def by_coefficients(self) -> Iterator[Batch]:
@@ -349,6 +386,7 @@ class Batch:
             coefficients=[_of_params(c, origins) for c in self.coefficients],
             step_seeds=None if self.step_seeds is None else self.step_seeds[origins],
             first_indices=None if starts is None else starts[origins] + np.array(offsets),
+            matrix=None,
         )
 
 

@@ -10,14 +10,14 @@ once where the graph rounds twice.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
 from stepforge.backends import chunk, reference
 from stepforge.backends.aliasing import Aliasing
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec
@@ -46,6 +46,12 @@ def prepare(batch: Batch) -> Aliasing | None:
     """Return the check for shared memory; None if a tensor may have no memory."""
     tensors = itertools.chain.from_iterable(batch.columns.values())
     return Aliasing(batch) if all(map(is_plain, tensors)) else None
+
+
+def uniform_kernel(
+    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+) -> None:
+    """Return None: it needs Python numbers."""
 
 
 def run(

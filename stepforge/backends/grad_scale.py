@@ -46,10 +46,14 @@ class GradScale:
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factor of gradients and ``found_inf``, one element each, asynchronously."""
-        found_inf = _moved(self.found_inf, device)
+        found_inf = self.found_inf_on(device)
         if self.scale is None:
             return torch.ones((), dtype=dtype, device=device), found_inf
         return _moved(self.scale, device).double().reciprocal().to(dtype), found_inf
+
+    def found_inf_on(self, device: torch.device) -> torch.Tensor:
+        """Return ``found_inf`` as one element on a device, asynchronously."""
+        return _moved(self.found_inf, device)
 
     def factor(self, dtype: torch.dtype) -> float:
         """Return the factor of gradients, rounded to the dtype of the arithmetic."""

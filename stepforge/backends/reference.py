@@ -7,15 +7,15 @@ other backends are held to its bits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.spec import ParamSpec
+from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.ops import VOCABULARY
 from stepforge.program import evaluate
 
@@ -30,6 +30,12 @@ def unsupported_reason(param: ParamSpec) -> str | None:
 
 def prepare(batch: Batch) -> None:
     """Return None: the reference keeps nothing between steps."""
+
+
+def uniform_kernel(
+    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+) -> None:
+    """Return None: it needs Python numbers."""
 
 
 def run(

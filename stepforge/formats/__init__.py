@@ -19,6 +19,7 @@ from stepforge.formats.format import BLOCK, Format, Part, tensor_name, tensor_na
 from stepforge.formats.int8 import int8_blocks
 from stepforge.formats.random import (
     DRAW,
+    STEP_SEED,
     hash32,
     param_seed,
     random_uint32,
@@ -32,6 +33,7 @@ __all__ = [
     "BLOCK",
     "BLOCK_FORMATS",
     "DRAW",
+    "STEP_SEED",
     "Format",
     "Part",
     "StateFormat",

@@ -11,7 +11,7 @@ from stepforge.formats.float_bits import UINT32_MAX
 from stepforge.formats.format import traced
 from stepforge.ops import UInt32
 
-__all__ = ["DRAW", "hash32", "param_seed", "random_uint32", "result_salt", "step_seed"]
+__all__ = ["DRAW", "STEP_SEED", "hash32", "param_seed", "random_uint32", "result_salt", "step_seed"]
 
 
 def hash32(w: UInt32) -> UInt32:
@@ -58,6 +58,10 @@ def step_seed(seed: Any, step: Any) -> Any:
         True
     """
     return hash32(seed ^ step)
+
+
+#: The program of :func:`step_seed`: from ``seed`` and ``step`` to a uint32.
+STEP_SEED = traced(step_seed, "seed_u32", "step_u32")
 
 
 def result_salt(position: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,14 @@ import torch
 
 from stepforge.backends import Backend
 from stepforge.backends.aliasing import addresses
-from stepforge.backends.batch import Batch, KernelTable, LazyColumns, Seeds, is_capturing
+from stepforge.backends.batch import (
+    Batch,
+    KernelTable,
+    LazyColumns,
+    Seeds,
+    UniformKernel,
+    is_capturing,
+)
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.rule import Rule
@@ -105,6 +112,8 @@ class Launch:
         seeds: the seed of each parameter; None if nothing is rounded at random.
         first_indices: the flat index of each parameter's first local element; None likewise.
         scalars: the step counts and scalar states in vectors; None if each parameter has its own.
+        uniform_kernel: computes the uniform values and advances the scalars on the device; None if
+            torch's operations do, or the host.
         table: the part of a batch that the backend keeps, made at the first bind; None if it keeps
             nothing.
     """
@@ -116,6 +125,7 @@ class Launch:
     seeds: Seeds | None
     first_indices: np.ndarray[Any, Any] | None
     scalars: ScalarStates | None
+    uniform_kernel: UniformKernel | None = None
     table: KernelTable | None = None
     _is_prepared: bool = False
 
@@ -155,21 +165,27 @@ class Launch:
                 first.layout.scalars,
                 room=sum(len(group["params"]) for group in groups),
             )
+        uniform = UniformProgram(
+            rule,
+            first.kernel.graph,
+            distinct,
+            np.array([distinct.index(index) for index in of_params]),
+            on_device=first.has_device_scalars,
+            differentiable=first.group["differentiable"],
+        )
+        uniform_kernel = None
+        if scalars is not None and uniform.on_device and not scalars.has_index:
+            on_device = uniform.scalars_on_device(scalars)
+            uniform_kernel = first.choice.backend.uniform_kernel(first.kernel, on_device, seeds)
         return cls(
             first.choice.backend,
             first.kernel,
             first.layout,
-            UniformProgram(
-                rule,
-                first.kernel.graph,
-                distinct,
-                np.array([distinct.index(index) for index in of_params]),
-                on_device=first.has_device_scalars,
-                differentiable=first.group["differentiable"],
-            ),
+            uniform,
             seeds,
             first_indices,
             scalars,
+            uniform_kernel,
         )
 
     def bind(self, tensors: StepTensors, groups: Sequence[Mapping[str, Any]]) -> BoundLaunch:
@@ -187,25 +203,38 @@ class Launch:
         # A graph may outlive the plan, so it must not hold the address of an index.
         if scalars is None or (scalars.has_index and is_capturing()):
             scalars = ScalarStates({k: self._states(tensors, k) for k in self.layout.scalars})
-        coefficients, scalar_values = self.uniform.run(groups, scalars)
-        batch = Batch(
-            self.kernel,
-            LazyColumns(
-                self._columns,
-                functools.partial(self._column, tensors),
-                tensors.increment_versions,
-            ),
-            round_coefficients(coefficients, len(self.uniform.group_of), self.kernel.arithmetic),
-            None if self.seeds is None else step_seeds(self.seeds, scalars),
-            self.first_indices,
-            self.uniform.differentiable,
+        columns = LazyColumns(
+            self._columns, functools.partial(self._column, tensors), tensors.increment_versions
         )
+        if self.uniform_kernel is not None:
+            values = self.uniform_kernel.bind(self.uniform.options(groups))
+            batch = Batch(
+                self.kernel,
+                columns,
+                values.coefficients,
+                values.step_seeds,
+                self.first_indices,
+                matrix=values.matrix,
+            )
+            bound = BoundLaunch(self, batch, scalars, [], tensors, values.advance)
+        else:
+            coefficients, scalar_values = self.uniform.run(groups, scalars)
+            count = len(self.uniform.group_of)
+            batch = Batch(
+                self.kernel,
+                columns,
+                round_coefficients(coefficients, count, self.kernel.arithmetic),
+                None if self.seeds is None else step_seeds(self.seeds, scalars),
+                self.first_indices,
+                self.uniform.differentiable,
+            )
+            bound = BoundLaunch(self, batch, scalars, scalar_values, tensors)
         if not self._is_prepared:
             self.table = self.backend.prepare(batch)
             self._is_prepared = True
         elif self.table is not None:
             self.table.bind_gradients(tensors)
-        return BoundLaunch(self, batch, scalars, scalar_values, tensors)
+        return bound
 
     @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
@@ -236,6 +265,8 @@ class BoundLaunch:
         scalars: the step counts and scalar states.
         scalar_values: the new values of the graph's scalar states, in its order.
         tensors: the tensors of the step.
+        advance: writes the coefficients and advances the scalars on the device, unless the number
+            on the device that it is given is not zero; None if coefficients are known already.
     """
 
     launch: Launch
@@ -243,6 +274,7 @@ class BoundLaunch:
     scalars: ScalarStates
     scalar_values: list[Any]
     tensors: StepTensors
+    advance: Callable[[torch.Tensor | None], None] | None = None
 
     def run(self, grad_scale: GradScale | None) -> None:
         """Step the parameters: their tensors, then scalar states and step counts."""
@@ -252,9 +284,14 @@ class BoundLaunch:
                 grad_scale = grad_scale.read()
             if grad_scale.on_host and grad_scale.found_inf:
                 return
+        found_inf = self._found_inf(grad_scale)
+        if self.advance is not None:
+            self.advance(found_inf)
         self.launch.backend.run(self.batch, self.launch.table, grad_scale)
         self.tensors.increment_sharded_versions()
-        skipped = None if grad_scale is None else self._skipped(grad_scale)
+        if self.advance is not None:
+            return
+        skipped = None if found_inf is None else found_inf.reshape(()) != 0
         if torch.is_grad_enabled() == self.batch.differentiable:  # the usual case
             self._store_scalars(skipped)
         else:
@@ -269,12 +306,11 @@ class BoundLaunch:
                 self.scalars.store(states[letter].key, values, skipped)
         self.scalars.count_step(skipped)
 
-    def _skipped(self, grad_scale: GradScale) -> torch.Tensor | None:
-        """Return a device boolean, true if the step is skipped; None if the host knows."""
-        if grad_scale.on_host:
+    def _found_inf(self, grad_scale: GradScale | None) -> torch.Tensor | None:
+        """Return a device number, not zero if the step is skipped; None if the host knows."""
+        if grad_scale is None or grad_scale.on_host:
             return None
-        on_device = grad_scale.on_device(self.batch.device, self.batch.spec.arithmetic)
-        return on_device[1].reshape(()) != 0
+        return grad_scale.found_inf_on(self.batch.device)
 
 
 def run(launches: Iterable[BoundLaunch], grad_scale: GradScale | None = None) -> None:

@@ -85,6 +85,32 @@ class UniformProgram:
             values = [list(column) for column in zip(*results)]
         return values[:count], values[count:]
 
+    def scalars_on_device(self, scalars: ScalarStates) -> dict[str, torch.Tensor]:
+        """Return the device vectors of step counts, as ``t``, and of scalar states, by letter."""
+        vectors = scalars.on_device()
+        keys = {letter: state.key for letter, state in self.rule.states.items()}
+        states = {letter: vectors[key] for letter, key in keys.items() if key in vectors}
+        return {"t": vectors["step"], **states}
+
+    def options(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the options of the launch's group that are inputs, numbers or tensors.
+
+        Args:
+            groups: all param groups of the optimizer.
+
+        Raises:
+            TypeError, ValueError: one was set by hand to something that is no number.
+        """
+        own = [groups[self.groups[0]]]
+        return {symbol: self.rule.option_values(own, symbol)[0] for symbol in self._option_inputs}
+
+    @functools.cached_property
+    def _option_inputs(self) -> list[str]:
+        """The inputs that are options."""
+        others = {place for place, _ in self._scalar_inputs}
+        inputs = enumerate(self.graph.uniform.inputs)
+        return [symbol for place, symbol in inputs if place not in others]
+
     def _host_inputs(self, groups: Sequence[Mapping[str, Any]], scalars: ScalarStates) -> list[Any]:
         """Return the inputs: one number where all parameters agree, else a float64 array."""
         inputs = self._host_options.read(groups).copy()

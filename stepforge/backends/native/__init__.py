@@ -8,19 +8,19 @@ buffers, chunk by chunk.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import is_aliased
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
 from stepforge.backends.native.table import Table
-from stepforge.backends.spec import ParamSpec, memory_problem
+from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 
 __all__ = [
     "OPERATIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "name",
     "prepare",
     "run",
+    "uniform_kernel",
     "unsupported_reason",
 ]
 
@@ -77,6 +78,12 @@ def prepare(batch: Batch) -> Table | None:
         return None
     table = Table(batch)
     return None if table.aliasing.found() else table
+
+
+def uniform_kernel(
+    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+) -> None:
+    """Return None: it runs on a CPU."""
 
 
 def run(

@@ -10,20 +10,21 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
-from stepforge.backends.batch import Batch, Gradients, KernelTable
+from stepforge.backends.batch import Batch, Gradients, KernelTable, Seeds
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.spec import ParamSpec, memory_problem
+from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.expressions import OPERATIONS
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
+from stepforge.backends.triton.uniform import UniformKernel
 from stepforge.backends.triton.variant import begins_rows_with_words
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "name",
     "prepare",
     "run",
+    "uniform_kernel",
     "unsupported_reason",
 ]
 
@@ -154,6 +156,13 @@ class Tables:
 def prepare(batch: Batch) -> Tables | None:
     """Return the tables of a batch; None if no kernel can step its tensors."""
     return None if _needs_reference(batch) else Tables(batch)
+
+
+def uniform_kernel(
+    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+) -> UniformKernel | None:
+    """Return the kernel of a launch's uniform values; None if it cannot use the scalars."""
+    return UniformKernel(spec, scalars, seeds) if UniformKernel.serves(scalars) else None
 
 
 def run(

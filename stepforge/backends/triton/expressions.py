@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -82,6 +83,7 @@ def function(
     arithmetic: torch.dtype,
     target: Target,
     *about: str,
+    operations: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return a function that computes a program.
 
@@ -92,8 +94,9 @@ def function(
         arithmetic: the dtype of its numbers.
         target: the GPU.
         about: lines to begin with.
+        operations: the expressions of further operations.
     """
-    operations = _operations(arithmetic, target)
+    expressions = {**_operations(arithmetic, target), **operations}
     constants = [f"k{position}" for position in range(len(program.constants))]
     results = [f"x{position}" for position in range(len(program.instructions))]
     names = [*arguments, *constants, *results]
@@ -106,7 +109,7 @@ def function(
         lines.append(f"largest = {_literal(torch.finfo(arithmetic).max, arithmetic)}")
     for instruction in program.instructions:
         operands = (names[register] for register in instruction.args)
-        expression = operations[instruction.op].format(
+        expression = expressions[instruction.op].format(
             *operands, number=type_name(arithmetic), largest="largest"
         )
         lines.append(f"{names[instruction.out]} = {expression}")

@@ -93,7 +93,7 @@ class Kernel:
         given: dict[str, Any] = {named(x, "aligned"): n for x, n in zip(elements, bytes_)}
         if step_seeds is not None:
             given["keys"] = step_seeds
-        with _device(rows.device):
+        with launch_context(rows.device):
             self._step[(blocks,)](
                 owners,
                 rows,
@@ -149,7 +149,7 @@ def launch_options(spec: KernelSpec, variant: Variant) -> dict[str, Any]:
     return {"num_warps": BLOCK // (elements * variant.target.lanes), "enable_fp_fusion": False}
 
 
-def _device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def launch_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return the context of a launch on a device."""
     if device.type == "cpu":
         return np.errstate(all="ignore")  # the interpreter computes with numpy
@@ -204,7 +204,7 @@ def write(table: torch.Tensor, words: np.ndarray[Any, Any]) -> None:
         words: int32, of the same length.
     """
     kernel = _writer().write[(1,)]
-    with _device(table.device):
+    with launch_context(table.device):
         for begin in range(0, len(words), _WORDS):
             given = words[begin : begin + _WORDS].tolist()
             kernel(table, begin, len(given), *given, *[0] * (_WORDS - len(given)))

@@ -134,6 +134,8 @@ class Table:
         """Return the coefficients: a row per parameter, or one row that all share."""
         is_whole = len(self._members) == len(batch)
         arithmetic = batch.spec.arithmetic
+        if batch.matrix is not None:
+            return self._of_members(batch.matrix)
         if _has_device_values(batch):
             columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
             return self._of_members(torch.stack([c.to(arithmetic) for c in columns], dim=1))
