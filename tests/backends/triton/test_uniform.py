@@ -63,8 +63,8 @@ def capturable(
     """Return an optimizer that has stepped once, and its only launch."""
     optimizer = OPTIMIZERS[name].ours(params, capturable=True, **options)
     run(optimizer, params, [[torch.ones_like(p) for p in params]])
-    assert optimizer._stepper.plan is not None
-    (found,) = optimizer._stepper.plan.launches
+    assert optimizer._stepper.plans.latest is not None
+    (found,) = optimizer._stepper.plans.latest.launches
     assert found.uniform_kernel is not None
     return optimizer, found
 
@@ -179,7 +179,7 @@ def test_a_kept_step_is_two_launches_and_no_operation(
 ) -> None:
     params = [parameter(normal(shape, torch.float32, 1)) for shape in [(7,), (3, 5)]]
     optimizer, _ = capturable(name, params, lr=lr, **options)
-    plan, groups = optimizer._stepper.plan, optimizer.param_groups
+    plan, groups = optimizer._stepper.plans.latest, optimizer.param_groups
     assert plan is not None
     # A dispatch mode changes what guards look at, so they look before it.
     tensors = plan.find(groups, optimizer.state)
