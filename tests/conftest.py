@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if GUARDS != "C++" and item.name == "README.md":
             item.add_marker(pytest.mark.skip(reason=f"guards in {GUARDS}"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported and collected out of garbage collection, which else visits it all."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

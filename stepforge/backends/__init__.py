@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from stepforge.backends import foreach, native, reference, triton
-from stepforge.backends.batch import Batch, KernelTable, Seeds, UniformKernel
+from stepforge.backends.batch import Batch, KernelTable, Scalars, Seeds, UniformKernel
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec
 
@@ -45,13 +45,13 @@ class Backend(Protocol):
         """
 
     def uniform_kernel(
-        self, spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+        self, spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None
     ) -> UniformKernel | None:
         """Return a kernel for the uniform values of a launch whose scalars are on its device.
 
         Args:
             spec: the kernel of the launch.
-            scalars: the vectors of step counts, named ``t``, and of scalar states, by letter.
+            scalars: the step counts, named ``t``, and the scalar states, by letter.
             seeds: the seed of each parameter; None if nothing is rounded at random.
 
         Returns:

@@ -15,6 +15,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import Format, random_uint32, result_salt, tensor_name
 from stepforge.program import Graph
+from stepforge.state.elements import Elements
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -24,6 +25,7 @@ __all__ = [
     "Gradients",
     "KernelTable",
     "LazyColumns",
+    "Scalars",
     "Seeds",
     "UniformKernel",
     "is_capturing",
@@ -38,6 +40,9 @@ _NUMBERS = frozenset({float, int, bool})
 
 #: The values of a uniform node.
 Coefficient: TypeAlias = "float | np.ndarray[Any, Any] | torch.Tensor | list[torch.Tensor]"
+
+#: One scalar per parameter, on a device.
+Scalars: TypeAlias = "torch.Tensor | Elements"
 
 #: One uint32 per parameter, as int64, on the device of the coefficients.
 Seeds: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"

@@ -17,7 +17,7 @@ import torch
 
 from stepforge.backends import chunk, reference
 from stepforge.backends.aliasing import Aliasing
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec
@@ -48,9 +48,7 @@ def prepare(batch: Batch) -> Aliasing | None:
     return Aliasing(batch) if all(map(is_plain, tensors)) else None
 
 
-def uniform_kernel(
-    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
-) -> None:
+def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None) -> None:
     """Return None: it needs Python numbers."""
 
 

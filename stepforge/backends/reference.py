@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec
@@ -32,9 +32,7 @@ def prepare(batch: Batch) -> None:
     """Return None: the reference keeps nothing between steps."""
 
 
-def uniform_kernel(
-    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
-) -> None:
+def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None) -> None:
     """Return None: it needs Python numbers."""
 
 

@@ -18,7 +18,6 @@ from stepforge.backends.batch import (
     LazyColumns,
     Seeds,
     UniformKernel,
-    is_capturing,
 )
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec
@@ -174,7 +173,7 @@ class Launch:
             differentiable=first.group["differentiable"],
         )
         uniform_kernel = None
-        if scalars is not None and uniform.on_device and not scalars.has_index:
+        if scalars is not None and uniform.on_device:
             on_device = uniform.scalars_on_device(scalars)
             uniform_kernel = first.choice.backend.uniform_kernel(first.kernel, on_device, seeds)
         return cls(
@@ -200,8 +199,7 @@ class Launch:
             TypeError, ValueError: an option was set by hand to something that is no number.
         """
         scalars = self.scalars
-        # A graph may outlive the plan, so it must not hold the address of an index.
-        if scalars is None or (scalars.has_index and is_capturing()):
+        if scalars is None:
             scalars = ScalarStates({k: self._states(tensors, k) for k in self.layout.scalars})
         columns = LazyColumns(
             self._columns, functools.partial(self._column, tensors), tensors.increment_versions

@@ -20,30 +20,10 @@ import torch
 
 from stepforge.backends.batch import is_capturing, uploaded
 from stepforge.ops import to_float32
+from stepforge.state.elements import Elements
 from stepforge.state.sharding import is_plain, local_part
 
-__all__ = ["Elements", "ScalarStates", "ScalarVectors"]
-
-
-@dataclass(frozen=True)
-class Elements:
-    """Some elements of a vector, each once, in any order.
-
-    Attributes:
-        vector: the vector.
-        index: their positions, on the device of the vector.
-    """
-
-    vector: torch.Tensor
-    index: torch.Tensor
-
-    def read(self) -> torch.Tensor:
-        """Return their values in a new vector."""
-        return self.vector.index_select(0, self.index)
-
-    def write(self, values: torch.Tensor) -> None:
-        """Write a value of the vector's dtype to each."""
-        self.vector.index_copy_(0, self.index, values)
+__all__ = ["ScalarStates", "ScalarVectors"]
 
 
 @dataclass(frozen=True)
@@ -56,11 +36,6 @@ class ScalarStates:
     """
 
     tensors: Mapping[str, torch.Tensor | Elements | list[torch.Tensor]]
-
-    @functools.cached_property
-    def has_index(self) -> bool:
-        """True if positions are read, from memory that lives no longer than these."""
-        return any(isinstance(x, Elements) for x in self.tensors.values())
 
     def on_host(self, key: str) -> Any:
         """Return the number on which all parameters agree, else a float64 array of theirs.

@@ -24,6 +24,7 @@ from stepforge.formats import param_seed, step_seed
 from stepforge.ops import NUMBERS, VOCABULARY, to_float32
 from stepforge.program import Graph, Program
 from stepforge.rule import Rule
+from stepforge.state.elements import Elements
 from stepforge.step.scalar_states import ScalarStates
 
 __all__ = [
@@ -85,12 +86,12 @@ class UniformProgram:
             values = [list(column) for column in zip(*results)]
         return values[:count], values[count:]
 
-    def scalars_on_device(self, scalars: ScalarStates) -> dict[str, torch.Tensor]:
-        """Return the device vectors of step counts, as ``t``, and of scalar states, by letter."""
-        vectors = scalars.on_device()
+    def scalars_on_device(self, scalars: ScalarStates) -> dict[str, torch.Tensor | Elements]:
+        """Return the step counts, as ``t``, and the scalar states, by letter."""
+        found = {key: x for key, x in scalars.tensors.items() if not isinstance(x, list)}
         keys = {letter: state.key for letter, state in self.rule.states.items()}
-        states = {letter: vectors[key] for letter, key in keys.items() if key in vectors}
-        return {"t": vectors["step"], **states}
+        states = {letter: found[key] for letter, key in keys.items() if key in found}
+        return {"t": found["step"], **states}
 
     def options(self, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the options of the launch's group that are inputs, numbers or tensors.

@@ -23,7 +23,7 @@ from tests.conformance.table import (
     outcome,
 )
 
-STEPS = 4
+STEPS = 3
 SHAPE = (64, 65)  # large enough for int8 states
 SOME_FORMATS = {"float32": (torch.float32, {})} | {
     name: FORMATS[name]
@@ -123,7 +123,9 @@ def test_shared_memory_gives_the_same_bits_on_every_backend(
     backend: str, tie: Any, format_: str
 ) -> None:
     dtype, options = SOME_FORMATS[format_]
-    for cls in (stepforge.AdamW, stepforge.NAdam):
+    # NAdam has scalar states; other than that, what is shared does not depend on the rule.
+    rules = (stepforge.AdamW, stepforge.NAdam) if format_ == "float32" else (stepforge.AdamW,)
+    for cls in rules:
         with forced(backend):
             got = trained(cls, tie, dtype, **options)
         with forced("reference"):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stepforge.step.scalar_states import Elements, ScalarStates, ScalarVectors
+from stepforge.state.elements import Elements
+from stepforge.step.scalar_states import ScalarStates, ScalarVectors
 
 KEYS = ("step", "product")
 Params = list[torch.Tensor]

@@ -23,6 +23,7 @@ formats.
 formats
 state.sharding
 state.alike
+state.elements
 state.layout
 state.values state
 backends.spec backends.trust backends.exact backends.grad_scale backends.cache

@@ -14,7 +14,7 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import is_aliased
-from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Seeds
+from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
@@ -80,9 +80,7 @@ def prepare(batch: Batch) -> Table | None:
     return None if table.aliasing.found() else table
 
 
-def uniform_kernel(
-    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
-) -> None:
+def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None) -> None:
     """Return None: it runs on a CPU."""
 
 

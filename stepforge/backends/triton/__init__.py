@@ -16,7 +16,7 @@ import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
-from stepforge.backends.batch import Batch, Gradients, KernelTable, Seeds
+from stepforge.backends.batch import Batch, Gradients, KernelTable, Scalars, Seeds
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 from stepforge.backends.triton.dtypes import STORABLE
@@ -159,7 +159,7 @@ def prepare(batch: Batch) -> Tables | None:
 
 
 def uniform_kernel(
-    spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+    spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None
 ) -> UniformKernel | None:
     """Return the kernel of a launch's uniform values; None if it cannot use the scalars."""
     return UniformKernel(spec, scalars, seeds) if UniformKernel.serves(scalars) else None

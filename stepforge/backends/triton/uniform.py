@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from stepforge.backends import cache, disk_cache
-from stepforge.backends.batch import Coefficient, DeviceValues, Seeds, is_capturing
+from stepforge.backends.batch import Coefficient, DeviceValues, Scalars, Seeds, is_capturing
 from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.kernel import is_interpreted, launch_context, load
-from stepforge.backends.triton.uniform_source import UniformSpec, uniform_source
+from stepforge.backends.triton.uniform_source import Scalar, UniformSpec, uniform_source
 from stepforge.ops import scalar_dtype
+from stepforge.state.elements import Elements
 
 __all__ = ["UniformKernel"]
 
@@ -32,24 +33,26 @@ class UniformKernel:
 
     Args:
         spec: the kernel of the launch.
-        scalars: the vectors of step counts, named ``t``, and of scalar states.
+        scalars: the step counts, named ``t``, and the scalar states.
         seeds: the seed of each parameter; None if nothing is rounded at random.
     """
 
     def __init__(
-        self, spec: KernelSpec, scalars: Mapping[str, torch.Tensor], seeds: Seeds | None
+        self, spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None
     ) -> None:
         self._spec = spec
         self._scalars = dict(scalars)
+        self._vectors = list(map(_vector, scalars.values()))
         self._seeds = None if seeds is None else torch.as_tensor(seeds)
-        self._device = scalars["t"].device
+        self._device = self._vectors[0].device
         self._rows = len(scalars["t"])
         self._memory: _Memory | None = None
 
     @staticmethod
-    def serves(scalars: Mapping[str, torch.Tensor]) -> bool:
-        """Return True if the kernel can read and write some vectors."""
-        return all(x.is_contiguous() and x.dtype in _FLOATS for x in scalars.values())
+    def serves(scalars: Mapping[str, Scalars]) -> bool:
+        """Return True if the kernel can read and write the scalars."""
+        vectors = map(_vector, scalars.values())
+        return all(x.is_contiguous() and x.dtype in _FLOATS for x in vectors)
 
     def bind(self, options: Mapping[str, Any]) -> DeviceValues:
         """Return the values of the next step, not yet written. Changes nothing.
@@ -89,9 +92,18 @@ class UniformKernel:
         """Write the values of the next step, and advance the scalars."""
         seeds = [] if self._seeds is None else [self._seeds, memory.step_seeds]
         words = itertools.chain.from_iterable(map(_arguments, options))
-        given = [*self._scalars.values(), *seeds, *words]
+        given = [*self._addresses, *seeds, *words]
         kernel.launch(memory.matrix, self._rows, found_inf, given)
-        torch.autograd.graph.increment_version(list(self._scalars.values()))
+        torch.autograd.graph.increment_version(self._vectors)
+
+    @functools.cached_property
+    def _addresses(self) -> list[torch.Tensor]:
+        """The vector of each scalar, followed by the positions in it if they have gaps."""
+        return [
+            x
+            for each in self._scalars.values()
+            for x in ((each.vector, each.index) if isinstance(each, Elements) else (each,))
+        ]
 
     def _option(self, value: Any) -> float | torch.Tensor:
         """Return an option as a number of the host, or as a tensor that the kernel can read."""
@@ -108,7 +120,10 @@ class UniformKernel:
         spec = UniformSpec(
             self._spec.graph,
             self._spec.arithmetic,
-            tuple((name, x.dtype) for name, x in self._scalars.items()),
+            tuple(
+                Scalar(name, _vector(x).dtype, isinstance(x, Elements))
+                for name, x in self._scalars.items()
+            ),
             tensors,
             scalar_dtype(),
             self._seeds is not None,
@@ -200,6 +215,11 @@ def _compiled(spec: UniformSpec, _interpreted: bool) -> _Compiled | str:
         return str(error)
     except ImportError as error:
         return f"triton cannot be imported ({error})"
+
+
+def _vector(scalars: Scalars) -> torch.Tensor:
+    """Return the vector that has the scalars."""
+    return scalars.vector if isinstance(scalars, Elements) else scalars
 
 
 def _dtype(argument: Any) -> torch.dtype | None:

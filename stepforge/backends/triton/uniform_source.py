@@ -17,7 +17,22 @@ from stepforge.backends.triton.variant import Target
 from stepforge.formats import STEP_SEED
 from stepforge.program import Graph
 
-__all__ = ["UniformSpec", "uniform_source"]
+__all__ = ["Scalar", "UniformSpec", "uniform_source"]
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """An input that each parameter has in memory: the step count or a scalar state.
+
+    Attributes:
+        name: its name in the program.
+        dtype: its dtype in memory.
+        has_index: True if positions in a vector are read, False if the rows are the positions.
+    """
+
+    name: str
+    dtype: torch.dtype
+    has_index: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class UniformSpec:
     Attributes:
         graph: the graph whose uniform program it runs.
         arithmetic: the dtype of the coefficients, float32 or float64.
-        scalars: for each input that is the step number or a scalar state, its dtype in memory.
+        scalars: the scalars of a parameter, with the step count, ``t``.
         tensors: the inputs that are options in tensors; the other options are arguments.
         stored: the dtype that the operation ``stored`` rounds to.
         is_random: True if it makes the seeds of a step.
@@ -35,7 +50,7 @@ class UniformSpec:
 
     graph: Graph
     arithmetic: torch.dtype
-    scalars: tuple[tuple[str, torch.dtype], ...]
+    scalars: tuple[Scalar, ...]
     tensors: frozenset[str]
     stored: torch.dtype
     is_random: bool
@@ -43,7 +58,7 @@ class UniformSpec:
     @property
     def options(self) -> tuple[str, ...]:
         """The inputs that are options."""
-        known = dict(self.scalars)
+        known = {scalar.name for scalar in self.scalars}
         return tuple(name for name in self.graph.uniform.inputs if name not in known)
 
 
@@ -83,7 +98,8 @@ def uniform_source(spec: UniformSpec) -> str:
 def _kernel(spec: UniformSpec) -> str:
     """Return the kernel, whose arguments are those of :meth:`UniformKernel.run`."""
     arguments = ["coefficients", "rows", "found_inf"]
-    arguments += [f"scalar{position}" for position in range(len(spec.scalars))]
+    for position, scalar in enumerate(spec.scalars):
+        arguments += [f"scalar{position}", f"index{position}"][: 1 + scalar.has_index]
     arguments += ["seeds", "step_seeds"] if spec.is_random else []
     variables, options = dict(zip(spec.graph.uniform.inputs, _variables(spec))), []
     for name in spec.options:
@@ -96,9 +112,12 @@ def _kernel(spec: UniformSpec) -> str:
             read = f"float64_of({variable}_high, {variable}_low)"
             options.append(f"{variable}_in = {read}  # {name}")
     lines = ["row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "inside = row < rows"]
-    for position, (name, _) in enumerate(spec.scalars):
-        read = f"tl.load(scalar{position} + row, inside).to(tl.float64)"
-        lines.append(f"{_scalar(position)}_in = {read}{' + 1.0' if name == 't' else ''}  # {name}")
+    for position, scalar in enumerate(spec.scalars):
+        place = f"tl.load(index{position} + row, inside)" if scalar.has_index else "row"
+        lines.append(f"at{position} = scalar{position} + {place}")
+        read = f"tl.load(at{position}, inside).to(tl.float64)"
+        read += " + 1.0" if scalar.name == "t" else ""
+        lines.append(f"{_scalar(position)}_in = {read}  # {scalar.name}")
     lines += [*options, *_results(spec)]
     given = ",\n    ".join([*arguments, "SKIPPABLE: tl.constexpr", "BLOCK: tl.constexpr"])
     fixed = textwrap.fill(
@@ -135,16 +154,16 @@ def _results(spec: UniformSpec) -> list[str]:
         lines.append("tl.store(step_seeds + row, seed.to(tl.int64), inside)")
     lines += ["if SKIPPABLE:", "    inside = row < tl.where(tl.load(found_inf) == 0, rows, 0)"]
     written = {"t": f"{_scalar(steps)}_in"} | dict(zip(graph.scalars, news))
-    for position, (name, dtype) in enumerate(spec.scalars):
-        if name in written:
-            value = f"{written[name]}.to({type_name(dtype)})"
-            lines.append(f"tl.store(scalar{position} + row, {value}, inside)")
+    for position, scalar in enumerate(spec.scalars):
+        if scalar.name in written:
+            value = f"{written[scalar.name]}.to({type_name(scalar.dtype)})"
+            lines.append(f"tl.store(at{position}, {value}, inside)")
     return lines
 
 
 def _variables(spec: UniformSpec) -> list[str]:
     """Return a name for each input of the program: an input may have any name."""
-    known = [name for name, _ in spec.scalars]
+    known = [scalar.name for scalar in spec.scalars]
     return [
         _scalar(known.index(name)) if name in known else f"o{spec.options.index(name)}"
         for name in spec.graph.uniform.inputs
@@ -152,7 +171,7 @@ def _variables(spec: UniformSpec) -> list[str]:
 
 
 def _position(spec: UniformSpec, scalar: str) -> int:
-    return [name for name, _ in spec.scalars].index(scalar)
+    return [each.name for each in spec.scalars].index(scalar)
 
 
 def _scalar(position: int) -> str:

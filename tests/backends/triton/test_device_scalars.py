@@ -19,8 +19,9 @@ from stepforge.backends import triton
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.triton import kernel, table
 from stepforge.backends.triton.kernel import is_interpreted
+from stepforge.state.elements import Elements
 from stepforge.step import scalar_states
-from stepforge.step.scalar_states import Elements, ScalarStates
+from stepforge.step.scalar_states import ScalarStates
 from tests.backends.triton.kernels import by_kernels_only, tables
 from tests.conformance.table import (
     OPTIMIZERS,
@@ -40,7 +41,6 @@ pytestmark = pytest.mark.skipif(not is_interpreted(), reason="kernels are compil
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 SHAPES = [(7,), (3, 5), (), (0, 2)]
-STEPS = 8  # RAdam changes its form at the sixth
 
 
 def gradients(step: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -75,8 +75,8 @@ def test_device_scalars_give_the_reference_s_bits(variant: str, dtype: torch.dty
         found = []
         with forced(backend):
             optimizer = OPTIMIZERS[name].ours(groups, capturable=True, **options)
-            for step in range(STEPS):
-                if step == 4:
+            for step in range(6 if name == "RAdam" else 3):  # its form changes at the sixth
+                if step == 2:
                     lr.mul_(3)
                 run(optimizer, params, [gradients(step, dtype)])
                 found += outcomes(optimizer)
@@ -158,7 +158,7 @@ CHANGES: list[Callable[[stepforge.Optimizer], None]] = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@every_optimizer
+@pytest.mark.parametrize("name", ["AdamW", "NAdam"])  # without and with a scalar state
 def test_no_kept_plan_is_stale(
     name: str, change: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +168,7 @@ def test_no_kept_plan_is_stale(
     before = {key: torch.clone(x) for key, x in outcome_of_first(trained).items()}
     for optimizer in trained.optimizers:
         change(optimizer)
-    trained.advance(3)
+    trained.advance(2)
     assert not torch.equal(before["p"], outcome_of_first(trained)["p"])
 
 
@@ -292,7 +292,7 @@ def test_sets_of_gradients_that_take_turns_leave_captured_scalar_states_where_th
     third = plan_of(3)
     before = [state[key].data_ptr() for state in kept.state.values() for key in keys]
     capturing(True)
-    with monkeypatch.context() as patch:  # the graph may outlive the index
+    with monkeypatch.context() as patch:  # by kernels
         patch.setattr(Elements, "read", None)
         assert plan_of(0, 1, 2) is other
     capturing(False)
