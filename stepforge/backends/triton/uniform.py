@@ -47,6 +47,7 @@ class UniformKernel:
         self._device = self._vectors[0].device
         self._rows = len(scalars["t"])
         self._memory: _Memory | None = None
+        self._kernels: dict[tuple[frozenset[str], torch.dtype], _Compiled] = {}
 
     @staticmethod
     def serves(scalars: Mapping[str, Scalars]) -> bool:
@@ -117,21 +118,21 @@ class UniformKernel:
 
     def _kernel(self, tensors: frozenset[str]) -> _Compiled:
         """Return the kernel for options of which some are tensors."""
-        spec = UniformSpec(
-            self._spec.graph,
-            self._spec.arithmetic,
-            tuple(
+        stored = scalar_dtype()
+        kernel = self._kernels.get((tensors, stored))
+        if kernel is None:
+            scalars = tuple(
                 Scalar(name, _vector(x).dtype, isinstance(x, Elements))
                 for name, x in self._scalars.items()
-            ),
-            tensors,
-            scalar_dtype(),
-            self._seeds is not None,
-        )
-        found = _compiled(spec, is_interpreted())
-        if isinstance(found, str):
-            raise RuntimeError(found)
-        return found
+            )
+            graph, arithmetic = self._spec.graph, self._spec.arithmetic
+            is_random = self._seeds is not None
+            spec = UniformSpec(graph, arithmetic, scalars, tensors, stored, is_random)
+            found = _compiled(spec, is_interpreted())
+            if isinstance(found, str):
+                raise RuntimeError(found)
+            kernel = self._kernels[tensors, stored] = found
+        return kernel
 
 
 @dataclass(frozen=True, eq=False)
