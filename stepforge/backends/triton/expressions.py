@@ -17,7 +17,7 @@ import torch
 from stepforge.backends.triton.variant import Target
 from stepforge.program import Program
 
-__all__ = ["OPERATIONS", "SQRT_FUNCTION", "function", "type_name"]
+__all__ = ["OPERATIONS", "SQRT_FUNCTION", "commented", "function", "type_name"]
 
 #: The Triton expression of each operation. Operands are names of variables; ``{number}`` is the
 #: type of the arithmetic. Triton's ``-x`` is ``0 - x``, and its ``maximum`` may return either zero.
@@ -140,3 +140,14 @@ def _operations(arithmetic: torch.dtype, target: Target) -> dict[str, str]:
         return OPERATIONS
     scaled = {} if target.root_takes_denormals else {"sqrt": "sqrt({0})"}
     return OPERATIONS | FLOAT32_OPERATIONS | scaled
+
+
+def commented(line: str, about: object, width: int = 96) -> str:
+    """Return a line with a comment, which is cut where the line would be longer than ``width``.
+
+    Example:
+        >>> commented("c0 = x", "div(lr, sub(1, pow(betas[0], t)))", width=24)
+        'c0 = x  # div(lr, sub...'
+    """
+    text, room = str(about), width - len(line) - len("  # ")
+    return f"{line}  # {text if len(text) <= room else text[: room - 3] + '...'}"

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.kernel import BLOCK, launch_options, load
-from stepforge.backends.triton.source import WHOLE, has_two_paths, named, triton_source
+from stepforge.backends.triton.source import (
+    WHOLE,
+    coefficient_words,
+    has_two_paths,
+    named,
+    triton_source,
+)
 from stepforge.backends.triton.variant import WIDEST, Target, Variant
 from stepforge.formats import BLOCK as CHUNK
 
@@ -122,16 +126,16 @@ def inspect_kernel(spec: KernelSpec, variant: Variant, gpu: GPU, path: str) -> I
 
 
 def _compiled(source: str, spec: KernelSpec, gpu: GPU, options: dict[str, Any]) -> Any:
-    """Compile a source as a launch does that has no gradient scale and aligned tensors."""
+    """Compile a source as a launch does whose parameters share coefficients, and are aligned."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     step = load(source).step
-    number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
-    types = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
-    types |= {"stride": "i32", "keys": "*i64"}
+    types = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "keys": "*i64"}
+    types |= {word: "i32" for words in coefficient_words(spec) for word in words}
     constants = {"SCALED": False, "unscale": None, "found_inf": None, "BLOCK": BLOCK}
+    constants |= {"numbers": None}
     constants |= {named(tensor, "aligned"): WIDEST for tensor in spec.elements}
     names = step.arg_names
     return triton.compile(

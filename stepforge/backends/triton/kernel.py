@@ -8,7 +8,7 @@ import hashlib
 import linecache
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import KernelArgs, named, triton_source, writer_source
 from stepforge.backends.triton.variant import Variant
+from stepforge.backends.triton.words import words_of
 
 _PLAIN = Variant()
 
@@ -54,7 +55,9 @@ class Kernel:
         self.args = KernelArgs.of(spec, variant.dims)
         self.options = launch_options(spec, variant)
         self._step = load(triton_source(spec, variant)).step
-        self._compiled: set[tuple[torch.device, bool, tuple[int, ...]]] = set()
+        self._coefficients = len(spec.graph.coefficients)
+        self._arithmetic = spec.arithmetic
+        self._compiled: set[tuple[tuple[torch.device, bool, bool], tuple[int, ...]]] = set()
 
     def launch(
         self,
@@ -62,7 +65,7 @@ class Kernel:
         owners: torch.Tensor,
         rows: torch.Tensor,
         gradients: torch.Tensor,
-        coefficients: torch.Tensor,
+        coefficients: torch.Tensor | Sequence[float],
         step_seeds: torch.Tensor | None,
         aligned: Mapping[str, int],
         grad_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -74,8 +77,7 @@ class Kernel:
             owners: int32, blocks: the parameter of each block.
             rows: int64, parameters x width: the records of :class:`KernelArgs`.
             gradients: int64, parameters: the addresses of their gradients.
-            coefficients: parameters x coefficients, or 1 x coefficients if all parameters share
-                them.
+            coefficients: parameters x coefficients; or numbers, if all parameters share them.
             step_seeds: int64, parameters: the seeds of their random bits; None if rounding takes
                 none.
             aligned: for each tensor, the power of two in bytes that divides all its addresses.
@@ -85,11 +87,11 @@ class Kernel:
         Raises:
             RuntimeError: a graph is captured, and the kernel has not been compiled.
         """
-        stride = coefficients.shape[1] if len(coefficients) > 1 else 0
         elements = () if self.args.dims else self.args.elements
-        bytes_ = self._compiled_for(
-            rows.device, grad_scale is not None, tuple(aligned[x] for x in elements)
-        )
+        numbers = coefficients if isinstance(coefficients, torch.Tensor) else None
+        kind = (rows.device, grad_scale is not None, numbers is None)
+        bytes_ = self._compiled_for(kind, tuple(aligned[x] for x in elements))
+        shared = [0.0] * self._coefficients if numbers is not None else coefficients
         given: dict[str, Any] = {named(x, "aligned"): n for x, n in zip(elements, bytes_)}
         if step_seeds is not None:
             given["keys"] = step_seeds
@@ -98,8 +100,8 @@ class Kernel:
                 owners,
                 rows,
                 gradients,
-                coefficients,
-                stride,
+                numbers,
+                *(word for x in shared for word in words_of(x, self._arithmetic)),
                 *(grad_scale or (None, None)),
                 **given,
                 SCALED=grad_scale is not None,
@@ -108,26 +110,28 @@ class Kernel:
             )
 
     def _compiled_for(
-        self, device: torch.device, is_scaled: bool, aligned: tuple[int, ...]
+        self, kind: tuple[torch.device, bool, bool], aligned: tuple[int, ...]
     ) -> tuple[int, ...]:
         """Return the bytes that addresses are taken to be multiples of, for each tensor.
+
+        Args:
+            kind: the device, and whether a gradient scale and shared coefficients are given.
+            aligned: the bytes that addresses are multiples of.
 
         While a graph is captured nothing can be compiled, but what is compiled for multiples of
         fewer bytes serves, too.
         """
         if not is_capturing():
-            self._compiled.add((device, is_scaled, aligned))
+            self._compiled.add((kind, aligned))
             return aligned
         fitting = (
             known
-            for where, scaled, known in self._compiled
-            if where == device
-            and scaled == is_scaled
-            and all(n % k == 0 for n, k in zip(aligned, known))
+            for compiled, known in self._compiled
+            if compiled == kind and all(n % k == 0 for n, k in zip(aligned, known))
         )
         found = max(fitting, default=None)
         if found is None:
-            scaled = "with" if is_scaled else "without"
+            scaled = "with" if kind[1] else "without"
             raise RuntimeError(
                 "a graph cannot capture the compilation of a kernel: before the capture, step once "
                 f"{scaled} a gradient scaler, with gradients in memory as in the capture"

@@ -14,13 +14,22 @@ import torch
 
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
-from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
+from stepforge.backends.triton.expressions import SQRT_FUNCTION, commented, function, type_name
 from stepforge.backends.triton.variant import Target, Variant
+from stepforge.backends.triton.words import NUMBER_FUNCTIONS, number_of
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import DRAW, Format, Part, result_salt, tensor_name
 from stepforge.program import Graph, Program
 
-__all__ = ["WHOLE", "KernelArgs", "has_two_paths", "named", "triton_source", "writer_source"]
+__all__ = [
+    "WHOLE",
+    "KernelArgs",
+    "coefficient_words",
+    "has_two_paths",
+    "named",
+    "triton_source",
+    "writer_source",
+]
 
 _TWO_LINES = "\n\n\n"
 
@@ -92,7 +101,7 @@ def triton_source(spec: KernelSpec, variant: Variant) -> str:
     stored = ", ".join(f"{tensor} {_bare(dtype)}" for tensor, dtype in spec.dtype_of.items())
     about = f'"""A step in {_bare(spec.arithmetic)} on {stored}; written by stepforge."""'
     functions = [*_format_functions(spec, target), _update(spec, target)]
-    helpers = ""
+    helpers = "".join(NUMBER_FUNCTIONS[n] for n in sorted(set(map(len, coefficient_words(spec)))))
     if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
         helpers += BFLOAT16_FUNCTIONS
     if any(" sqrt(" in text for text in functions):
@@ -193,17 +202,23 @@ def _parts(spec: KernelSpec, column: str) -> list[tuple[str, Part]]:
 
 def _kernel(spec: KernelSpec, variant: Variant) -> str:
     """Return the kernel: it finds the parameter of a block, and steps the block."""
-    graph, args = spec.graph, KernelArgs.of(spec, variant.dims)
+    args = KernelArgs.of(spec, variant.dims)
     aligned = [] if variant.dims else [named(x, "aligned") for x in spec.elements]
     keys = ["    keys,  # of each row what its random bits follow from"]
+    words = [word for names in coefficient_words(spec) for word in names]
     lines = [
-        '@triton.jit(do_not_specialize=["stride"])',
+        *textwrap.wrap(
+            f"@triton.jit(do_not_specialize={words})",
+            100,
+            subsequent_indent=" " * 31,
+            break_long_words=False,
+        ),
         "def step(",
         "    owners,  # the row of each block",
         f"    rows,  # of each row {args.width} numbers: its first block, its size, ...",
         "    gradients,  # of each row the address of its gradient",
-        "    numbers,  # the coefficients of each row, or those of all",
-        "    stride,  # from the coefficients of a row to those of the next; 0 if they are of all",
+        "    numbers,  # the coefficients of each row; None if those of all are arguments",
+        *(f"    {word}," for word in words),
         "    unscale,  # what gradients are multiplied by before all else",
         "    found_inf,  # not zero if nothing is to be changed",
         *(keys if spec.is_random else []),
@@ -229,11 +244,7 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
     for tensor in spec.tensors:
         at = "gradients + row" if tensor == "g" else f"this + {args.address(tensor)}"
         body += _base(spec, variant, tensor, at)
-    if graph.coefficients:
-        body.append("given = numbers + row * stride")
-    for position, node in enumerate(graph.coefficients):
-        test = " != 0" if node.boolean else ""
-        body.append(f"c{position} = tl.load(given + {position}){test}  # {_shown(node)}")
+    body += _coefficients(spec)
     if spec.is_random:
         body.append("key = tl.load(keys + row).to(tl.uint32)")
         body.append(f"start = tl.load(this + {args.start}).to(tl.uint32)")
@@ -248,6 +259,27 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
     else:
         body += masked
     return "\n".join([*lines, *(f"    {line}" for line in body), ""])
+
+
+def coefficient_words(spec: KernelSpec) -> list[tuple[str, ...]]:
+    """Return the names of the arguments that hold each coefficient's bits, upper half first."""
+    halves = ("high", "low") if spec.arithmetic == torch.float64 else ("bits",)
+    return [
+        tuple(f"c{position}_{half}" for half in halves)
+        for position in range(len(spec.graph.coefficients))
+    ]
+
+
+def _coefficients(spec: KernelSpec) -> list[str]:
+    """Return the lines that read the coefficients: those of the row, or those of all."""
+    shared, own = [], [f"    given = numbers + row * {len(spec.graph.coefficients)}"]
+    for position, (node, words) in enumerate(zip(spec.graph.coefficients, coefficient_words(spec))):
+        test = " != 0" if node.boolean else ""
+        shared.append(commented(f"    c{position} = {number_of(words)}{test}", node))
+        own.append(f"    c{position} = tl.load(given + {position}){test}")
+    if not shared:
+        return []
+    return ["if numbers is None:", *shared, "else:", *own]
 
 
 def _base(spec: KernelSpec, variant: Variant, tensor: str, at: str) -> list[str]:
@@ -465,8 +497,3 @@ def _mask(spec: KernelSpec, tensor: str) -> str:
 
 def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _shown(node: object) -> str:
-    text = str(node)
-    return text if len(text) <= 60 else text[:57] + "..."

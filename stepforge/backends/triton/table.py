@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,29 +122,30 @@ class Table:
         )
         self._keep_until_done(tables)
 
-    def _keep_until_done(self, tables: Sequence[torch.Tensor | None]) -> None:
+    def _keep_until_done(self, tables: Iterable[object]) -> None:
         """Keep the tables' memory until the launch is done, on whatever stream it runs."""
         if self.device.type != "cpu" and not is_capturing():
             stream = torch.get_device_module(self.device).current_stream(self.device)
             for table in tables:
-                if table is not None:
+                if isinstance(table, torch.Tensor):
                     table.record_stream(stream)
 
-    def _coefficients_of(self, batch: Batch) -> torch.Tensor:
-        """Return the coefficients: a row per parameter, or one row that all share."""
-        is_whole = len(self._members) == len(batch)
+    def _coefficients_of(self, batch: Batch) -> torch.Tensor | list[float]:
+        """Return the coefficients: a row per parameter, or the numbers that all share."""
         arithmetic = batch.spec.arithmetic
         if batch.matrix is not None:
             return self._of_members(batch.matrix)
         if _has_device_values(batch):
             columns = [_on_device(c, len(batch), self.device) for c in batch.coefficients]
             return self._of_members(torch.stack([c.to(arithmetic) for c in columns], dim=1))
-        count = len(batch) if any(isinstance(c, np.ndarray) for c in batch.coefficients) else 1
+        if batch.shares_coefficients:
+            return [float(value) for value in batch.coefficients]  # type: ignore[arg-type]
         dtype = np.float64 if arithmetic == torch.float64 else np.float32
-        rows = np.empty((count, len(batch.coefficients)), dtype)
+        rows = np.empty((len(batch), len(batch.coefficients)), dtype)
         for position, value in enumerate(batch.coefficients):
             rows[:, position] = value
-        return self.coefficients.show(rows if is_whole or count == 1 else rows[self._members])
+        is_whole = len(self._members) == len(batch)
+        return self.coefficients.show(rows if is_whole else rows[self._members])
 
     def _step_seeds_of(self, batch: Batch) -> torch.Tensor | None:
         """Return the seeds of the parameters' random bits; None if rounding takes none."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.kernel import is_interpreted, launch_context, load
 from stepforge.backends.triton.uniform_source import Scalar, UniformSpec, uniform_source
+from stepforge.backends.triton.words import words_of
 from stepforge.ops import scalar_dtype
 from stepforge.state.elements import Elements
 
@@ -227,13 +227,6 @@ def _dtype(argument: Any) -> torch.dtype | None:
     return argument.dtype if isinstance(argument, torch.Tensor) else None
 
 
-_FLOAT64 = struct.Struct("<d")
-_WORDS = struct.Struct("<ii")
-
-
 def _arguments(value: float | torch.Tensor) -> tuple[Any, ...]:
-    """Return the arguments of an option: a pointer, or two words, as numbers become float32."""
-    if isinstance(value, torch.Tensor):
-        return (value,)
-    low, high = _WORDS.unpack(_FLOAT64.pack(value))
-    return high, low
+    """Return the arguments of an option: a pointer, or the words of a number."""
+    return (value,) if isinstance(value, torch.Tensor) else words_of(value, torch.float64)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from stepforge.backends.triton.expressions import function, type_name
+from stepforge.backends.triton.expressions import commented, function, type_name
 from stepforge.backends.triton.powers import FLOAT64_FUNCTIONS, float64_functions
 from stepforge.backends.triton.variant import Target
+from stepforge.backends.triton.words import NUMBER_FUNCTIONS, number_of
 from stepforge.formats import STEP_SEED
 from stepforge.program import Graph
 
@@ -62,17 +63,6 @@ class UniformSpec:
         return tuple(name for name in self.graph.uniform.inputs if name not in known)
 
 
-_FLOAT64_OF = '''\
-@triton.jit
-def float64_of(high, low):
-    """The number whose bits two words hold."""
-    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return bits.to(tl.float64, bitcast=True)
-
-
-'''
-
-
 def uniform_source(spec: UniformSpec) -> str:
     """Return the Python source of a module whose function ``advance`` is the kernel."""
     program = spec.graph.uniform
@@ -82,7 +72,7 @@ def uniform_source(spec: UniformSpec) -> str:
     )
     operations = [instruction.op for instruction in program.instructions]
     text = f"{textwrap.fill(about, 100)}\n\nimport triton\nimport triton.language as tl\n\n\n"
-    text += _FLOAT64_OF + float64_functions(operations)
+    text += NUMBER_FUNCTIONS[2] + float64_functions(operations)
     if program.outputs:
         more = FLOAT64_FUNCTIONS | {"stored": _rounding(spec.stored)}
         arguments = [f"{name}_in" for name in _variables(spec)]
@@ -108,9 +98,9 @@ def _kernel(spec: UniformSpec) -> str:
             arguments.append(f"{variable}_at")
             options.append(f"{variable}_in = tl.load({variable}_at).to(tl.float64)  # {name}")
         else:
-            arguments += [f"{variable}_high", f"{variable}_low"]
-            read = f"float64_of({variable}_high, {variable}_low)"
-            options.append(f"{variable}_in = {read}  # {name}")
+            words = f"{variable}_high", f"{variable}_low"
+            arguments += words
+            options.append(f"{variable}_in = {number_of(words)}  # {name}")
     lines = ["row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)", "inside = row < rows"]
     for position, scalar in enumerate(spec.scalars):
         place = f"tl.load(index{position} + row, inside)" if scalar.has_index else "row"
@@ -146,7 +136,7 @@ def _results(spec: UniformSpec) -> list[str]:
     number = type_name(spec.arithmetic)
     for position, (name, node) in enumerate(zip(coefficients, graph.coefficients)):
         store = f"tl.store(to + {position}, {name}.to({number}), inside)"
-        lines.append(f"{store}  # {_shown(node, 100 - len(store) - 8)}")
+        lines.append(commented(store, node))
     steps = _position(spec, "t")
     if spec.is_random:
         step = f"{_scalar(steps)}_in.to(tl.int64).to(tl.uint32)"
@@ -185,8 +175,3 @@ def _rounding(dtype: torch.dtype) -> str:
 
 def _bare(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _shown(node: object, width: int) -> str:
-    text = str(node)
-    return text if len(text) <= width else text[: width - 3] + "..."

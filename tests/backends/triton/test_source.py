@@ -20,7 +20,7 @@ from stepforge.backends.triton import kernel
 from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.inspection import GPU, GPUS
 from stepforge.backends.triton.kernel import BLOCK, Kernel, kernel_for
-from stepforge.backends.triton.source import named, triton_source
+from stepforge.backends.triton.source import coefficient_words, named, triton_source
 from stepforge.backends.triton.variant import Variant, units
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
@@ -98,7 +98,8 @@ def test_a_kernel_is_made_once(
 
     def launch(self: Kernel, *args: Any) -> None:
         _, *tensors, aligned, _ = args
-        keys = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+        # Numbers are arguments of one type, whatever they are.
+        keys = [(x.dtype, x.data_ptr() % 16) for x in tensors if isinstance(x, torch.Tensor)]
         launches.append({"kernel": id(self), "specialization": keys, "aligned": aligned})
         inner(self, *args)
 
@@ -193,7 +194,8 @@ def print_instructions(folder: str) -> None:
             spec = spec_of_format(name, format_)
         number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
         signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
-        signature |= {"stride": "i32", "unscale": number, "found_inf": "*fp32", "keys": "*i64"}
+        signature |= {"unscale": number, "found_inf": "*fp32", "keys": "*i64"}
+        signature |= {word: "i32" for words in coefficient_words(spec) for word in words}
         constants: dict[str, Any] = {"SCALED": True, "BLOCK": BLOCK}
         if case == "NAdam":
             constants |= {"SCALED": False, "unscale": None, "found_inf": None}

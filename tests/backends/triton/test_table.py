@@ -157,6 +157,16 @@ def trained(device: torch.device, **options: object) -> tuple[stepforge.Optimize
     return optimizer, params
 
 
+def in_two_groups(
+    device: torch.device, name: str
+) -> tuple[stepforge.Optimizer, list[torch.nn.Parameter]]:
+    """Return an optimizer whose parameters have different coefficients, and the parameters."""
+    params = [torch.nn.Parameter(torch.ones(5, device=device)) for _ in range(2)]
+    set_gradients(params, 0)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2))]
+    return OPTIMIZERS[name].ours(groups), params
+
+
 def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
     """Set new gradients at other addresses than the old ones, which still exist."""
     old = [p.grad for p in params]
@@ -171,16 +181,27 @@ def test_only_what_differs_is_uploaded(
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
     optimizer, params = trained(device)
     first = uploads(optimizer)
-    assert first == {"rows": 1, "gradients": 1, "coefficients": 1, "members": 0}
+    assert first == {"rows": 1, "gradients": 1, "coefficients": 0, "members": 0}
     (table,) = tables(optimizer)
     for step in range(1, 3):
         set_gradients(params, step)
         with by_kernels_only():
             optimizer.step()
         assert tables(optimizer) == [table]
-        assert uploads(optimizer) == first | {"gradients": 1 + step, "coefficients": 1 + step}
+        assert uploads(optimizer) == first | {"gradients": 1 + step}
     optimizer.step()  # the same gradients
-    assert uploads(optimizer) == first | {"gradients": 3, "coefficients": 4}
+    assert uploads(optimizer) == first | {"gradients": 3}
+
+
+def test_coefficients_are_uploaded_where_parameters_differ(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
+    optimizer, _ = in_two_groups(device, "Adam")
+    for step in range(1, 4):
+        optimizer.step()
+        found = uploads(optimizer)
+        assert found == {"rows": 1, "gradients": 1, "coefficients": step, "members": 0}
 
 
 def test_coefficients_of_the_device_are_not_uploaded(
@@ -197,9 +218,7 @@ def test_coefficients_that_do_not_change_stay(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STEPFORGE_BACKEND", "triton")
-    p = torch.nn.Parameter(torch.ones(5, device=device))
-    p.grad = torch.ones_like(p)
-    optimizer = stepforge.Adagrad([p])
+    optimizer, _ = in_two_groups(device, "Adagrad")
     for _ in range(3):
         optimizer.step()
     assert uploads(optimizer) == {"rows": 1, "gradients": 1, "coefficients": 1, "members": 0}
