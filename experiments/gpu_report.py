@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from stepforge.backends.triton.inspection import GPUS, inspect_kernel, paths
-from stepforge.backends.triton.variant import Variant, units
+from stepforge.backends.triton.inspection import GPUS, dense_paths, inspect_kernel
+from stepforge.backends.triton.variant import Variant
 from stepforge.cli.kernels import STORAGES, spec_of_storage
 from stepforge.rules import ALL
 
@@ -47,10 +47,9 @@ def cases(rules: Iterable[str] = ALL, storages: Iterable[str] = STORAGES) -> Ite
     for rule in rules:
         for storage in storages:
             spec = spec_of_storage(rule, storage)
-            for target in GPUS:
-                for unit in units(spec):
-                    for path in paths(spec, Variant(unit=unit)):
-                        yield Case(rule, storage, target, unit, path)
+            for name, gpu in GPUS.items():
+                for variant, path in dense_paths(spec, gpu.target):
+                    yield Case(rule, storage, name, variant.unit, path)
 
 
 def row(case: Case) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import triton_source
-from stepforge.backends.triton.variant import Target, Variant, units
+from stepforge.backends.triton.variant import AMPERE, Variant, units
 from stepforge.formats import int8_blocks, split_weight, tensor_name
 from stepforge.rules import ALL
 from stepforge.state.layout import state_layout
@@ -29,9 +29,6 @@ __all__ = [
 #: The name in options and messages of the instruction set that every processor of a kind has. The
 #: library names it "".
 PLAIN = "plain"
-
-#: The GPU that Triton sources are for.
-_TARGET = Target(rounds_bfloat16=True)
 
 #: The dtype of parameters and the options of each storage.
 STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -96,14 +93,15 @@ def c_sources() -> list[str]:
 def triton_sources() -> list[str]:
     """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton.
 
-    They are for dense tensors, and for tensors of two dimensions with any strides.
+    They are for dense tensors, and for tensors of two dimensions with any strides; on a GPU of
+    NVIDIA.
     """
     sources = (
         triton_source(spec, variant)
         for spec in specs()
         for variant in (
-            *(Variant(unit=unit, target=_TARGET) for unit in units(spec)),
-            Variant(dims=2, target=_TARGET),
+            *(Variant(unit=unit, target=AMPERE) for unit in units(spec)),
+            Variant(dims=2, target=AMPERE),
         )
     )
     return list(dict.fromkeys(sources))

@@ -1,4 +1,4 @@
-"""What kernels compile to for GPUs that need not be there: `make gpu-report`, on a few cases.
+"""Kernels compiled for GPUs that need not be there: `make gpu-report`, on a few cases.
 
 Oracle: the machine code of Triton's own compilers. The budgets leave a tenth over what it was when
 they were set, for other versions of Triton; a path through which a kernel becomes a quarter slower
@@ -16,7 +16,7 @@ import pytest
 from experiments.gpu_report import cases, page_table, row, with_table
 from stepforge.cli.kernels import STORAGES, spec_of_storage
 from stepforge.rules import ALL
-from tests.backends.graphs import in_new_process
+from tests.backends.triton.kernels import compiled_in_new_process
 
 pytest.importorskip("triton")
 
@@ -32,22 +32,14 @@ BUDGETS = {
 }
 
 
-def print_rows(folder: str) -> None:
+def print_rows() -> None:
     print(json.dumps([row(case) for case in cases(RULES, BUDGETS)]))
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    printed = in_new_process(
-        print_rows,
-        folder,
-        timeout_s=400,
-        TRITON_INTERPRET="0",
-        TRITON_CACHE_DIR=folder,
-        STEPFORGE_CACHE=f"{folder}/kernels",
-    )
-    found: list[dict[str, Any]] = json.loads(printed)
+    folder = tmp_path_factory.mktemp("compiled")
+    found: list[dict[str, Any]] = compiled_in_new_process(print_rows, folder, timeout_s=400)
     return found
 
 

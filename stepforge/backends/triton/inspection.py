@@ -10,10 +10,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.kernel import BLOCK, launch_options, load
@@ -24,10 +26,19 @@ from stepforge.backends.triton.source import (
     named,
     triton_source,
 )
-from stepforge.backends.triton.variant import WIDEST, Target, Variant
+from stepforge.backends.triton.variant import AMPERE, WIDEST, Target, Variant, units
 from stepforge.formats import BLOCK as CHUNK
 
-__all__ = ["GPU", "GPUS", "Inspection", "inspect_kernel", "paths"]
+__all__ = [
+    "GPU",
+    "GPUS",
+    "Inspection",
+    "compile_for",
+    "compile_step",
+    "dense_paths",
+    "inspect_kernel",
+    "paths",
+]
 
 
 @dataclass(frozen=True)
@@ -48,8 +59,8 @@ class GPU:
 #: The GPUs that kernels are checked for, by the names that their makers use: A100, H100 and H200,
 #: MI300.
 GPUS = {
-    "sm_80": GPU("cuda", 80, Target(rounds_bfloat16=True)),
-    "sm_90": GPU("cuda", 90, Target(rounds_bfloat16=True)),
+    "sm_80": GPU("cuda", 80, AMPERE),
+    "sm_90": GPU("cuda", 90, AMPERE),
     "gfx942": GPU("hip", "gfx942", Target(lanes=64, root_takes_denormals=False)),
 }
 
@@ -91,6 +102,14 @@ def paths(spec: KernelSpec, variant: Variant) -> dict[str, str | None]:
     return {f"masked, multiple of {variant.unit}" if variant.unit > 1 else "masked": None}
 
 
+def dense_paths(spec: KernelSpec, target: Target) -> Iterator[tuple[Variant, str]]:
+    """Yield the variants of a spec's kernel for dense tables, with each path through them."""
+    for unit in units(spec):
+        variant = Variant(unit=unit, target=target)
+        for path in paths(spec, variant):
+            yield variant, path
+
+
 def inspect_kernel(spec: KernelSpec, variant: Variant, gpu: GPU, path: str) -> Inspection:
     """Compile a kernel, and read what it has become.
 
@@ -105,16 +124,13 @@ def inspect_kernel(spec: KernelSpec, variant: Variant, gpu: GPU, path: str) -> I
     Raises:
         RuntimeError: Triton or one of its tools fails.
     """
-    options = launch_options(spec, variant)
-    source = triton_source(spec, variant)
     condition = paths(spec, variant)[path]
     read = _read_nvidia if gpu.backend == "cuda" else _read_amd
-    elements = BLOCK / (options["num_warps"] * gpu.target.lanes)
-    whole = read(_compiled(source, spec, gpu, options), elements)
+    threads = launch_options(spec, variant)["num_warps"] * gpu.target.lanes
+    whole = read(compile_step(spec, variant, gpu), BLOCK / threads)
     if condition is None:
         return whole
-    alone = source.replace(f"if {WHOLE}:", f"if {condition}:")
-    part = read(_compiled(alone, spec, gpu, options), elements)
+    part = read(compile_step(spec, variant, gpu, condition=condition), BLOCK / threads)
     return Inspection(
         whole.registers,
         whole.spills,
@@ -125,32 +141,67 @@ def inspect_kernel(spec: KernelSpec, variant: Variant, gpu: GPU, path: str) -> I
     )
 
 
-def _compiled(source: str, spec: KernelSpec, gpu: GPU, options: dict[str, Any]) -> Any:
-    """Compile a source as a launch does whose parameters share coefficients, and are aligned."""
+def compile_step(
+    spec: KernelSpec,
+    variant: Variant,
+    gpu: GPU,
+    *,
+    condition: str = WHOLE,
+    is_scaled: bool = False,
+) -> Any:
+    """Compile a kernel as a launch does whose parameters share coefficients, and are aligned.
+
+    Args:
+        spec: the kernel's spec.
+        variant: its variant.
+        gpu: the GPU.
+        condition: takes the first of two paths.
+        is_scaled: True if gradients have a scale.
+    """
+    source = triton_source(spec, variant).replace(f"if {WHOLE}:", f"if {condition}:")
+    number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
+    types = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "keys": "*i64"}
+    types |= {"unscale": number, "found_inf": "*fp32"}
+    types |= {word: "i32" for words in coefficient_words(spec) for word in words}
+    constants: dict[str, Any] = {named(tensor, "aligned"): WIDEST for tensor in spec.elements}
+    constants |= {"SCALED": is_scaled, "BLOCK": BLOCK, "numbers": None}
+    if not is_scaled:
+        constants |= {"unscale": None, "found_inf": None}
+    return compile_for(gpu, load(source).step, types, constants, launch_options(spec, variant))
+
+
+def compile_for(
+    gpu: GPU,
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Any:
+    """Compile a function of Triton's for a GPU.
+
+    Args:
+        gpu: the GPU.
+        function: the function.
+        types: Triton's types of arguments; an address is a multiple of 16 bytes.
+        constants: the values of arguments that are part of the machine code.
+        options: Triton's options of a launch.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    step = load(source).step
-    types = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "keys": "*i64"}
-    types |= {word: "i32" for words in coefficient_words(spec) for word in words}
-    constants = {"SCALED": False, "unscale": None, "found_inf": None, "BLOCK": BLOCK}
-    constants |= {"numbers": None}
-    constants |= {named(tensor, "aligned"): WIDEST for tensor in spec.elements}
-    names = step.arg_names
+    names = function.arg_names
+    given = {name: "constexpr" if name in constants else types[name] for name in names}
+    pointers = [place for place, name in enumerate(names) if given[name].startswith("*")]
     return triton.compile(
         ASTSource(
-            step,
-            {name: "constexpr" if name in constants else types[name] for name in names},
+            function,
+            given,
             {(names.index(name),): x for name, x in constants.items() if name in names},
-            {
-                (place,): [["tt.divisibility", 16]]
-                for place, name in enumerate(names)
-                if types.get(name, "").startswith("*")
-            },
+            {(place,): [["tt.divisibility", 16]] for place in pointers},
         ),
         target=GPUTarget(gpu.backend, gpu.architecture, gpu.target.lanes),
-        options=options,
+        options=dict(options),
     )
 
 

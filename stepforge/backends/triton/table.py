@@ -192,7 +192,7 @@ class Mirror:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.uploads = 0
-        # Those that a captured graph reads, which may replay as long as the table exists.
+        # Tensors that a captured graph reads, which may replay as long as the table exists.
         self._captured: list[torch.Tensor] = []
         self._shown: tuple[np.ndarray[Any, Any], torch.Tensor] | None = None
 

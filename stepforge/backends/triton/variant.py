@@ -12,7 +12,7 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import BLOCK as CHUNK
 
-__all__ = ["WIDEST", "Target", "Variant", "begins_rows_with_words", "target_of", "units"]
+__all__ = ["AMPERE", "WIDEST", "Target", "Variant", "begins_rows_with_words", "target_of", "units"]
 
 #: Bytes of the widest load or store; an address must be a multiple of them.
 WIDEST = 16
@@ -34,6 +34,10 @@ class Target:
     rounds_bfloat16: bool = False
 
 
+#: NVIDIA's GPUs from compute capability 8.0, which was called Ampere.
+AMPERE = Target(rounds_bfloat16=True)
+
+
 def target_of(device: torch.device) -> Target:
     """Return the properties of a device; of a CPU those of the interpreter."""
     return _target_of(device.type, device.index)
@@ -46,7 +50,7 @@ def _target_of(kind: str, index: int | None) -> Target:
     if torch.version.hip:
         lanes = torch.cuda.get_device_properties(index).warp_size
         return Target(lanes, root_takes_denormals=False)
-    return Target(rounds_bfloat16=torch.cuda.get_device_capability(index) >= (8, 0))
+    return AMPERE if torch.cuda.get_device_capability(index) >= (8, 0) else Target()
 
 
 @dataclass(frozen=True)

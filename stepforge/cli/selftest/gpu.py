@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from stepforge.backends.triton.inspection import GPU, inspect_kernel, paths
-from stepforge.backends.triton.variant import Variant, target_of, units
+from stepforge.backends.triton.inspection import GPU, dense_paths, inspect_kernel
+from stepforge.backends.triton.variant import target_of
 from stepforge.cli.kernels import STORAGES, spec_of_storage
 
 __all__ = ["gpu_of", "kernels"]
@@ -35,8 +35,6 @@ def kernels(gpu: GPU, storages: Sequence[str] = tuple(STORAGES)) -> Iterator[dic
     """
     for storage in storages:
         spec = spec_of_storage(_OPTIMIZER, storage)
-        for unit in units(spec):
-            variant = Variant(unit=unit, target=gpu.target)
-            for path in paths(spec, variant):
-                found = inspect_kernel(spec, variant, gpu, path)
-                yield {"storage": storage, "path": path} | asdict(found)
+        for variant, path in dense_paths(spec, gpu.target):
+            found = inspect_kernel(spec, variant, gpu, path)
+            yield {"storage": storage, "path": path} | asdict(found)

@@ -1,9 +1,12 @@
-"""Helpers to run a Triton kernel, and to inspect the tables of a plan."""
+"""Helpers to run or compile a Triton kernel, and to inspect the tables of a plan."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -13,7 +16,7 @@ import stepforge
 from stepforge.backends import reference, triton
 from stepforge.backends.triton.table import Table
 from stepforge.program import Graph
-from tests.backends.graphs import Columns, batch_of
+from tests.backends.graphs import Columns, batch_of, in_new_process
 
 #: The devices that can run kernels. A test of both runs on one of them and skips the other.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -52,6 +55,24 @@ def _copied(x: torch.Tensor) -> torch.Tensor:
     """Return the same view of a copy of the whole memory."""
     memory = x.new_empty(0).set_(x.untyped_storage().clone())
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def compiled_in_new_process(function: Callable[[], None], folder: Path, *, timeout_s: float) -> Any:
+    """Return what a function prints in JSON, called where Triton compiles instead of interpreting.
+
+    Args:
+        function: a function of a test module.
+        folder: for what is compiled.
+        timeout_s: the time that it may take.
+    """
+    printed = in_new_process(
+        function,
+        timeout_s=timeout_s,
+        TRITON_INTERPRET="0",
+        TRITON_CACHE_DIR=str(folder),
+        STEPFORGE_CACHE=str(folder / "kernels"),
+    )
+    return json.loads(printed)
 
 
 def tables(optimizer: stepforge.Optimizer) -> list[Table]:

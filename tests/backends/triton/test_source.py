@@ -18,15 +18,15 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton import kernel
 from stepforge.backends.triton.dtypes import STORABLE
-from stepforge.backends.triton.inspection import GPU, GPUS
+from stepforge.backends.triton.inspection import GPUS, compile_for, compile_step
 from stepforge.backends.triton.kernel import BLOCK, Kernel, kernel_for
-from stepforge.backends.triton.source import coefficient_words, named, triton_source
+from stepforge.backends.triton.source import named, triton_source
 from stepforge.backends.triton.variant import Variant, units
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
-from tests.backends.graphs import columns_of, graph_of, in_new_process, spec_of, traced
+from tests.backends.graphs import columns_of, graph_of, spec_of, traced
 from tests.backends.rules import RULES, together
-from tests.backends.triton.kernels import tables
+from tests.backends.triton.kernels import compiled_in_new_process, tables
 from tests.conformance.table import FORMATS, OPTIMIZERS, normal, parameter
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -156,34 +156,10 @@ FORMAT_CASES: dict[str, tuple[str, str, int]] = {
 }
 
 
-def print_instructions(folder: str) -> None:
+def print_instructions() -> None:
     """Compile each case for GPUs of NVIDIA and AMD, and print counts of instructions."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     found: dict[str, Any] = {}
     gpus = [GPUS["sm_80"], GPUS["gfx942"]]
-
-    def compiled(
-        function: Any,
-        gpu: GPU,
-        options: dict[str, Any],
-        constants: dict[str, Any],
-        **signature: str,
-    ) -> Any:
-        types = {n: "constexpr" if n in constants else signature[n] for n in function.arg_names}
-        position = {n: (function.arg_names.index(n),) for n in function.arg_names}
-        pointers = [n for n, kind in types.items() if kind.startswith("*")]
-        source = ASTSource(
-            function,
-            types,
-            {position[n]: value for n, value in constants.items()},
-            {position[n]: [["tt.divisibility", 16]] for n in pointers},
-        )
-        target = GPUTarget(gpu.backend, gpu.architecture, gpu.target.lanes)
-        return triton.compile(source, target=target, options=options)
-
     for case in [*CASES, *FORMAT_CASES]:
         if case in CASES:
             name, dtype, dims = CASES[case]
@@ -192,20 +168,10 @@ def print_instructions(folder: str) -> None:
         else:
             name, format_, dims = FORMAT_CASES[case]
             spec = spec_of_format(name, format_)
-        number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
-        signature = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "numbers": number}
-        signature |= {"unscale": number, "found_inf": "*fp32", "keys": "*i64"}
-        signature |= {word: "i32" for words in coefficient_words(spec) for word in words}
-        constants: dict[str, Any] = {"SCALED": True, "BLOCK": BLOCK}
-        if case == "NAdam":
-            constants |= {"SCALED": False, "unscale": None, "found_inf": None}
-        if not dims:
-            constants |= {named(x, "aligned"): 16 for x in spec.elements}
         unit = units(spec)[0] if case in FORMAT_CASES and not dims else 1
-        made = [Kernel(spec, Variant(dims, unit, gpu.target)) for gpu in gpus]
         cuda, hip = (
-            compiled(each._step, gpu, each.options, constants, **signature)
-            for each, gpu in zip(made, gpus)
+            compile_step(spec, Variant(dims, unit, gpu.target), gpu, is_scaled=case != "NAdam")
+            for gpu in gpus
         )
         opcode = re.compile(r"^\s*(?:@!?%p\d+ )?([a-z][a-z0-9_.:]+) ", re.M)
         found[case] = {
@@ -216,22 +182,15 @@ def print_instructions(folder: str) -> None:
     write = kernel._writer().write
     types = {n: "*i32" if n == "table" else "i32" for n in write.arg_names}
     for gpu in gpus:
-        compiled(write, gpu, {}, {}, **types)
+        compile_for(gpu, write, types, {}, {})
     print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    printed = in_new_process(
-        print_instructions,
-        folder,
-        timeout_s=240,
-        TRITON_INTERPRET="0",
-        TRITON_CACHE_DIR=folder,
-        STEPFORGE_CACHE=f"{folder}/kernels",
+    return compiled_in_new_process(
+        print_instructions, tmp_path_factory.mktemp("compiled"), timeout_s=240
     )
-    return json.loads(printed)
 
 
 @pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES])

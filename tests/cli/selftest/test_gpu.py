@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from stepforge.backends.triton.inspection import GPUS
 from stepforge.cli.selftest.gpu import gpu_of, kernels
-from tests.backends.graphs import in_new_process
+from tests.backends.triton.kernels import compiled_in_new_process
 from tests.cli.selftest.test_command import report, run
 
 CPU = torch.device("cpu")
@@ -26,22 +25,13 @@ def test_a_device_without_machine_code_has_no_kernels() -> None:
     assert gpu_of(torch.device("xpu")) is None
 
 
-def print_kernels(folder: str) -> None:
+def print_kernels() -> None:
     print(json.dumps(list(kernels(GPUS["sm_90"], ["float32", "int8"]))))
 
 
 def test_every_path_of_a_kernel_is_in_the_report(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    folder = str(tmp_path)
-    printed = in_new_process(
-        print_kernels,
-        folder,
-        timeout_s=120,
-        TRITON_INTERPRET="0",
-        TRITON_CACHE_DIR=folder,
-        STEPFORGE_CACHE=f"{folder}/kernels",
-    )
-    found: list[dict[str, Any]] = json.loads(printed)
+    found = compiled_in_new_process(print_kernels, tmp_path, timeout_s=120)
     assert [each["storage"] for each in found] == ["float32"] * 3 + ["int8"] * 3
     assert len({(each["storage"], each["path"]) for each in found}) == 6
     assert all(0 < each["registers"] < 256 for each in found)
