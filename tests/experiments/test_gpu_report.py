@@ -21,6 +21,8 @@ from tests.backends.triton.kernels import compiled_in_new_process
 pytest.importorskip("triton")
 
 RULES = ["AdamW"]
+#: A rule of few instructions, for which a mask costs the largest share, and storages.
+SHORT_RULE, ITS_STORAGES = "Adagrad", ["float16", "int8"]
 #: Instructions for an element of AdamW on sm_80 or sm_90, and on gfx942, on the whole path: at
 #: 30 T instructions a second and 4 TB/s, moving 28 bytes takes as long as 200 instructions.
 BUDGETS = {
@@ -33,7 +35,8 @@ BUDGETS = {
 
 
 def print_rows() -> None:
-    print(json.dumps([row(case) for case in cases(RULES, BUDGETS)]))
+    listed = [*cases(RULES, BUDGETS), *cases([SHORT_RULE], ITS_STORAGES)]
+    print(json.dumps([row(case) for case in listed]))
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +53,13 @@ def is_amd(each: dict[str, Any]) -> bool:
 def test_every_path_of_every_storage_is_compiled_for_every_gpu(rows: list[dict[str, Any]]) -> None:
     """Oracle: dense tables have three kinds of rows with shared scales, and two of sizes."""
     paths = {storage: set() for storage in BUDGETS}
-    for each in rows:
+    found = [each for each in rows if each["rule"] in RULES]
+    for each in found:
         paths[each["storage"]].add(each["path"])
-    for storage, found in paths.items():
+    for storage, names in paths.items():
         divisor = 16 if "int8" in storage else 8 if "bfloat16" in storage else 4
-        assert found == {"whole", f"masked, multiple of {divisor}", "masked"}
-    assert len(rows) == len(RULES) * 3 * 3 * len(BUDGETS)
+        assert names == {"whole", f"masked, multiple of {divisor}", "masked"}
+    assert len(found) == len(RULES) * 3 * 3 * len(BUDGETS)
 
 
 def test_nothing_is_spilled(rows: list[dict[str, Any]]) -> None:
@@ -63,22 +67,15 @@ def test_nothing_is_spilled(rows: list[dict[str, Any]]) -> None:
 
 
 def test_registers(rows: list[dict[str, Any]]) -> None:
-    """20 warps of 32 threads fit the 65,536 registers of a multiprocessor with up to 102 each.
-
-    Rows of any length at 24 bits keep four 8-byte addresses more.
-    """
-    for each in rows:
-        if each["path"] == "masked" and each["storage"] == "24 bits, int8":
-            assert each["registers"] <= 112, each
-        else:
-            assert each["registers"] <= 100, each
+    """20 warps of 32 threads fit the 65,536 registers of a multiprocessor with up to 102 each."""
+    assert [each for each in rows if each["registers"] > 100] == []
 
 
 def test_the_paths_of_aligned_tables_move_wide_words(rows: list[dict[str, Any]]) -> None:
     """128 bits; on AMD 4 elements of a thread, which are 64 bits where all columns are narrow."""
     for each in rows:
         if each["path"] != "masked":
-            narrow = each["storage"] in ("bfloat16", "24 bits, int8")
+            narrow = each["storage"] in ("bfloat16", "float16", "24 bits, int8")
             bits = 64 if is_amd(each) and narrow else 128
             assert (each["load_bits"], each["store_bits"]) == (bits, bits), each
 
@@ -95,18 +92,14 @@ def test_instructions_for_an_element(rows: list[dict[str, Any]]) -> None:
 
 
 def test_masks_cost_little(rows: list[dict[str, Any]]) -> None:
-    """1.3 times the instructions where all lengths are multiples, 1.4 on NVIDIA where they are not.
-
-    AMD's compiler branches around each access of a mask that is not of whole words.
-    """
+    """1.3 times the instructions of the path without a mask."""
     whole = {
         (each["rule"], each["storage"], each["target"]): each["instructions_per_element"]
         for each in rows
         if each["path"] == "whole"
     }
     for each in rows:
-        times = 1.3 if each["path"] != "masked" else 1.7 if is_amd(each) else 1.4
-        limit = times * whole[each["rule"], each["storage"], each["target"]]
+        limit = 1.3 * whole[each["rule"], each["storage"], each["target"]]
         assert each["instructions_per_element"] <= limit, each
 
 

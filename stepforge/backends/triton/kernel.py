@@ -20,7 +20,7 @@ from stepforge.backends.batch import is_capturing
 from stepforge.backends.disk_cache import BuildError
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.source import KernelArgs, named, triton_source, writer_source
-from stepforge.backends.triton.variant import Variant
+from stepforge.backends.triton.variant import Variant, elements_of_thread
 from stepforge.backends.triton.words import words_of
 
 _PLAIN = Variant()
@@ -140,17 +140,9 @@ class Kernel:
 
 
 def launch_options(spec: KernelSpec, variant: Variant) -> dict[str, Any]:
-    """Return Triton's options of a kernel's launches.
-
-    A thread has 8 elements, two words of 16 bytes of float32. It has 4 in float64, whose numbers
-    take two registers; where a word of one column has 4 elements and of another 8, which would be
-    passed on through shared memory; and on AMD, whose compiler makes wide accesses only then.
-    """
-    sizes = {spec.dtype_of[tensor].itemsize for tensor in spec.elements}
-    is_mixed = len(sizes) > 1 and max(sizes) >= 4 and not spec.in_blocks
-    is_amd = not variant.target.root_takes_denormals
-    elements = 4 if is_mixed or is_amd or spec.arithmetic == torch.float64 else 8
-    return {"num_warps": BLOCK // (elements * variant.target.lanes), "enable_fp_fusion": False}
+    """Return Triton's options of a kernel's launches."""
+    threads = BLOCK // elements_of_thread(spec, variant)
+    return {"num_warps": threads // variant.target.lanes, "enable_fp_fusion": False}
 
 
 def launch_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, commented, function, type_name
-from stepforge.backends.triton.variant import Target, Variant
+from stepforge.backends.triton.variant import Target, Variant, elements_of_thread
 from stepforge.backends.triton.words import NUMBER_FUNCTIONS, number_of
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import DRAW, Format, Part, result_salt, tensor_name
@@ -230,17 +230,21 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
         "    BLOCK: tl.constexpr,",
         "):",
     ]
+    left = f"tl.load(this + {args.size}) - begin"
+    narrowed = f"tl.minimum({left}, BLOCK).to(tl.int32)"
     body = [
         "block = tl.program_id(0)",
         "row = tl.load(owners + block)",
         f"this = rows + row * {args.width}",
         f"begin = (block - tl.load(this + {args.first})) * BLOCK  # in 64 bits",
-        f"left = tl.minimum(tl.load(this + {args.size}) - begin, BLOCK).to(tl.int32)",
+        f"left = {left if has_two_paths(spec, variant) else narrowed}",
         f"factor = tl.full((), 1.0, {type_name(spec.arithmetic)})",
         "if SCALED:",
         "    factor = tl.load(unscale)",
         "    left = tl.where(tl.load(found_inf) != 0, 0, left)",
     ]
+    if _has_rows(spec, variant):
+        body += _rows(spec, variant)
     for tensor in spec.tensors:
         at = "gradients + row" if tensor == "g" else f"this + {args.address(tensor)}"
         body += _base(spec, variant, tensor, at)
@@ -296,8 +300,10 @@ def _base(spec: KernelSpec, variant: Variant, tensor: str, at: str) -> list[str]
     lines = [f"{base} = tl.load({at}).to(tl.pointer_type({memory}))"]
     if not variant.dims and is_element:
         lines.append(f"{base} = tl.multiple_of({base}, {named(tensor, 'aligned')})")
-    if _is_consecutive(spec, variant):
-        lines.append(f"{base} += begin" if is_element else f"{base} += begin // {CHUNK}")
+    if not is_element:
+        lines.append(f"{base} += begin // {CHUNK}")
+    elif not variant.dims:
+        lines.append(f"{base} += {'origin' if _has_rows(spec, variant) else 'begin'}")
     return lines
 
 
@@ -306,16 +312,14 @@ def _base(spec: KernelSpec, variant: Variant, tensor: str, at: str) -> list[str]
 # tensor's dimension 0, and the last one of such a row may be shorter.
 #
 # There is one more axis between if rows begin anywhere, so that nothing can be moved in wide words.
-# The compiler gives neighbouring elements to neighbouring threads then, and spreads its warps over
-# the axis after the last: they should have chunks of their own, not parts of each.
-
-#: The elements of the last axis if there are three, one for each thread of a warp.
-_PIECE = 32
+# The compiler gives neighbouring elements to neighbouring threads then, and spreads what is left of
+# them over the chunks. Each thread goes along the axis between: its elements are in one chunk, and
+# their addresses differ by constants.
 
 
-def _is_consecutive(spec: KernelSpec, variant: Variant) -> bool:
-    """Return True if the elements of every block follow one another in memory."""
-    return not variant.dims and (not spec.in_blocks or variant.unit == CHUNK)
+def _has_rows(spec: KernelSpec, variant: Variant) -> bool:
+    """Return True if chunks restart at rows that they do not fill."""
+    return spec.in_blocks and variant.unit < CHUNK
 
 
 def has_two_paths(spec: KernelSpec, variant: Variant) -> bool:
@@ -327,35 +331,49 @@ def has_two_paths(spec: KernelSpec, variant: Variant) -> bool:
 WHOLE = "left >= BLOCK"
 
 
+def _left(spec: KernelSpec, variant: Variant) -> str:
+    """Return the number of elements from the first of a block on, in 32 bits."""
+    return "left.to(tl.int32)" if has_two_paths(spec, variant) else "left"
+
+
 def _lanes(spec: KernelSpec, variant: Variant) -> list[str]:
     """Return the lines that number the elements and chunks of a block, and locate the scales."""
     if not spec.in_blocks:
         hint = f"left = tl.multiple_of(left, {variant.unit})"
         return [*([hint] if variant.unit > 1 else []), "lane = tl.arange(0, BLOCK)"]
-    lines = []
+    axes = ", None" * (2 if variant.unit == 1 else 1)
+    lines = [f"count = tl.arange(0, BLOCK // {CHUNK})[:{axes}]  # chunks of the block"]
     if variant.unit == 1:
-        pieces = f"tl.arange(0, {CHUNK // _PIECE})[None, :, None] * {_PIECE}"
-        lines.append(f"lane = {pieces} + tl.arange(0, {_PIECE})[None, None, :]")
+        together = CHUNK // elements_of_thread(spec, variant)
+        lines += [
+            f"piece = tl.arange(0, {CHUNK // together})[None, :, None] * {together}",
+            f"within = tl.arange(0, {together})[None, None, :]",
+            "lane = within + piece",
+        ]
     else:
         lines.append(f"lane = tl.arange(0, {CHUNK})[None, :]")
-    if _is_consecutive(spec, variant):
-        lines.append(f"chunk = {_count(variant)}")
-    else:
-        width = f"tl.load(this + {KernelArgs.of(spec, variant.dims).row_length})"
-        hinted = width if variant.unit == 1 else f"tl.multiple_of({width}, {variant.unit})"
-        lines.append(f"width = {hinted}  # of a row of dimension 0")
-        lines.append(f"chunk = begin // {CHUNK} + {_count(variant)}")
     for column in spec.formats:
         for tensor, part in _parts(spec, column):
             if part.of_block:
-                lines.append(f"{named(tensor, 'at')} = {named(tensor, 'base')} + chunk")
+                lines.append(f"{named(tensor, 'at')} = {named(tensor, 'base')} + count")
     return lines
 
 
-def _count(variant: Variant) -> str:
-    """Return the numbers of the chunks of a block."""
-    axes = "[:, None, None]" if variant.unit == 1 else "[:, None]"
-    return f"tl.arange(0, BLOCK // {CHUNK}){axes}"
+def _rows(spec: KernelSpec, variant: Variant) -> list[str]:
+    """Return the lines that find the rows of dimension 0 in which the chunks of a block are."""
+    width = f"tl.load(this + {KernelArgs.of(spec, variant.dims).row_length})"
+    hinted = width if variant.unit == 1 else f"tl.multiple_of({width}, {variant.unit})"
+    return [
+        f"width = {hinted}  # of a row of dimension 0",
+        f"chunks = (width + {CHUNK - 1}) >> {CHUNK.bit_length() - 1}  # of such a row",
+        f"missing = (chunks * {CHUNK} - width).to(tl.uint32)  # elements of the last of them",
+        # 2**32 chunks are more than any memory holds, and dividing in 64 bits takes a hundred
+        # instructions; a few more if numbers have signs.
+        "chunks = chunks.to(tl.uint32)",
+        f"first_chunk = (begin // {CHUNK}).to(tl.uint32)",
+        "first_line = first_chunk // chunks",
+        "origin = begin - first_line.to(tl.int64) * missing  # the block's first element",
+    ]
 
 
 def _largest_of_chunk(value: str, variant: Variant) -> str:
@@ -368,16 +386,15 @@ def _pointers(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     if spec.in_blocks:
         lines = _chunk_elements(variant)
     else:
-        lines = ["inside = lane < left"] if masked else []
-        if spec.is_random or variant.dims:
-            lines.append("element = begin + lane")
+        lines = [f"inside = lane < {_left(spec, variant)}"] if masked else []
+    step = "offset" if spec.in_blocks else "lane"
+    if spec.is_random or variant.dims:
+        begin = "origin" if _has_rows(spec, variant) else "begin"
+        lines.append(f"element = {begin} + {step}")
     if spec.is_random:
-        is_relative = spec.in_blocks and _is_consecutive(spec, variant)
-        element = "(begin + element)" if is_relative else "element"
-        lines.append(f"index = {element}.to(tl.uint32) + start")
+        lines.append("index = element.to(tl.uint32) + start")
     if variant.dims:
         return [*lines, *_strided_pointers(spec, variant)]
-    step = "element" if spec.in_blocks else "lane"
     for tensor in spec.elements:
         lines.append(f"{named(tensor, 'at')} = {named(tensor, 'base')} + {step}")
     return lines
@@ -385,21 +402,19 @@ def _pointers(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
 
 def _chunk_elements(variant: Variant) -> list[str]:
     """Return the lines that find the elements in the chunks of a block, and mask those outside."""
+    reached = f"reached = count * {CHUNK} < left"
     if variant.unit == CHUNK:
-        return [
-            f"element = chunk * {CHUNK} + lane",
-            f"reached = chunk * {CHUNK} < left",
-            "inside = reached",
-        ]
-    # 2**31 chunks are more than any memory holds, and dividing in 64 bits takes a hundred
-    # instructions.
+        return [reached, "inside = reached", f"offset = count * {CHUNK} + lane"]
     return [
-        f"chunks = ((width + {CHUNK - 1}) // {CHUNK}).to(tl.int32)  # of a row of dimension 0",
-        "line = chunk.to(tl.int32) // chunks",
-        f"column = (chunk.to(tl.int32) - line * chunks).to(tl.int64) * {CHUNK}",
-        "element = line.to(tl.int64) * width + column + lane",
-        f"reached = {_count(variant)} * {CHUNK} < left",
-        "inside = reached & (column + lane < width)",
+        "chunk = first_chunk + count",
+        "line = chunk // chunks",
+        f"length = {CHUNK} - tl.where(chunk % chunks == chunks - 1, missing, 0)",
+        reached,
+        "inside = lane < tl.where(reached, length, 0)",
+        f"offset = count * {CHUNK} - (line - first_line) * missing",
+        # No offset is larger. With one that may be, AMD's compiler branches around each access.
+        "offset = tl.minimum(offset, BLOCK).to(tl.int32)",
+        f"offset = offset + {'within + piece' if variant.unit == 1 else 'lane'}",
     ]
 
 
@@ -427,10 +442,27 @@ def _work(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     for column in graph.varying.inputs:
         lines += _read(spec, variant, column, masked=masked)
     results = ", ".join(f"{column}_out" for column in graph.results)
-    lines.append(f"{results} = update({', '.join(_update_arguments(graph))})")
+    update = f"{results} = update({', '.join(_update_arguments(graph))})"
+    if masked and _has_branch(spec, variant):
+        read = graph.varying.inputs
+        for column in graph.results:
+            lines.append(f"{column}_out = {column if column in read else read[0]}_in")
+        lines += [f"if {_left(spec, variant)} > 0:  # the step is not skipped", f"    {update}"]
+    else:
+        lines.append(update)
     for column in graph.results:
         lines += _write(spec, variant, column, masked=masked)
     return lines
+
+
+def _has_branch(spec: KernelSpec, variant: Variant) -> bool:
+    """Return True if a branch makes a kernel faster: on AMD where nothing is moved in wide words.
+
+    Its compiler computes two elements of float32 by one instruction if they are parts of a word, or
+    if a branch chooses what becomes of them.
+    """
+    is_narrow = variant.unit == 1 and not variant.dims
+    return variant.target.is_amd and is_narrow and spec.arithmetic == torch.float32
 
 
 def _read(spec: KernelSpec, variant: Variant, column: str, *, masked: bool) -> list[str]:

@@ -12,7 +12,16 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import BLOCK as CHUNK
 
-__all__ = ["AMPERE", "WIDEST", "Target", "Variant", "begins_rows_with_words", "target_of", "units"]
+__all__ = [
+    "AMPERE",
+    "WIDEST",
+    "Target",
+    "Variant",
+    "begins_rows_with_words",
+    "elements_of_thread",
+    "target_of",
+    "units",
+]
 
 #: Bytes of the widest load or store; an address must be a multiple of them.
 WIDEST = 16
@@ -32,6 +41,11 @@ class Target:
     lanes: int = 32
     root_takes_denormals: bool = True
     rounds_bfloat16: bool = False
+
+    @property
+    def is_amd(self) -> bool:
+        """True for a GPU of AMD."""
+        return not self.root_takes_denormals
 
 
 #: NVIDIA's GPUs from compute capability 8.0, which was called Ampere.
@@ -105,3 +119,15 @@ def units(spec: KernelSpec) -> tuple[int, ...]:
         return (CHUNK, WIDEST, 1)
     narrowest = min(spec.dtype_of[tensor].itemsize for tensor in spec.elements)
     return (WIDEST // narrowest, 1)
+
+
+def elements_of_thread(spec: KernelSpec, variant: Variant) -> int:
+    """Return the elements that a thread of a kernel steps.
+
+    They are 8, two words of 16 bytes of float32. They are 4 in float64, whose numbers take two
+    registers; where a word of one column has 4 elements and of another 8, which would be passed on
+    through shared memory; and on AMD, whose compiler makes wide accesses only then.
+    """
+    sizes = {spec.dtype_of[tensor].itemsize for tensor in spec.elements}
+    is_mixed = len(sizes) > 1 and max(sizes) >= 4 and not spec.in_blocks
+    return 4 if is_mixed or variant.target.is_amd or spec.arithmetic == torch.float64 else 8

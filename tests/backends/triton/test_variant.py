@@ -1,6 +1,6 @@
 """The variants of kernels that tables take: never more than their parameters need.
 
-Oracles: the shapes of well-known models; the counts that docs/gpus.md tells.
+Oracles: the shapes of well-known models; the counts that docs/gpus.md tells; the reference.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import torch
 
 import stepforge
 from stepforge.backends.spec import KernelSpec
+from stepforge.backends.triton import variant
+from stepforge.backends.triton.inspection import GPUS
+from stepforge.backends.triton.kernel import is_interpreted
 from stepforge.backends.triton.variant import Target, Variant, begins_rows_with_words, units
+from stepforge.cli.kernels import STORAGES as STORED_AS
 from stepforge.cli.kernels import spec_of_storage
 from stepforge.state.layout import state_layout
 from tests.backends.triton.kernels import tables
-from tests.conformance.table import forced, normal, parameter
+from tests.conformance.table import assert_same_bits, forced, normal, outcome, parameter
 
 CPU = torch.device("cpu")
 
@@ -122,3 +126,27 @@ def test_rows_that_begin_anywhere_have_a_table_of_their_own() -> None:
                 p.grad = normal(p.shape, p.dtype, 10 * step + k)
             optimizer.step()
     assert [table._members for table in tables(optimizer)] == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "24 bits, int8"])
+def test_a_kernel_for_amd_has_the_same_bits(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path is interpreted as for such a GPU; the second step is skipped."""
+    if not is_interpreted():
+        pytest.skip("kernels are compiled here, for the GPU")
+    dtype, options = STORED_AS[storage]
+    shapes = [(33, 128), (43, 112), (35, 131), (5, 7, 131), (1030,), (8,), (5,)]
+
+    def trained(backend: str) -> list[dict[str, torch.Tensor]]:
+        params = [parameter(normal(shape, dtype, k)) for k, shape in enumerate(shapes)]
+        optimizer = stepforge.AdamW(params, **options)
+        with forced(backend):
+            for step in range(3):
+                for k, p in enumerate(params):
+                    p.grad = normal(p.shape, dtype, 10 * step + k)
+                optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(step == 1))
+                optimizer.step()
+        return [outcome(optimizer, p) for p in params]
+
+    monkeypatch.setattr(variant, "target_of", lambda device: GPUS["gfx942"].target)
+    for found, wanted in zip(trained("triton"), trained("reference"), strict=True):
+        assert_same_bits(found, wanted)
