@@ -11,7 +11,7 @@ import functools
 import inspect
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Annotated, Any, TypeAlias
 
@@ -162,6 +162,8 @@ def read_body(
     annotations = inspect.get_annotations(body, globals=scope, eval_str=True)
     for name, annotation in annotations.items():
         if isinstance(annotation, InitVar) or name.startswith("_"):
+            if isinstance(vars(body).get(name), _Specifier):
+                delattr(body, name)  # an argument of the constructor that no group has
             continue
         if name not in vars(body):
             raise TypeError(f"hyperparameter {name} of {body.__name__} has no default")
@@ -218,9 +220,17 @@ def _bare(annotation: Any) -> Any:
 
 
 def signature_of(
-    hyperparameters: Mapping[str, Hyperparameter], params_annotation: Any
+    hyperparameters: Mapping[str, Hyperparameter],
+    params_annotation: Any,
+    others: Sequence[inspect.Parameter] = (),
 ) -> inspect.Signature:
-    """Return the constructor's signature, without ``self``, from the declarations."""
+    """Return the constructor's signature, without ``self``, from the declarations.
+
+    Args:
+        hyperparameters: the hyperparameters.
+        params_annotation: the type of ``params``.
+        others: further arguments, by keyword only.
+    """
     taken = [h for h in hyperparameters.values() if h.init]
     keyword, positional = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter("params", positional, annotation=params_annotation)]
@@ -229,4 +239,4 @@ def signature_of(
         parameters.append(
             inspect.Parameter(h.name, kind, default=h.default, annotation=h.annotation)
         )
-    return inspect.Signature(parameters, return_annotation=None)
+    return inspect.Signature([*parameters, *others], return_annotation=None)

@@ -14,14 +14,23 @@ the same order and stores the same bits:
   leaves no trace;
 * commutative operands stand in one order, and equal expressions are one node;
 * nothing else is re-associated.
+
+A *reduction* makes one number of a varying value, such as the norm of a gradient. It is uniform,
+but known only after a pass over the tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 Operand: TypeAlias = "Expr | float"
+
+#: The operations that make one number of a varying value.
+REDUCTIONS = frozenset({"total", "squares", "largest", "count"})
+
+#: What a reduction is over: one parameter, or all parameters of the optimizer.
+Across: TypeAlias = Literal["parameter", "all"]
 
 
 COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
@@ -64,7 +73,8 @@ class Expr:
     Attributes:
         op: ``"input"``, ``"constant"`` or the name of an operation.
         args: the operands, in order.
-        value: the name of an input, the number of a constant, otherwise None.
+        value: the name of an input, the number of a constant, what a reduction is over, otherwise
+            None.
         varying: True if the value differs between the elements of a tensor.
         boolean: True if the value is the outcome of a comparison.
         uint32: True if the value is a uint32.
@@ -199,7 +209,8 @@ class Expr:
     def __repr__(self) -> str:
         if self.op in ("input", "constant"):
             return str(self.value)
-        return f"{self.op}({', '.join(map(repr, self.args))})"
+        over = [str(self.value)] if self.op in REDUCTIONS else []
+        return f"{self.op}({', '.join([*map(repr, self.args), *over])})"
 
 
 class Trace:
@@ -254,6 +265,28 @@ class Trace:
             )
         return node
 
+    def reduce(self, op: str, operand: Expr, across: Across) -> Expr:
+        """Return the node of a reduction.
+
+        Args:
+            op: one of :data:`REDUCTIONS`.
+            operand: a varying value: a comparison for ``count``, else a number.
+            across: what it is over.
+
+        Raises:
+            TypeError: the operand is of another kind.
+            ValueError: ``across`` is neither ``"parameter"`` nor ``"all"``.
+        """
+        operand = self._lift(operand, on_uint32=False)
+        due = "a comparison" if op == "count" else "a number"
+        if _kind(operand) != due:
+            raise TypeError(f"`{operand}` stands in {op} where {due} is due")
+        if not operand.varying:
+            raise TypeError(f"`{operand}` is one number already: {op} takes a varying value")
+        if across not in get_args(Across):
+            raise ValueError(f"across={across!r}: it must be one of {get_args(Across)}")
+        return self._node(op, operand, value=across, varying=False)
+
     def _lift(self, operand: object, on_uint32: bool) -> Expr:
         if isinstance(operand, Expr):
             if operand.trace is not self:
@@ -273,14 +306,15 @@ class Trace:
         op: str,
         *args: Expr,
         value: str | float | None = None,
-        varying: bool = False,
+        varying: bool | None = None,
         uint32: bool = False,
     ) -> Expr:
         # repr tells 0.0 from -0.0, which compare equal.
         key = (op, repr(value), *(arg.index for arg in args))
         node = self._nodes.get(key)
         if node is None:
-            varying = varying or any(arg.varying for arg in args)
+            if varying is None:
+                varying = any(arg.varying for arg in args)
             node = self._nodes[key] = Expr(self, op, args, value, varying, uint32)
         return node
 

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from stepforge.expr import Expr
+from stepforge.expr import Across, Expr
 
 #: A number, a numpy array, a torch tensor or a symbol.
 Value: TypeAlias = Any
@@ -28,26 +28,31 @@ Value: TypeAlias = Any
 UInt32: TypeAlias = Any
 
 __all__ = [
+    "ALL",
     "NUMBERS",
     "VOCABULARY",
     "UInt32",
     "Value",
     "bitcast_f32",
     "bitcast_u32",
+    "count",
     "decay",
     "ema",
     "exp",
     "f32_to_i32",
     "finite",
     "i32_to_f32",
+    "largest",
     "log",
     "maximum",
     "minimum",
+    "norm",
     "round_to_state_dtype",
     "sign",
     "sqrt",
     "stored",
     "to_float32",
+    "total",
     "where",
 ]
 
@@ -171,6 +176,79 @@ def finite(x: Value) -> Value:
         True
     """
     return _apply("finite", (_number_finite, _array_finite, _tensor_finite), x)
+
+
+#: Over all parameters of the optimizer that step, for the argument ``across`` of reductions.
+ALL: Across = "all"
+
+
+def norm(x: Value, across: Across = "parameter") -> Value:
+    """Return the 2-norm of a varying value: one number.
+
+    Squares are added up in float64, in an order that no backend and no number of threads changes.
+
+    Args:
+        x: the value.
+        across: ``ALL`` for the norm over all parameters that step, instead of over one.
+
+    Example:
+        >>> norm(torch.tensor([3.0, 4.0])).item()
+        5.0
+    """
+    return sqrt(_reduce("squares", lambda x: (x * x).sum(), x, across))
+
+
+def total(x: Value, across: Across = "parameter") -> Value:
+    """Return the sum of a varying value, added up as for :func:`norm`.
+
+    Args:
+        x: the value.
+        across: as for :func:`norm`.
+
+    Example:
+        >>> total(torch.tensor([3.0, 4.0])).item()
+        7.0
+    """
+    return _reduce("total", torch.sum, x, across)
+
+
+def largest(x: Value, across: Across = "parameter") -> Value:
+    """Return the largest number of a varying value; NaN if any is NaN, -infinity of no numbers.
+
+    Args:
+        x: the value.
+        across: as for :func:`norm`.
+
+    Example:
+        >>> largest(abs(torch.tensor([3.0, -4.0]))).item()
+        4.0
+    """
+    return _reduce("largest", _tensor_largest, x, across)
+
+
+def count(condition: Value, across: Across = "parameter") -> Value:
+    """Return the number of elements for which a comparison holds.
+
+    Args:
+        condition: the comparison.
+        across: as for :func:`norm`.
+
+    Example:
+        >>> count(torch.tensor([3.0, -4.0]) < 0).item()
+        1.0
+    """
+    return _reduce("count", torch.sum, condition, across)
+
+
+def _reduce(op: str, on_tensors: Callable[..., torch.Tensor], x: Value, across: Across) -> Value:
+    """Apply a reduction to a symbol, or to the tensor of one parameter."""
+    if isinstance(x, Expr):
+        return x.trace.reduce(op, x, across)
+    return on_tensors(torch.as_tensor(x).to(torch.float64))
+
+
+def _tensor_largest(x: torch.Tensor) -> torch.Tensor:
+    return x.amax() if x.numel() else x.new_full((), -math.inf)
 
 
 def round_to_state_dtype(x: Value) -> Value:

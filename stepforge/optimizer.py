@@ -32,6 +32,7 @@ from stepforge.hyperparameter import Hyperparameter
 from stepforge.rule import Rule
 from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
 from stepforge.state.values import initial_states
+from stepforge.step.control import Control
 from stepforge.step.stepper import Stepper
 
 __all__ = ["Optimizer", "ParamsT"]
@@ -106,6 +107,11 @@ class Optimizer(_Declared):
             small steps are not lost on average. Longer parameters are left alone.
         rounding_seed: the seed of random rounding, below 2**32. The same seed gives the same bits
             on every backend, with any number of threads, and sharded along dimension 0.
+        max_grad_norm: clip the gradients of all groups together, so that their 2-norm is at most
+            this, as ``torch.nn.utils.clip_grad_norm_`` does before the step and after a gradient
+            scaler has unscaled them. Gradients are not written to. None does not clip.
+        skip_nonfinite: leave everything as it is, step counts included, in a step with NaN or an
+            infinity in any gradient; :meth:`metrics` counts such steps.
 
     Attributes:
         param_groups: a list of dicts, one per group: ``"params"`` and every hyperparameter.
@@ -151,12 +157,16 @@ class Optimizer(_Declared):
     )
     stochastic_rounding: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     rounding_seed: Seed = hyper(default=0, kw_only=True, optional_in_checkpoint=True)
+    # Of the optimizer, not of a param group.
+    max_grad_norm: InitVar[float | None] = hyper(default=None, kw_only=True)
+    skip_nonfinite: InitVar[bool] = hyper(default=False, kw_only=True)
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
         if not hasattr(self, "rule"):
             raise TypeError(
                 f"{type(self).__name__} has no rule: name it in the class header, rule=..."
             )
+        self._control = Control(**{n: options.pop(n) for n in Control.DEFAULTS if n in options})
         unknown = sorted(options.keys() - {n for n, h in self._hyperparameters.items() if h.init})
         if unknown:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}")
@@ -167,7 +177,7 @@ class Optimizer(_Declared):
         self._check_options(defaults)
         # A gradient scaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = bool(defaults["fused"])
-        self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
+        self._stepper = self._new_stepper()
         self._lent: Mapping[torch.Tensor, checkpoint.Lent] = {}  # to the last state dict
         self._step_is_running: list[bool] = []  # empty unless one is
         _check_ordered(params)
@@ -178,6 +188,9 @@ class Optimizer(_Declared):
                 self.state.update(zip(members, initial_states(self.rule, members, group)))
         for message in without_effect(self.rule, self.param_groups):
             warnings.warn(message, stacklevel=3)
+
+    def _new_stepper(self) -> Stepper:
+        return Stepper(self, self.rule, self._sparse_gradient_error(), self._control)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raise if options exclude each other."""
@@ -190,15 +203,23 @@ class Optimizer(_Declared):
         for name in ("state_format", "master_weight_bits", "stochastic_rounding"):
             if options[name] and options["differentiable"]:
                 raise RuntimeError(f"`{name}` does not support `differentiable`")
+        for name, value in self._control.options.items():
+            if value and options["differentiable"]:
+                raise RuntimeError(f"`{name}` does not support `differentiable`")
         if options["master_weight_bits"] and options["stochastic_rounding"]:
             raise ValueError(
                 "`master_weight_bits` and `stochastic_rounding` exclude each other: weights that "
                 "keep their lower bits are not rounded"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"control": self._control.options}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        self._control = Control(**state.pop("control", {}))
         super().__setstate__(state)
-        self._stepper = Stepper(self, self.rule, self._sparse_gradient_error())
+        self._stepper = self._new_stepper()
         self._lent = {}
         self._step_is_running = []
         self.param_groups = list(map(self._param_group, self.param_groups))
@@ -419,6 +440,27 @@ class Optimizer(_Declared):
             self._run()
         return loss
 
+    def metrics(self) -> dict[str, torch.Tensor]:
+        """Return what is known of the last step, as tensors without dimensions.
+
+        They are on the device of the parameters, and nothing waits for it until one is read.
+
+        Returns:
+            With ``max_grad_norm``: ``grad_norm``, the 2-norm of all gradients, unscaled, before
+            clipping, and ``clip_factor``, what they were multiplied by; nothing before the first
+            step. With ``skip_nonfinite``: ``skipped``, the number of steps skipped so far.
+
+        Example:
+            >>> from stepforge import AdamW
+            >>> p = torch.nn.Parameter(torch.zeros(2))
+            >>> optimizer = AdamW([p], max_grad_norm=1.0)
+            >>> p.grad = torch.tensor([3.0, 4.0])
+            >>> optimizer.step()
+            >>> optimizer.metrics()["grad_norm"].item()
+            5.0
+        """
+        return self._control.metrics()
+
     def _run(self) -> None:
         scale = GradScale.of(self)
         was_enabled = torch.is_grad_enabled()
@@ -426,6 +468,7 @@ class Optimizer(_Declared):
             # One call: an interrupt within torch's context manager would leave autograd off.
             torch._C._set_grad_enabled(self.defaults["differentiable"])
             if scale is not None and scale.on_host and scale.found_inf:
+                self._control.count_skipped()
                 return
             self._stepper.step(self.param_groups, self.state, scale)
         except BaseException:
@@ -446,9 +489,21 @@ class Optimizer(_Declared):
         )
 
 
+#: The constructor's arguments that are options of the optimizer, not of a param group.
+_OF_THE_OPTIMIZER = [
+    inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=float | None if default is None else bool,
+    )
+    for name, default in Control.DEFAULTS.items()
+]
+
+
 def _give_constructor(cls: type[Optimizer]) -> None:
     """Define ``cls.__init__`` with the signature that the declarations describe."""
-    signature = signature_of(cls._hyperparameters, ParamsT)
+    signature = signature_of(cls._hyperparameters, ParamsT, _OF_THE_OPTIMIZER)
 
     def __init__(self: Optimizer, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         try:

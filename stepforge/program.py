@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stepforge.expr import Expr
+from stepforge.expr import REDUCTIONS, Expr
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,18 @@ def evaluate(
 class Graph:
     """A traced rule: two straight-line programs, the uniform one and the varying one.
 
+    Where a rule has reductions, passes over the tensors come before, each a graph without results.
+
     Attributes:
         coefficients: the uniform nodes that the varying program reads, except constants. A kernel
             needs no other numbers.
         scalars: the names of the results that are uniform.
         uniform: computes the coefficients, then the scalars.
         results: the names of the results that vary and are not simply an input of their own name.
-        varying: computes the results, given the coefficients.
+        varying: computes the results, then what is reduced, given the coefficients.
+        reductions: the reductions of this pass, in order.
+        before: the passes before this one. Their reductions, in order, are given to the uniform
+            program.
     """
 
     coefficients: tuple[Expr, ...]
@@ -135,17 +140,35 @@ class Graph:
     uniform: Program
     results: tuple[str, ...]
     varying: Program
+    reductions: tuple[Expr, ...] = ()
+    before: tuple[Graph, ...] = ()
 
     @classmethod
     def of(cls, outputs: Mapping[str, Expr]) -> Graph:
         """Return the graph of some results, without the nodes that no result needs."""
+        passes: list[Graph] = []
+        for reductions in _by_pass(outputs.values()):
+            passes.append(cls._pass({}, reductions, passes))
+        return cls._pass(outputs, [], passes)
+
+    @classmethod
+    def of_reductions(cls, reductions: Sequence[Expr]) -> Graph:
+        """Return the graph of a pass that makes some reductions, which need no others."""
+        return cls._pass({}, reductions, [])
+
+    @classmethod
+    def _pass(
+        cls, outputs: Mapping[str, Expr], reductions: Sequence[Expr], before: Sequence[Graph]
+    ) -> Graph:
         scalars = {name: node for name, node in outputs.items() if not node.varying}
         results = {
             name: node
             for name, node in outputs.items()
             if node.varying and not (node.op == "input" and node.value == name)
         }
-        varying = [node for node in _reachable(results.values()) if node.varying]
+        known = [node for graph in before for node in graph.reductions]
+        computed = [*results.values(), *(node.args[0] for node in reductions)]
+        varying = [node for node in _reachable(computed, stop=known) if node.varying]
         read = {arg for node in varying for arg in node.args if not arg.varying}
         coefficients = tuple(
             sorted((n for n in read if n.op != "constant"), key=lambda node: node.index)
@@ -153,10 +176,26 @@ class Graph:
         return cls(
             coefficients=coefficients,
             scalars=tuple(scalars),
-            uniform=Program.of([*coefficients, *scalars.values()]),
+            uniform=Program.of([*coefficients, *scalars.values()], given=known),
             results=tuple(results),
-            varying=Program.of(list(results.values()), given=coefficients),
+            varying=Program.of(computed, given=coefficients),
+            reductions=tuple(reductions),
+            before=tuple(before),
         )
+
+
+def _by_pass(roots: Iterable[Expr]) -> list[list[Expr]]:
+    """Return the reductions that some nodes need, by the pass over the tensors that makes them."""
+    made_in: dict[Expr, int] = {}  # the number of passes before a node is known
+    passes: list[list[Expr]] = []
+    for node in _reachable(roots):
+        made_in[node] = max((made_in[arg] for arg in node.args), default=0)
+        if node.op in REDUCTIONS:
+            if made_in[node] == len(passes):
+                passes.append([])
+            passes[made_in[node]].append(node)
+            made_in[node] += 1
+    return passes
 
 
 def _reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:

@@ -15,6 +15,7 @@ import torch
 from stepforge.backends import foreach, native, reference, triton
 from stepforge.backends.batch import Batch, KernelTable, Scalars, Seeds, UniformKernel
 from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.reduction import PassTable, Totals
 from stepforge.backends.spec import KernelSpec, ParamSpec
 
 __all__ = ["BACKENDS", "FUSED", "Backend", "Batch", "Choice", "KernelSpec", "ParamSpec", "choose"]
@@ -56,6 +57,27 @@ class Backend(Protocol):
 
         Returns:
             The kernel; None if torch's operations must compute the values.
+        """
+
+    def prepare_pass(self, batch: Batch) -> PassTable | None:
+        """Return what is kept for further passes over the same parameters; None if nothing is.
+
+        Args:
+            batch: the parameters, with the graph of the pass.
+        """
+
+    def reduce(
+        self,
+        batch: Batch,
+        table: PassTable | None = None,
+        grad_scale: GradScale | None = None,
+    ) -> Totals:
+        """Return the reductions of a pass. Changes nothing.
+
+        Args:
+            batch: the parameters, with the graph of the pass and its coefficients.
+            table: the result of :meth:`prepare_pass`, to which the gradients of the step are bound.
+            grad_scale: the scale of the gradients.
         """
 
     def run(

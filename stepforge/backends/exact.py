@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+
+from stepforge.ops import VOCABULARY
 
 
 def correct_sqrt(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,3 +60,22 @@ def choose(condition: Any, x: Any, y: Any, like: torch.Tensor, dtype: torch.dtyp
     if not isinstance(x, torch.Tensor):
         x = torch.full((), x, dtype=dtype, device=like.device)
     return torch.where(condition.to(torch.bool), x, y)
+
+
+def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    like = next(operand for operand in (x, y, condition) if isinstance(operand, torch.Tensor))
+    return choose(condition, x, y, like, dtype)
+
+
+#: The torch function of each operation of the vocabulary.
+OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
+    "div": divide,
+    "sqrt": correct_sqrt,
+    "where": _where,
+}
+
+
+@functools.cache
+def operations_in(dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """Return the operations in a dtype, float32 or float64."""
+    return OPERATIONS | {"where": functools.partial(_where, dtype=dtype)}

@@ -20,6 +20,7 @@ from stepforge.backends.aliasing import Aliasing
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.expr import UNIFORM_ONLY
 from stepforge.ops import VOCABULARY
@@ -50,6 +51,18 @@ def prepare(batch: Batch) -> Aliasing | None:
 
 def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None) -> None:
     """Return None: it needs Python numbers."""
+
+
+def prepare_pass(batch: Batch) -> None:
+    """Return None: nothing is kept between passes."""
+
+
+def reduce(
+    batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
+) -> Totals:
+    """Return the reductions of a pass."""
+    totals = reduce_by_torch(batch, grad_scale)
+    return totals.numpy() if totals.device.type == "cpu" else totals
 
 
 def run(

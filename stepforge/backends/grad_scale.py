@@ -1,10 +1,12 @@
-"""The scale of gradients, as ``torch.amp.GradScaler`` passes it to an optimizer."""
+"""The scale of gradients: of ``torch.amp.GradScaler``, and of clipping by their norm."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+from stepforge.ops import to_float32
 
 __all__ = ["GradScale"]
 
@@ -16,10 +18,12 @@ class GradScale:
     Attributes:
         scale: the factor of the loss; None if the gradients are divided by it already.
         found_inf: not zero if a gradient is not finite, and the step is to be skipped.
+        clip: what unscaled gradients are multiplied by so that their norm is not too large.
     """
 
-    scale: torch.Tensor | float | None
-    found_inf: torch.Tensor | float
+    scale: torch.Tensor | float | None = None
+    found_inf: torch.Tensor | float = 0.0
+    clip: torch.Tensor | float = 1.0
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> GradScale | None:
@@ -32,24 +36,26 @@ class GradScale:
 
     @property
     def on_host(self) -> bool:
-        """True if both numbers can be read without synchronizing a device."""
+        """True if all numbers can be read without synchronizing a device."""
         return all(
             not isinstance(x, torch.Tensor) or x.device.type == "cpu"
-            for x in (self.scale, self.found_inf)
+            for x in (self.scale, self.found_inf, self.clip)
         )
 
     def read(self) -> GradScale:
         """Return the same scale in Python floats; synchronizes the device that holds it."""
-        return GradScale(None if self.scale is None else float(self.scale), float(self.found_inf))
+        scale = None if self.scale is None else float(self.scale)
+        return GradScale(scale, float(self.found_inf), float(self.clip))
 
     def on_device(
         self, device: torch.device, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the factor of gradients and ``found_inf``, one element each, asynchronously."""
         found_inf = self.found_inf_on(device)
-        if self.scale is None:
-            return torch.ones((), dtype=dtype, device=device), found_inf
-        return _moved(self.scale, device).double().reciprocal().to(dtype), found_inf
+        factor = _moved(self.clip, device).double()
+        if self.scale is not None:
+            factor = factor * _moved(self.scale, device).double().reciprocal()
+        return factor.to(dtype), found_inf
 
     def found_inf_on(self, device: torch.device) -> torch.Tensor:
         """Return ``found_inf`` as one element on a device, asynchronously."""
@@ -57,10 +63,10 @@ class GradScale:
 
     def factor(self, dtype: torch.dtype) -> float:
         """Return the factor of gradients, rounded to the dtype of the arithmetic."""
-        if self.scale is None:
-            return 1.0
-        wide = torch.tensor(1.0 / float(self.scale), dtype=torch.float64, device="cpu")
-        return float(wide.to(dtype))
+        factor = float(self.clip)
+        if self.scale is not None:
+            factor *= 1.0 / float(self.scale)
+        return factor if dtype == torch.float64 else to_float32(factor)
 
 
 def _moved(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:

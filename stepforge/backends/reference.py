@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
-from stepforge.backends.exact import choose, correct_sqrt, divide
+from stepforge.backends.exact import operations_in
 from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec
-from stepforge.ops import VOCABULARY
 from stepforge.program import evaluate
 
 name = "reference"
@@ -34,6 +34,18 @@ def prepare(batch: Batch) -> None:
 
 def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seeds | None) -> None:
     """Return None: it needs Python numbers."""
+
+
+def prepare_pass(batch: Batch) -> None:
+    """Return None: nothing is kept between passes."""
+
+
+def reduce(
+    batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
+) -> Totals:
+    """Return the reductions of a pass."""
+    totals = reduce_by_torch(batch, grad_scale)
+    return totals.numpy() if totals.device.type == "cpu" else totals
 
 
 def run(
@@ -84,21 +96,8 @@ def _named_elements(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name: x._values() if name == "g" else x[where] for name, x in tensors.items()}
 
 
-def _where(condition: Any, x: Any, y: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    like = next(operand for operand in (x, y, condition) if isinstance(operand, torch.Tensor))
-    return choose(condition, x, y, like, dtype)
-
-
-#: The torch function of each operation of the vocabulary.
-OPERATIONS: dict[str, Callable[..., Any]] = VOCABULARY | {
-    "div": divide,
-    "sqrt": correct_sqrt,
-    "where": _where,
-}
-
-
 @functools.cache
 def _operations(dtype: torch.dtype, differentiable: bool) -> dict[str, Callable[..., Any]]:
     """Return the operations in a dtype. Autograd cannot see a root through numpy."""
-    operations = OPERATIONS | {"where": functools.partial(_where, dtype=dtype)}
+    operations = operations_in(dtype)
     return operations | {"sqrt": torch.sqrt} if differentiable else operations

@@ -24,6 +24,7 @@ __all__ = [
     "local_part",
     "place_like",
     "redistribute_gradient",
+    "shard_groups",
     "shard_like",
 ]
 
@@ -53,6 +54,13 @@ def is_cut_within_rows(p: torch.Tensor) -> bool:
     """Return True for a parameter that is sharded along another dimension than 0."""
     placements = getattr(p, "placements", ())
     return any(not x.is_replicate() and getattr(x, "dim", None) != 0 for x in placements)
+
+
+def shard_groups(p: torch.Tensor) -> tuple[Any, ...]:
+    """Return the process groups over which a parameter is cut; none for any other tensor."""
+    placements = getattr(p, "placements", ())
+    cut = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+    return tuple(p.device_mesh.get_group(dim) for dim in cut)  # type: ignore[attr-defined]
 
 
 def redistribute_gradient(p: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

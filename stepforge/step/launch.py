@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from stepforge.backends.batch import (
     UniformKernel,
 )
 from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.reduction import PassTable, Totals
 from stepforge.backends.spec import KernelSpec
+from stepforge.program import Graph
 from stepforge.rule import Rule
 from stepforge.state.layout import StateLayout
-from stepforge.state.sharding import first_index, is_sharded, local, local_part
+from stepforge.state.sharding import first_index, is_sharded, local, local_part, shard_groups
 from stepforge.step.params import ParamStep
 from stepforge.step.scalar_states import ScalarStates, ScalarVectors
 from stepforge.step.signals import Deferred
@@ -97,6 +99,19 @@ class StepTensors:
         torch.autograd.graph.increment_version(self.sharded)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A pass over the parameters of a launch that makes reductions.
+
+    Attributes:
+        spec: the kernel of the pass.
+        table: the part of a batch that the backend keeps; None if it keeps nothing.
+    """
+
+    spec: KernelSpec
+    table: PassTable | None
+
+
 @dataclass
 class Launch:
     """Parameters that one backend steps together: all about them but their tensors.
@@ -113,8 +128,11 @@ class Launch:
         scalars: the step counts and scalar states in vectors; None if each parameter has its own.
         uniform_kernel: computes the uniform values and advances the scalars on the device; None if
             torch's operations do, or the host.
+        indices: the index of each parameter in the optimizer.
+        shard_groups: for each parameter, the process groups over which it is cut.
         table: the part of a batch that the backend keeps, made at the first bind; None if it keeps
             nothing.
+        passes: what the backend keeps of passes over the parameters, by their graph.
     """
 
     backend: Backend
@@ -124,8 +142,11 @@ class Launch:
     seeds: Seeds | None
     first_indices: np.ndarray[Any, Any] | None
     scalars: ScalarStates | None
+    indices: np.ndarray[Any, Any]
+    shard_groups: list[tuple[Any, ...]]
     uniform_kernel: UniformKernel | None = None
     table: KernelTable | None = None
+    passes: dict[Graph, Pass] = field(default_factory=dict)
     _is_prepared: bool = False
 
     @classmethod
@@ -184,8 +205,15 @@ class Launch:
             seeds,
             first_indices,
             scalars,
+            np.array([param.index for param in params]),
+            [shard_groups(param.p) for param in params] if is_sharded(first.p) else [],
             uniform_kernel,
         )
+
+    @functools.cached_property
+    def is_in_order(self) -> bool:
+        """True if the parameters are in the order of the optimizer."""
+        return bool((np.diff(self.indices) > 0).all())
 
     def bind(self, tensors: StepTensors, groups: Sequence[Mapping[str, Any]]) -> BoundLaunch:
         """Bind the tensors of a step, and compute its uniform values. Changes nothing.
@@ -273,6 +301,24 @@ class BoundLaunch:
     scalar_values: list[Any]
     tensors: StepTensors
     advance: Callable[[torch.Tensor | None], None] | None = None
+
+    def reduced(self, graph: Graph, grad_scale: GradScale | None) -> Totals:
+        """Return the reductions of a pass that takes no coefficients. Changes nothing.
+
+        Args:
+            graph: the graph of the pass.
+            grad_scale: the scale of the gradients.
+        """
+        launch, known = self.launch, self.launch.passes.get(graph)
+        if known is None:
+            own = self.batch.spec
+            spec = KernelSpec.of(graph, own.dtype_of, own.formats, own.arithmetic)
+            batch = replace(self.batch, spec=spec, coefficients=[])
+            known = launch.passes[graph] = Pass(spec, launch.backend.prepare_pass(batch))
+        elif known.table is not None:
+            known.table.bind_gradients(self.tensors)
+        batch = replace(self.batch, spec=known.spec, coefficients=[])
+        return launch.backend.reduce(batch, known.table, grad_scale)
 
     def run(self, grad_scale: GradScale | None) -> None:
         """Step the parameters: their tensors, then scalar states and step counts."""

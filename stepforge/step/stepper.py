@@ -12,6 +12,7 @@ import torch
 from stepforge.backends.batch import is_capturing
 from stepforge.backends.grad_scale import GradScale
 from stepforge.rule import Rule
+from stepforge.step.control import Control
 from stepforge.step.garbage import uncollected
 from stepforge.step.guards import Groups, Watched
 from stepforge.step.kept_plans import KeptPlans
@@ -39,6 +40,7 @@ class Stepper:
         optimizer: the optimizer; not kept alive.
         rule: its rule.
         sparse_problem: the error for a sparse gradient; None if the rule takes them.
+        control: clips and skips steps.
 
     Attributes:
         number: identifies it to the operator of ``torch.compile``.
@@ -54,12 +56,17 @@ class Stepper:
     make_traceable: ClassVar[Callable[[Stepper], bool]]
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, rule: Rule, sparse_problem: str | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        sparse_problem: str | None,
+        control: Control,
     ) -> None:
         self.number = next(_numbers)
         self._optimizer = weakref.ref(optimizer)
         self.rule = rule
         self.sparse_problem = sparse_problem
+        self.control = control
         self.plans = KeptPlans()
         self.given_plans = KeptPlans()
         self.vectors = ScalarVectors()
@@ -102,7 +109,7 @@ class Stepper:
         capturing = is_capturing()
         self.captured |= capturing
         bound = self.plans.bind(groups, state) or self._bind_new(groups, state)
-        run(bound, grad_scale)
+        run(bound, self.control.measured(bound, grad_scale))
         if capturing and self.plans.latest is not None:
             self._captured_plans.append(self.plans.latest)
 
@@ -114,7 +121,8 @@ class Stepper:
         """
         self.captured |= is_capturing()
         groups = self.groups
-        run(self.given_plans.bind(groups, given) or self._bind_given(groups, given))
+        bound = self.given_plans.bind(groups, given) or self._bind_given(groups, given)
+        run(bound, self.control.measured(bound, None))
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.

@@ -29,7 +29,7 @@ state.values state
 backends.spec backends.trust backends.exact backends.grad_scale backends.cache
 backends.disk_cache
 backends.batch
-backends.aliasing
+backends.aliasing backends.reduction
 backends.reference backends.chunk
 backends.foreach backends.native. backends.triton.
 backends.native backends.triton
@@ -40,6 +40,7 @@ extension
 step.params step.signals step.garbage step.scalar_states
 step.uniform
 step.launch step.traced
+step.control
 step.guards
 step.plan
 step.kept_plans

@@ -8,9 +8,8 @@ buffers, chunk by chunk.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Mapping
+from dataclasses import replace
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import is_aliased
@@ -19,7 +18,9 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
+from stepforge.backends.native.reduction import ReductionTable, reduction_for
 from stepforge.backends.native.table import Table
+from stepforge.backends.reduction import PassTable, Totals, in_one_order, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "kernel_for",
     "name",
     "prepare",
+    "prepare_pass",
+    "reduce",
     "run",
     "uniform_kernel",
     "unsupported_reason",
@@ -84,6 +87,35 @@ def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seed
     """Return None: it runs on a CPU."""
 
 
+def prepare_pass(batch: Batch) -> ReductionTable | None:
+    """Return the table of a batch whose tensors all are dense; None for any other batch."""
+    if not all(_dense(batch)) or isinstance(reduction_for(batch.spec), str):
+        return None
+    return ReductionTable(batch)
+
+
+def reduce(
+    batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
+) -> Totals:
+    """Return the reductions of a pass."""
+    if isinstance(table, ReductionTable):
+        return table.run(batch, grad_scale)
+    kernel = reduction_for(batch.spec)
+    if isinstance(kernel, str):
+        _warn_once(kernel)
+        return reduce_by_torch(batch, grad_scale).numpy()
+    dense = _dense(batch)
+    columns = {
+        name: [
+            x if is_dense else x.resolve_neg().contiguous() for x, is_dense in zip(column, dense)
+        ]
+        for name, column in batch.columns.items()
+        if name in batch.spec.tensors
+    }
+    part = replace(batch, columns={"p": batch.columns["p"], **columns})
+    return ReductionTable(part).run(part, grad_scale)
+
+
 def run(
     batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
 ) -> None:
@@ -125,33 +157,5 @@ def _run_through_buffers(batch: Batch, grad_scale: GradScale | None) -> None:
 def _dense(batch: Batch) -> list[bool]:
     """Return, for each parameter, True if all its tensors are dense in the same order."""
     rows = zip(*(batch.columns[name] for name in batch.spec.tensors))
-    in_order = bool(batch.spec.formats)
-    return [_is_dense(row, in_order=in_order) for row in rows]
-
-
-def _is_dense(row: Sequence[torch.Tensor], *, in_order: bool) -> bool:
-    """Return True if all tensors have their elements in one order and without gaps.
-
-    Args:
-        row: the tensors of a parameter.
-        in_order: True if it must be the order of a contiguous tensor. Blocks and random bits follow
-            the flat index, which is the order in memory only of contiguous tensors.
-    """
-    first = row[0]
-    if any(tensor.is_neg() for tensor in row):  # the memory holds the negated values
-        return False
-    if all(tensor.is_contiguous() for tensor in row):
-        return True
-    strides = first.stride()
-    return not in_order and all(tensor.stride() == strides for tensor in row) and _is_gapless(first)
-
-
-def _is_gapless(tensor: torch.Tensor) -> bool:
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+    is_flat = bool(batch.spec.formats)
+    return [in_one_order(row, is_flat=is_flat) for row in rows]

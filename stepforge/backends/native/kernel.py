@@ -16,7 +16,7 @@ from stepforge.backends.native.openmp import thread_pool
 from stepforge.backends.native.source import KernelArgs, c_source
 from stepforge.backends.spec import KernelSpec
 
-__all__ = ["PARALLEL_MIN", "Kernel", "kernel_for"]
+__all__ = ["PARALLEL_MIN", "Kernel", "kernel_for", "threads_for"]
 
 #: Below so many elements one thread steps alone. Two threads break even with one here, measured
 #: 10 ms after the last parallel work, as in training: at 2**14 one is a third faster, at 2**19 two.
@@ -84,9 +84,14 @@ class Kernel:
             coefficients: the address of params x coefficients in the dtype of the arithmetic.
             grad_factor: the factor of all gradients.
         """
-        pool = thread_pool() if elements >= PARALLEL_MIN and not _forked else None
-        threads = torch.get_num_threads() if pool else 1
-        self._run(params, starts, records, coefficients, grad_factor, threads, *(pool or (0, 0, 0)))
+        threads = threads_for(elements)
+        self._run(params, starts, records, coefficients, grad_factor, *threads)
+
+
+def threads_for(elements: int) -> tuple[int, int, int, int]:
+    """Return the number of threads for some elements, and the addresses of a pool's functions."""
+    pool = thread_pool() if elements >= PARALLEL_MIN and not _forked else None
+    return (torch.get_num_threads(), *pool) if pool else (1, 0, 0, 0)
 
 
 # A forked child has the thread pool's memory but not its threads: waiting for them would not end.

@@ -23,6 +23,7 @@ __all__ = [
     "in_c",
     "loop",
     "parameters",
+    "read",
     "scale_function",
     "shown",
     "stages",
@@ -146,7 +147,7 @@ def loop(stage: Stage, spec: KernelSpec, *, double: bool) -> str:
         ]
     body = []
     for column in program.inputs:
-        body += _read(column, spec)
+        body += read(column, spec)
     known = [f"{column}_new" for column in stage.known]
     body += [f"const number {column}_new = {column}_numbers[i];" for column in stage.known]
     given = [*(f"{c}_in" for c in program.inputs), *(f"c{n}" for n in range(len(coefficients)))]
@@ -218,7 +219,7 @@ def _conditions(spec: KernelSpec) -> list[str]:
     return [f"c{n}" for n, node in enumerate(spec.graph.varying.given) if node.boolean]
 
 
-def _read(column: str, spec: KernelSpec) -> list[str]:
+def read(column: str, spec: KernelSpec) -> list[str]:
     """Return the lines that read a column into the number ``{column}_in``."""
     if column not in spec.formats:
         read = C_TYPES[spec.dtype_of[column]].read.format(f"{column}_at[i]")

@@ -18,7 +18,7 @@ from stepforge.backends.native.dtypes import C_TYPES, conversions
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import BLOCK
 
-__all__ = ["KernelArgs", "c_source"]
+__all__ = ["FETCH_AHEAD", "KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
@@ -77,7 +77,7 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 """
 
 
-_FETCH_AHEAD = """\
+FETCH_AHEAD = """\
 /* Asks for a later block: the processor foresees what follows, up to the end of a page. */
 static inline void fetch_ahead(const void *at, uintptr_t size) {
     uintptr_t begin = (uintptr_t)at + 4 * BLOCK * size;    /* as far as measured the fastest */
@@ -118,7 +118,7 @@ def c_source(spec: KernelSpec) -> str:
     args = KernelArgs.of(spec)
     bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
     texts = [conversions(spec.dtypes, bitcasts=bitcasts)]
-    texts += [_FETCH_AHEAD] if args.row_length else []
+    texts += [FETCH_AHEAD] if args.row_length else []
     texts += loops.functions(spec)
     texts += [loops.loop(stage, spec, double=double) for stage in loops.stages(spec)]
     return f"""\

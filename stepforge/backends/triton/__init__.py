@@ -18,6 +18,7 @@ from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
 from stepforge.backends.batch import Batch, Gradients, KernelTable, Scalars, Seeds
 from stepforge.backends.grad_scale import GradScale
+from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.expressions import OPERATIONS
@@ -33,6 +34,8 @@ __all__ = [
     "device_scalars",
     "name",
     "prepare",
+    "prepare_pass",
+    "reduce",
     "run",
     "uniform_kernel",
     "unsupported_reason",
@@ -163,6 +166,18 @@ def uniform_kernel(
 ) -> UniformKernel | None:
     """Return the kernel of a launch's uniform values; None if it cannot use the scalars."""
     return UniformKernel(spec, scalars, seeds) if UniformKernel.serves(scalars) else None
+
+
+def prepare_pass(batch: Batch) -> None:
+    """Return None: nothing is kept between passes."""
+
+
+def reduce(
+    batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
+) -> Totals:
+    """Return the reductions of a pass."""
+    totals = reduce_by_torch(batch, grad_scale)
+    return totals.numpy() if totals.device.type == "cpu" else totals
 
 
 def run(

@@ -1,0 +1,171 @@
+"""Reductions: one number of a value of every element, with the same bits on every backend.
+
+Sums in float64 depend on their order, so there is one order, whatever the number of threads. The
+elements of a parameter are in blocks of 1,024, in the order of :func:`in_one_order`. The second
+half of a block is added to the first, then the second half of the sums to their first, until there
+is one; what a last block lacks is zero. The sums of the blocks are added in the same way, as often
+as there are several. So are the sums of parameters, in the order of the optimizer, where a
+reduction is over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import torch
+
+from stepforge.backends.batch import Batch, Gradients
+from stepforge.backends.exact import operations_in
+from stepforge.backends.grad_scale import GradScale
+from stepforge.program import evaluate
+
+__all__ = ["BLOCK", "PassTable", "Totals", "combined", "in_one_order", "reduce_by_torch"]
+
+#: The elements of a block.
+BLOCK = 1024
+#: The elements whose sum is one number after two rounds of blocks.
+_CHUNK = BLOCK * BLOCK
+
+#: Float64: the reductions of each parameter, and in a last row those of all, in their order. On the
+#: device of the parameters; an array for a CPU.
+Totals: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
+
+
+class PassTable(Protocol):
+    """What a backend keeps for further passes over the same parameters."""
+
+    def bind_gradients(self, gradients: Gradients) -> None:
+        """Take the gradients of the next step."""
+
+
+def reduce_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> torch.Tensor:
+    """Return the reductions of a pass, by torch's operations.
+
+    Args:
+        batch: the parameters, with the graph of the pass and its coefficients.
+        grad_scale: the scale of the gradients.
+
+    Returns:
+        The reductions of each parameter, and in a last row those of all.
+    """
+    batch = batch.unscaled(grad_scale)
+    coefficients = batch.coefficients_by_param()
+    rows = [
+        _reduce_param(batch, index, [column[index] for column in coefficients])
+        for index in range(len(batch))
+    ]
+    columns = torch.stack(rows).unbind(1)
+    of_all = [combined(node.op, x) for node, x in zip(batch.spec.graph.reductions, columns)]
+    return torch.stack([*rows, torch.stack(of_all)])
+
+
+def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:
+    """Return one number of several, in the order of this module.
+
+    Args:
+        op: the reduction.
+        values: float64, one dimension; an array or a tensor.
+
+    Example:
+        >>> combined("total", torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)).item()
+        7.0
+    """
+    while True:
+        values = _of_blocks(op, values)
+        if len(values) == 1:
+            return values[0] + 0.0  # no zero is -0
+
+
+def _of_blocks(op: str, values: Any) -> Any:
+    """Return one number for each block, of which there is one at least."""
+    width = BLOCK if len(values) > BLOCK else 1 << max(0, len(values) - 1).bit_length()
+    blocks = _filled(values, -float("inf") if op == "largest" else 0.0, width).reshape(-1, width)
+    while width > 1:
+        width //= 2
+        one, other = blocks[:, :width], blocks[:, width:]
+        blocks = _larger(one, other) if op == "largest" else one + other
+    return blocks[:, 0]
+
+
+def _filled(values: Any, neutral: float, width: int) -> Any:
+    """Return the values, and numbers that change no result up to a multiple of a width."""
+    missing = -len(values) % width if len(values) else width
+    if not missing:
+        return values
+    if isinstance(values, torch.Tensor):
+        return torch.cat([values, values.new_full((missing,), neutral)])
+    return np.concatenate([values, np.full(missing, neutral)])
+
+
+def _larger(one: Any, other: Any) -> Any:
+    return torch.maximum(one, other) if isinstance(one, torch.Tensor) else np.maximum(one, other)
+
+
+def _reduce_param(batch: Batch, index: int, given: list[Any]) -> torch.Tensor:
+    """Return the reductions of one parameter."""
+    graph = batch.spec.graph
+    columns = [_in_order(batch, name, index) for name in graph.varying.inputs]
+    found: list[list[torch.Tensor]] = [[] for _ in graph.reductions]
+    operations = operations_in(batch.spec.arithmetic)
+    for part in _chunks(columns):
+        inputs = dict(zip(graph.varying.inputs, part))
+        operands = evaluate(graph.varying, inputs, given, operations)
+        for numbers, node, operand in zip(found, graph.reductions, operands):
+            wide = operand.to(torch.float64)
+            wide = wide * wide if node.op == "squares" else wide
+            numbers.append(combined(node.op, wide))
+    return torch.stack(
+        [combined(node.op, torch.stack(x)) for node, x in zip(graph.reductions, found)]
+    )
+
+
+def _chunks(columns: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Yield parts of columns, each of as many whole blocks as two rounds make one number of."""
+    for begin in range(0, max(1, len(columns[0])), _CHUNK):
+        yield [x[begin : begin + _CHUNK] for x in columns]
+
+
+def _in_order(batch: Batch, name: str, index: int) -> torch.Tensor:
+    """Return a parameter's values of a column in the order of the reduction."""
+    row = [
+        column[index] for tensor, column in batch.columns.items() if tensor in batch.spec.tensors
+    ]
+    values = batch.read(name, index)
+    if values.is_sparse:
+        return values.coalesce()._values().reshape(-1)
+    if in_one_order(row, is_flat=bool(batch.spec.formats)) and not values.is_contiguous():
+        by_stride = sorted(range(values.dim()), key=values.stride, reverse=True)
+        values = values.permute(by_stride)
+    return values.reshape(-1)
+
+
+def in_one_order(row: Sequence[torch.Tensor], *, is_flat: bool) -> bool:
+    """Return True if all tensors have their elements in one order, and without gaps.
+
+    A kernel steps them in that order. All others are stepped by the flat index of an element.
+
+    Args:
+        row: the tensors of a parameter.
+        is_flat: True if it must be the order of a contiguous tensor. Blocks and random bits follow
+            the flat index, which is the order in memory only of contiguous tensors.
+    """
+    first = row[0]
+    if any(tensor.is_neg() for tensor in row):  # the memory holds the negated values
+        return False
+    if all(tensor.is_contiguous() for tensor in row):
+        return True
+    strides = first.stride()
+    return not is_flat and all(tensor.stride() == strides for tensor in row) and _is_gapless(first)
+
+
+def _is_gapless(tensor: torch.Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
