@@ -29,7 +29,7 @@ Operand: TypeAlias = "Expr | float"
 #: The operations that make one number of a varying value.
 REDUCTIONS = frozenset({"total", "squares", "largest", "count"})
 
-#: What a reduction is over: one parameter, or all parameters of the optimizer.
+#: The range of a reduction: one parameter, or all parameters of the optimizer.
 Across: TypeAlias = Literal["parameter", "all"]
 
 

@@ -34,7 +34,7 @@ Totals: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
 
 class PassTable(Protocol):
-    """What a backend keeps for further passes over the same parameters."""
+    """The part of a batch that a backend keeps for further passes over the same parameters."""
 
     def bind_gradients(self, gradients: Gradients) -> None:
         """Take the gradients of the next step."""

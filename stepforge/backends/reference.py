@@ -13,11 +13,23 @@ from typing import Any
 import torch
 
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
-from stepforge.backends.exact import operations_in
+from stepforge.backends.exact import OPERATIONS, operations_in
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.program import evaluate
+
+__all__ = [
+    "OPERATIONS",
+    "device_scalars",
+    "name",
+    "prepare",
+    "prepare_pass",
+    "reduce",
+    "run",
+    "uniform_kernel",
+    "unsupported_reason",
+]
 
 name = "reference"
 device_scalars = False

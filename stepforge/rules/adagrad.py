@@ -82,6 +82,8 @@ class Adagrad(Optimizer, rule=adagrad):
             master_weight_bits: Literal[24, 32] | None = None,
             stochastic_rounding: bool = False,
             rounding_seed: Seed = 0,
+            max_grad_norm: float | None = None,
+            skip_nonfinite: bool = False,
         ) -> None: ...
 
     def share_memory(self) -> None:

@@ -5,6 +5,7 @@ Oracle: the same parameters as whole tensors in one process, bit for bit.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import stepforge
 from tests.contract.sharded_mutations import MUTATIONS, sharded
-from tests.contract.sharded_step_ranks import CASES, Case, placed, stepped
+from tests.contract.sharded_step_ranks import CASES, CLIPPED, STEPS, Case, placed, stepped
 from tests.process_groups import run_ranks
 from tests.twins import assert_identical
 
@@ -31,23 +32,29 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torc
     return results
 
 
-@pytest.fixture(scope="module")
-def expected() -> dict[str, torch.Tensor]:
-    return stepped(Case(None, None, {}), None)
+@functools.cache
+def whole(is_clipped: bool) -> dict[str, torch.Tensor]:
+    """Return the results of whole parameters, which do not depend on other options."""
+    return stepped(Case(None, None, CLIPPED if is_clipped else {}), None)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_process_steps_sharded_parameters_as_whole_ones(
-    name: str, mesh: DeviceMesh, expected: dict[str, torch.Tensor]
-) -> None:
+def test_one_process_steps_sharded_parameters_as_whole_ones(name: str, mesh: DeviceMesh) -> None:
+    expected = whole(CASES[name].options is CLIPPED)
     assert_identical(in_order_of(expected, stepped(CASES[name], mesh)), list(expected.values()))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_step_sharded_parameters_as_whole_ones(
-    name: str, by_two: Any, expected: dict[str, torch.Tensor]
-) -> None:
+def test_two_processes_step_sharded_parameters_as_whole_ones(name: str, by_two: Any) -> None:
+    expected = whole(CASES[name].options is CLIPPED)
     assert_identical(in_order_of(expected, by_two[name]), list(expected.values()))
+
+
+def test_a_gradient_that_is_not_finite_in_one_process_skips_the_step_of_all(by_two: Any) -> None:
+    results = by_two["rows, clipped"]
+    assert results["skipped"] == 1
+    assert results["0.step"] == STEPS - 1
+    assert results["clip_factor"] < 1
 
 
 def in_order_of(

@@ -48,6 +48,8 @@ def test_the_constructor_has_the_declared_parameters() -> None:
         "master_weight_bits",
         "stochastic_rounding",
         "rounding_seed",
+        "max_grad_norm",
+        "skip_nonfinite",
     ]
     assert inspect.signature(Momentum.__init__).parameters["lr"].default == 0.1
     assert signature.parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY

@@ -1,6 +1,7 @@
 """The tracer. Oracles: normal forms written by hand, and the same expression on float64 tensors."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,21 @@ from hypothesis import strategies as st
 
 import stepforge
 from stepforge.expr import Expr, Trace
-from stepforge.ops import VOCABULARY, exp, finite, maximum, minimum, sign, sqrt, where
+from stepforge.ops import (
+    ALL,
+    VOCABULARY,
+    count,
+    exp,
+    finite,
+    largest,
+    maximum,
+    minimum,
+    norm,
+    sign,
+    sqrt,
+    total,
+    where,
+)
 from stepforge.program import Graph, Program, evaluate
 
 
@@ -284,3 +299,73 @@ def test_the_kernel_of_nadam_has_one_division_and_one_root() -> None:
     ops = [i.op for i in stepforge.NAdam.rule.graph(group).varying.instructions]
     assert ops.count("div") == 1
     assert ops.count("sqrt") == 1
+
+
+# Reductions.
+
+
+def test_a_reduction_is_uniform_and_known_after_a_pass() -> None:
+    """The ratio of LAMB: two norms in one pass, and a coefficient that follows from them."""
+    trace = Trace()
+    p, g = (trace.input(name, varying=True) for name in "pg")
+    update = g + trace.input("weight_decay") * p
+    graph = Graph.of({"p": p - trace.input("lr") * (norm(p) / norm(update)) * update})
+    (first,) = graph.before
+    assert [node.op for node in first.reductions] == ["squares", "squares"]
+    assert not first.results
+    assert first.coefficients == graph.coefficients[:1]
+    assert graph.uniform.given == first.reductions
+    values = {"p": 3.0, "g": 1.0, "weight_decay": 0.5, "lr": 0.1}
+    coefficients = evaluate(graph.uniform, values, [9.0, 6.25], VOCABULARY)
+    (result,) = evaluate(graph.varying, values, coefficients, VOCABULARY)
+    assert result == pytest.approx(3 - 0.1 * (3 / 2.5) * 2.5)
+
+
+def test_a_reduction_of_what_follows_from_another_takes_a_second_pass() -> None:
+    trace = Trace()
+    p, g = (trace.input(name, varying=True) for name in "pg")
+    centred = g - total(g) / count(g != p)
+    graph = Graph.of({"p": p / largest(centred, across=ALL)})
+    assert [[node.op for node in each.reductions] for each in graph.before] == [
+        ["total", "count"],
+        ["largest"],
+    ]
+    first, second = graph.before
+    assert second.before == (first,)
+    assert second.uniform.given == first.reductions
+    assert graph.uniform.given == (*first.reductions, *second.reductions)
+
+
+def test_reductions_of_what_no_result_needs_take_no_pass() -> None:
+    trace = Trace()
+    p = trace.input("p", varying=True)
+    total(p)
+    assert Graph.of({"p": p + 1}).before == ()
+
+
+def test_equal_reductions_are_one_and_ranges_differ() -> None:
+    trace = Trace()
+    g = trace.input("g", varying=True)
+    assert norm(g) is norm(g)
+    assert norm(g) is not norm(g, across=ALL)
+    assert str(norm(g, across=ALL)) == "sqrt(squares(g, all))"
+
+
+@pytest.mark.parametrize(
+    ("reduce", "message"),
+    [
+        (lambda x, c: total(x > 1), "stands in total where a number is due"),
+        (lambda x, c: count(x), "stands in count where a comparison is due"),
+        (lambda x, c: norm(c), "`c` is one number already: squares takes a varying value"),
+        (lambda x, c: norm(norm(x)), "is one number already"),
+    ],
+)
+def test_a_reduction_of_the_wrong_kind_is_refused(reduce: Any, message: str) -> None:
+    trace = Trace()
+    with pytest.raises(TypeError, match=re.escape(message)):
+        reduce(trace.input("x", varying=True), trace.input("c"))
+
+
+def test_a_reduction_over_anything_else_is_refused() -> None:
+    with pytest.raises(ValueError, match="across='group': it must be one of"):
+        norm(Trace().input("x", varying=True), across="group")  # type: ignore[arg-type]

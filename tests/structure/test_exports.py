@@ -10,6 +10,7 @@ import pytest
 
 import stepforge
 from stepforge.rules import ALL
+from stepforge.step.control import Control
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "stepforge"
@@ -100,6 +101,10 @@ def test_documented_arguments_are_read_exactly() -> None:
     assert documented_arguments(text) == ["a", "b", "c", "d"]
 
 
+#: The keyword arguments of all optimizers: options of groups, then those of the optimizer.
+OF_ALL = [*stepforge.Optimizer._hyperparameters, *Control.DEFAULTS]
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_argument_is_documented_and_no_other(name: str) -> None:
     """Keyword-only arguments of the base are documented there."""
@@ -107,8 +112,7 @@ def test_every_argument_is_documented_and_no_other(name: str) -> None:
     inherited = {
         argument
         for argument, parameter in taken.items()
-        if parameter.kind == parameter.KEYWORD_ONLY
-        and argument in stepforge.Optimizer._hyperparameters
+        if parameter.kind == parameter.KEYWORD_ONLY and argument in OF_ALL
     }
     documented = documented_arguments(inspect.getdoc(ALL[name]) or "")
     assert sorted(documented) == sorted(taken.keys() - inherited)
@@ -116,7 +120,7 @@ def test_every_argument_is_documented_and_no_other(name: str) -> None:
 
 def test_every_argument_of_all_optimizers_is_documented() -> None:
     documented = documented_arguments(inspect.getdoc(stepforge.Optimizer) or "")
-    assert documented == ["params", *stepforge.Optimizer._hyperparameters]
+    assert documented == ["params", *OF_ALL]
 
 
 def test_all_optimizers_are_public() -> None:

@@ -20,6 +20,7 @@ from stepforge.backends.batch import Batch, Gradients, KernelTable, Scalars, See
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
+from stepforge.backends.triton import reduction
 from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.expressions import OPERATIONS
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
@@ -168,15 +169,19 @@ def uniform_kernel(
     return UniformKernel(spec, scalars, seeds) if UniformKernel.serves(scalars) else None
 
 
-def prepare_pass(batch: Batch) -> None:
-    """Return None: nothing is kept between passes."""
+def prepare_pass(batch: Batch) -> reduction.PassTable | None:
+    """Return the table of a batch whose tensors all are dense; None for any other batch."""
+    return reduction.PassTable(batch) if reduction.serves(batch) else None
 
 
 def reduce(
     batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
 ) -> Totals:
     """Return the reductions of a pass."""
-    totals = reduce_by_torch(batch, grad_scale)
+    if isinstance(table, reduction.PassTable):
+        totals = table.run(batch, grad_scale)
+    else:
+        totals = reduce_by_torch(batch, grad_scale)
     return totals.numpy() if totals.device.type == "cpu" else totals
 
 

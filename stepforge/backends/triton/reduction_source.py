@@ -1,0 +1,156 @@
+"""The Triton source of a pass over the tensors that makes reductions, and of what follows it.
+
+One program of the pass writes a number for each block and reduction. Launches of another kernel
+combine those of a parameter, then those of all parameters, in the order that backends/reduction.py
+states.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from stepforge.backends.reduction import BLOCK
+from stepforge.backends.spec import KernelSpec
+from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
+from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
+from stepforge.backends.triton.variant import Target
+
+__all__ = ["combine_source", "pass_source"]
+
+_HEAD = "import triton\nimport triton.language as tl\n\n\n"
+
+
+def _sum_function() -> str:
+    """Return the function that adds the second half to the first, until one is left."""
+    lines = ["@triton.jit", "def sum_of(x):", '    """The sum of a block, by halving."""']
+    width = BLOCK
+    while width > 1:
+        width //= 2
+        lines.append(f"    x = tl.sum(tl.reshape(x, (2, {width})), axis=0)")
+    return "\n".join([*lines, "    return x", "", "", ""])
+
+
+_LARGEST = '''\
+@triton.jit
+def largest_of(x):
+    """The largest of a block; NaN if any is."""
+    is_nan = tl.max((x != x).to(tl.int32), axis=0)
+    found = tl.max(tl.where(x != x, float("-inf"), x), axis=0)
+    return tl.where(is_nan != 0, float("nan"), found) + tl.zeros((1,), tl.float64)
+
+
+'''
+
+#: The number that a pass keeps of an operand, in float64, and that of elements that are not there.
+_OPERANDS = {
+    "total": ("{0}.to(tl.float64)", "0.0"),
+    "squares": ("{0}.to(tl.float64) * {0}.to(tl.float64)", "0.0"),
+    "largest": ("{0}.to(tl.float64)", 'float("-inf")'),
+    "count": ("{0}.to(tl.float64)", "0.0"),
+}
+
+
+def pass_source(spec: KernelSpec, target: Target) -> str:
+    """Return the source of a module whose function ``reduce`` is the pass.
+
+    Its rows are of int64: the first block, the number of elements, the address of each tensor but
+    the gradient.
+
+    Args:
+        spec: its computation and storage; no column has a format, and it takes no coefficients.
+        target: the GPU.
+    """
+    graph, program = spec.graph, spec.graph.varying
+    inputs = [f"{name}_in" for name in program.inputs]
+    text = f'"""Reductions in {type_name(spec.arithmetic)}; written by stepforge."""\n\n{_HEAD}'
+    update = function("operands", program, inputs, spec.arithmetic, target)
+    text += _sum_function() + _LARGEST
+    if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
+        text += BFLOAT16_FUNCTIONS
+    if " sqrt(" in update:
+        text += SQRT_FUNCTION
+    text += f"{update}\n\n\n"
+    states = [name for name in spec.tensors if name != "g"]
+    lines = [
+        "block = tl.program_id(0)",
+        "row = tl.load(owners + block)",
+        f"this = rows + row * {2 + len(states)}",
+        "begin = (block - tl.load(this + 0)) * BLOCK  # in 64 bits",
+        "inside = tl.arange(0, BLOCK) < tl.load(this + 1) - begin",
+        f"factor = tl.full((), 1.0, {type_name(spec.arithmetic)})",
+        "if SCALED:",
+        "    factor = tl.load(unscale)",
+    ]
+    for name in program.inputs:
+        kind = triton_type(spec.dtype_of[name], target)
+        at = "gradients + row" if name == "g" else f"this + {2 + states.index(name)}"
+        read = kind.read.format("word", number=type_name(spec.arithmetic))
+        lines += [
+            f"base = tl.load({at}).to(tl.pointer_type({kind.memory})) + begin",
+            "word = tl.load(base + tl.arange(0, BLOCK), inside, other=0)",
+            f"{name}_in = {read}{' * factor' if name == 'g' else ''}",
+        ]
+    results = [f"y{position}" for position in range(len(graph.reductions))]
+    lines.append(f"{', '.join(results)} = operands({', '.join(inputs)})")
+    lines.append("one = tl.arange(0, 1)")
+    for position, (node, result) in enumerate(zip(graph.reductions, results)):
+        wide, neutral = _OPERANDS[node.op]
+        kept = f"tl.where(inside, {wide.format(result)}, {neutral})"
+        to = f"partial + {position} * blocks + block + one"
+        lines.append(f"tl.store({to}, {_way(node.op)}({kept}))  # {node}")
+    body = "\n    ".join(lines)
+    return f"""{text}@triton.jit(do_not_specialize=["blocks"])
+def reduce(
+    owners,  # the row of each block
+    rows,  # of each row its first block, its size, and addresses
+    gradients,  # of each row the address of its gradient
+    unscale,  # what gradients are multiplied by before all else
+    partial,  # a number for each reduction and block
+    blocks,
+    SCALED: tl.constexpr,  # whether there is unscale
+    BLOCK: tl.constexpr,
+):
+    {body}
+"""
+
+
+def combine_source(ops: tuple[str, ...]) -> str:
+    """Return the source of a module whose function ``combine`` makes one number of some.
+
+    Args:
+        ops: the reductions.
+    """
+    lines = [
+        "result = tl.program_id(0)",
+        "begin, count = tl.load(begins + result), tl.load(counts + result)",
+        "inside = tl.arange(0, BLOCK) < count",
+        "one = tl.arange(0, 1)",
+    ]
+    for position, op in enumerate(ops):
+        at = f"numbers + {position} * size + begin + tl.arange(0, BLOCK)"
+        lines += [
+            f"x = tl.load({at}, inside, other={_OPERANDS[op][1]})",
+            # No zero is -0.
+            f"tl.store(out + {position} * results + result + one, {_way(op)}(x) + 0.0)  # {op}",
+        ]
+    body = "\n    ".join(lines)
+    return f"""\
+\"\"\"Numbers made of the numbers of blocks; written by stepforge.\"\"\"
+
+{_HEAD}{_sum_function()}{_LARGEST}@triton.jit(do_not_specialize=["size", "results"])
+def combine(
+    numbers,  # of each reduction
+    size,  # of each reduction's numbers
+    begins,  # of each result the position of its first number
+    counts,  # of each result the count of its numbers
+    out,  # the results of each reduction
+    results,
+    BLOCK: tl.constexpr,
+):
+    {body}
+"""
+
+
+def _way(op: str) -> str:
+    """Return the function that makes one number of a block."""
+    return "largest_of" if op == "largest" else "sum_of"
