@@ -8,19 +8,23 @@ from typing import Any
 import torch
 
 from stepforge.backends.native.dtypes import STORABLE
+from stepforge.backends.native.reduction import reduction_source
 from stepforge.backends.native.source import c_source
-from stepforge.backends.spec import KernelSpec
+from stepforge.backends.spec import KernelSpec, arithmetic_of
+from stepforge.backends.triton.reduction_source import combine_source, pass_source
 from stepforge.backends.triton.source import triton_source
 from stepforge.backends.triton.variant import AMPERE, Variant, units
 from stepforge.formats import int8_blocks, split_weight, tensor_name
 from stepforge.rules import ALL
 from stepforge.state.layout import state_layout
+from stepforge.step.control import gradient_passes
 
 __all__ = [
     "PLAIN",
     "STORAGES",
     "c_sources",
     "isa_name",
+    "pass_specs",
     "spec_of_storage",
     "specs",
     "triton_sources",
@@ -74,6 +78,13 @@ def specs() -> Iterator[KernelSpec]:
             yield KernelSpec.of(graph, dtypes, formats)
 
 
+def pass_specs() -> Iterator[KernelSpec]:
+    """Yield the passes over gradients of each dtype that any options of an optimizer take."""
+    for graph in gradient_passes():
+        for dtype in STORABLE:
+            yield KernelSpec.of(graph, {"g": dtype}, arithmetic=arithmetic_of(dtype))
+
+
 def spec_of_storage(optimizer: str, storage: str) -> KernelSpec:
     """Return the kernel that steps matrices by an optimizer's defaults, in one of STORAGES."""
     dtype, options = STORAGES[storage]
@@ -86,12 +97,14 @@ def spec_of_storage(optimizer: str, storage: str) -> KernelSpec:
 
 
 def c_sources() -> list[str]:
-    """Return the C source of each of :func:`specs`, each once."""
-    return list(dict.fromkeys(map(c_source, specs())))
+    """Return the C source of each of :func:`specs` and :func:`pass_specs`, each once."""
+    return list(dict.fromkeys([*map(c_source, specs()), *map(reduction_source, pass_specs())]))
 
 
 def triton_sources() -> list[str]:
-    """Return the Triton sources of each of :func:`specs`, each once. This needs no Triton.
+    """Return the Triton sources of :func:`specs` and :func:`pass_specs`, each once.
+
+    This needs no Triton.
 
     They are for dense tensors, and for tensors of two dimensions with any strides; on a GPU of
     NVIDIA.
@@ -104,7 +117,9 @@ def triton_sources() -> list[str]:
             Variant(dims=2, target=AMPERE),
         )
     )
-    return list(dict.fromkeys(sources))
+    passes = (pass_source(spec, AMPERE) for spec in pass_specs())
+    rounds = (combine_source(tuple(x.op for x in graph.reductions)) for graph in gradient_passes())
+    return list(dict.fromkeys([*sources, *passes, *rounds]))
 
 
 def isa_name(isa: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,11 +18,11 @@ import torch
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import combined
 from stepforge.expr import Expr, Trace
-from stepforge.ops import ALL, count, largest, minimum, norm, sqrt
+from stepforge.ops import ALL, count, minimum, norm, sqrt
 from stepforge.program import Graph
 from stepforge.step.launch import BoundLaunch
 
-__all__ = ["Control", "clip_factor"]
+__all__ = ["Control", "clip_factor", "gradient_passes"]
 
 
 def clip_factor(grad_norm: Any, max_grad_norm: float) -> Any:
@@ -49,10 +49,15 @@ def _graph(names: tuple[str, ...]) -> Graph:
     g = Trace().input("g", varying=True)
     facts = {
         "squares": norm(g, across=ALL).args[0],
-        "grad_max": largest(abs(g), across=ALL),
         "nonfinite": count(_not_finite(g), across=ALL),
     }
     return Graph.of_reductions([facts[name] for name in names])
+
+
+def gradient_passes() -> Iterator[Graph]:
+    """Yield the pass of every choice of options."""
+    for names in (("squares",), ("nonfinite",), ("squares", "nonfinite")):
+        yield _graph(names)
 
 
 class Control:

@@ -18,12 +18,14 @@ from typer.testing import CliRunner, Result
 from stepforge import extension
 from stepforge.backends.native import compiler, prebuilt
 from stepforge.backends.native.dtypes import STORABLE
+from stepforge.backends.native.reduction import reduction_source
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec, arithmetic_of
+from stepforge.backends.triton.reduction_source import combine_source, pass_source
 from stepforge.backends.triton.source import triton_source
 from stepforge.backends.triton.variant import Target, Variant, units
 from stepforge.cli import kernels, make_app
-from stepforge.cli.kernels import c_sources, specs, triton_sources
+from stepforge.cli.kernels import c_sources, pass_specs, specs, triton_sources
 from stepforge.state.layout import state_layout
 from tests.backends.graphs import c_of, graph_of
 from tests.backends.native.faults import bears_its_digest, executable
@@ -71,8 +73,9 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
             layout, graph = state_layout(rule, group, p), rule.graph(group)
             dtypes = {"g": dtype, **layout.dtypes}
             forms.add(c_source(KernelSpec.of(graph, dtypes, layout.formats)))
-    assert set(c_sources()) == forms
-    assert len(c_sources()) == len(forms)
+    passes = set(map(reduction_source, pass_specs()))
+    assert set(c_sources()) == forms | passes
+    assert len(c_sources()) == len(forms | passes)
 
 
 @pytest.mark.usefixtures("few")
@@ -270,11 +273,17 @@ def test_sources_are_written_under_their_hashes(
         text = path.read_bytes().decode()
         assert path.stem == sha256(text)
         written[path.suffix].add(text)
-    assert written[".c"] == {c_source(spec) for spec in specs()}
+    passes = set(map(reduction_source, pass_specs()))
+    assert written[".c"] == {c_source(spec) for spec in specs()} | passes
     gpu = Target(rounds_bfloat16=True)
     forms = [(spec, Variant(dims=2, target=gpu)) for spec in specs()]
     forms += [(spec, Variant(unit=unit, target=gpu)) for spec in specs() for unit in units(spec)]
-    assert written[".py"] == {triton_source(*form) for form in forms}
+    found = {triton_source(*form) for form in forms}
+    found |= {pass_source(spec, gpu) for spec in pass_specs()}
+    found |= {
+        combine_source(("squares",) * a + ("count",) * b) for a, b in [(1, 0), (0, 1), (1, 1)]
+    }
+    assert written[".py"] == found
     c, triton = len(written[".c"]), len(written[".py"])
     assert result.output == f"{c} C sources and {triton} Triton sources in {folder}\n"
     assert (c, triton) == (len(c_sources()), len(triton_sources()))

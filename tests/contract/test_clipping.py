@@ -16,6 +16,8 @@ import pytest
 import torch
 
 import stepforge
+from stepforge.backends.native.reduction import reduction_source
+from stepforge.cli.kernels import c_sources
 from stepforge.ops import to_float32
 from tests.conformance.table import (
     BACKENDS,
@@ -337,3 +339,23 @@ def test_a_compiled_step_clips() -> None:
     for got in results[1:]:
         for one, oracle in zip(got, results[0], strict=True):
             assert_same_bits(one, oracle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_grad_norm": 1.0},
+        {"skip_nonfinite": True},
+        {"max_grad_norm": 1.0, "skip_nonfinite": True},
+    ],
+    ids=str,
+)
+def test_kernels_of_passes_can_be_prebuilt(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Those that a step takes are among those that `stepforge prebuild` writes."""
+    optimizer, params = built("AdamW", dtype, **options)
+    run(optimizer, params, [gradients(0, dtype)])
+    assert optimizer._stepper.plans.latest is not None
+    (found,) = optimizer._stepper.plans.latest.launches
+    ((_, kept),) = found.passes.items()
+    assert reduction_source(kept.spec) in c_sources()

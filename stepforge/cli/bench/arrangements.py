@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from stepforge.cli.bench.captured import CapturedStep, Step, why_no_graphs
 
-__all__ = ["CAPTURED", "COMPILED", "FUSED", "PLAIN", "SHARDED", "Arrangement", "Form"]
+__all__ = ["CAPTURED", "CLIPPED", "COMPILED", "FUSED", "PLAIN", "SHARDED", "Arrangement", "Form"]
 
 _CPU_ONLY = "it is measured on a CPU only"
 
@@ -33,6 +33,10 @@ def _step_itself(step: Step) -> Step:
     return step
 
 
+def _step_alone(step: Step, _: list[Tensor]) -> Step:
+    return step
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """An arrangement of parameters in groups, and of their steps; by default a plain one.
@@ -43,6 +47,9 @@ class Arrangement:
         gradient: makes the gradient of a parameter of a plain tensor.
         step: makes the timed step of an optimizer's ``step``.
         options: arguments of the optimizer's constructor, beside the implementation's own.
+        own_options: arguments of stepforge's constructors alone.
+        around: adds to the step of torch.optim, which gets its parameters too, what stepforge does
+            with those.
     """
 
     groups: int = 1
@@ -50,6 +57,8 @@ class Arrangement:
     gradient: Callable[[Tensor, Tensor], Tensor] = _gradient_itself
     step: Callable[[Step], Step] = _step_itself
     options: Mapping[str, bool] = field(default_factory=dict)
+    own_options: Mapping[str, Any] = field(default_factory=dict)
+    around: Callable[[Step, list[Tensor]], Step] = _step_alone
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,21 @@ def _in_place(param: Tensor, gradient: Tensor) -> Tensor:
     return gradient if param.grad is None else param.grad.copy_(gradient)
 
 
+@contextmanager
+def _clipped() -> Iterator[Arrangement]:
+    yield Arrangement(own_options={"max_grad_norm": 1.0}, around=_after_clipping)
+
+
+def _after_clipping(step: Step, params: list[Tensor]) -> Step:
+    """Return a step that clips the gradients before, as a training loop does."""
+
+    def clip_and_step() -> object:
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        return step()
+
+    return clip_and_step
+
+
 PLAIN = Form("", _plain, _never_missing)
 #: Parameters of FSDP2.
 SHARDED = Form("DTensors, Shard(0) on a mesh of one process", _sharded, _sharded_missing)
@@ -158,6 +182,8 @@ COMPILED = Form(
     # It compiles as long as torch's default, to steps as fast.
     leaves_out=frozenset({"torch foreach"}),
 )
+#: Steps with ``max_grad_norm``; for torch.optim ``clip_grad_norm_`` and a step.
+CLIPPED = Form("gradients clipped by their norm", _clipped, _never_missing)
 #: torch.optim has no other implementation of these options than its fused one.
 FUSED = Form(
     "fused=True",

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class OptimizerRunner:
         self._environment = environment
         self._gradient = arrangement.gradient
         self._step = arrangement.step(optimizer.step)
+        if not isinstance(optimizer, stepforge.Optimizer):
+            self._step = arrangement.around(self._step, params)
 
     def set_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Give every parameter a fresh copy of its gradient, in its own dtype; not timed."""
@@ -113,8 +115,9 @@ class Implementation:
         arguments = inspect.signature(getattr(self.library, optimizer)).parameters
         return all(flag in arguments for flag in self._options(arrangement))
 
-    def _options(self, arrangement: Arrangement) -> dict[str, bool]:
-        return {**self.flags, **arrangement.options}
+    def _options(self, arrangement: Arrangement) -> dict[str, Any]:
+        own = arrangement.own_options if self.library is stepforge else {}
+        return {**self.flags, **arrangement.options, **own}
 
     def start(
         self, optimizer: str, initial: Sequence[Tensor], arrangement: Arrangement = _PLAIN

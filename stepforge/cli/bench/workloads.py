@@ -14,6 +14,7 @@ import torch
 
 from stepforge.cli.bench.arrangements import (
     CAPTURED,
+    CLIPPED,
     COMPILED,
     FUSED,
     PLAIN,
@@ -184,6 +185,8 @@ WORKLOADS = {
         Workload("denormals", _LARGE, gradient_size=1e-20),
         Workload("fused", _SMALL, form=FUSED),
         Workload("captured", _SMALL, form=CAPTURED),
+        Workload("clipped", _SMALL, form=CLIPPED),
+        Workload("clipped-large", _LARGE, form=CLIPPED),
     )
 }
 #: The workloads of a run that names none: one bound by memory, a real model, and one bound by
@@ -193,6 +196,7 @@ DEFAULT_WORKLOADS = ("large", "model", "small")
 GPU_WORKLOADS = (
     *DEFAULT_WORKLOADS,
     *("bfloat16", "convolution", "zeros", "denormals", "fused", "captured"),
+    *("clipped", "clipped-large"),
 )
 
 

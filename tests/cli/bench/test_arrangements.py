@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from stepforge.cli import devices
-from stepforge.cli.bench.arrangements import COMPILED, FUSED, PLAIN, SHARDED, Form
+from stepforge.cli.bench.arrangements import CLIPPED, COMPILED, FUSED, PLAIN, SHARDED, Form
 from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import (
     ACCESS,
@@ -213,3 +213,24 @@ def test_a_fused_step_has_its_option_and_the_plain_step_has_not():
 def test_they_are_measured_on_a_cpu_only(form):
     assert form.missing(torch.device("cuda:0")) == "it is measured on a CPU only"
     assert PLAIN.missing(torch.device("cuda:0")) == ""
+
+
+@pytest.mark.parametrize("name", ["torch", "torch fused", "stepforge"])
+def test_clipped_steps_clip(name: str) -> None:
+    """Oracle: a plain step after ``clip_grad_norm_``, whose norm errs by less than 1e-6."""
+    implementation = next(i for i in IMPLEMENTATIONS if i.name == name)
+    gradients = [torch.full((4, 3), 9.0), torch.full((5,), -2.0)]
+    with CLIPPED.arrangement() as arrangement:
+        runner = implementation.start("Adagrad", gradients, arrangement)
+        runner.set_gradients(gradients)
+        runner.step()
+    params = [torch.nn.Parameter(g.clone()) for g in gradients]
+    for p, g in zip(params, gradients):
+        p.grad = g.clone()
+    torch.nn.utils.clip_grad_norm_(params, 1.0)
+    oracle = torch.optim.Adagrad(params)
+    oracle.step()
+    for got, p in zip(runner.params, params):
+        torch.testing.assert_close(got, p.detach(), rtol=1e-6, atol=0)
+    for state, p in zip(runner.optimizer.state.values(), params):
+        torch.testing.assert_close(state["sum"], oracle.state[p]["sum"], rtol=1e-5, atol=0)

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from stepforge.cli import make_app
-from stepforge.cli.bench.arrangements import CAPTURED, COMPILED, FUSED, PLAIN, SHARDED
+from stepforge.cli.bench.arrangements import CAPTURED, CLIPPED, COMPILED, FUSED, PLAIN, SHARDED
 from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.implementations import OURS
 from stepforge.cli.bench.measure import make_gradients
@@ -43,7 +43,8 @@ def test_workloads_are_those_of_the_targets_and_those_of_a_gpu():
     assert counts["compiled"] == (148, 162_752)
     assert counts["bfloat16"] == counts["zeros"] == counts["denormals"] == counts["large"]
     assert counts["convolution"] == (1, 49_996_800)
-    assert counts["fused"] == counts["captured"] == counts["small"]
+    assert counts["fused"] == counts["captured"] == counts["clipped"] == counts["small"]
+    assert counts["clipped-large"] == counts["large"]
 
 
 def test_workloads_are_stepped_as_described():
@@ -55,6 +56,8 @@ def test_workloads_are_stepped_as_described():
         "compiled": COMPILED,
         "fused": FUSED,
         "captured": CAPTURED,
+        "clipped": CLIPPED,
+        "clipped-large": CLIPPED,
     }
     assert {name for name, w in WORKLOADS.items() if w.is_arranged} == {"groups", *forms}
     dtypes = {name: w.dtype for name, w in WORKLOADS.items() if w.dtype != torch.float32}
