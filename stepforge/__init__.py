@@ -14,6 +14,7 @@ Example:
 from stepforge.checkpoint import LoadResult
 from stepforge.explain import Explanation, explain
 from stepforge.optimizer import Optimizer
+from stepforge.param_groups import param_groups
 from stepforge.rules import Adagrad, Adam, AdamW, NAdam, RAdam
 
 __version__ = "0.1.0"
@@ -28,4 +29,5 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "explain",
+    "param_groups",
 ]

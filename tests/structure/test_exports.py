@@ -24,6 +24,7 @@ PUBLIC_MODULES = [
     "stepforge.explain",
     "stepforge.ops",
     "stepforge.optimizer",
+    "stepforge.param_groups",
     "stepforge.rules",
 ]
 PUBLIC = [

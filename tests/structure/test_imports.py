@@ -53,7 +53,7 @@ checkpoint.check_state
 checkpoint.load
 checkpoint.reshard
 checkpoint saving
-optimizer
+optimizer param_groups
 rules.
 rules
 stepforge

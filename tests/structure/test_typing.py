@@ -21,6 +21,13 @@ stepforge.NAdam(params, 1e-3, (0.9, 0.99), 1e-8, 0.0, 4e-3, True, foreach=False)
 stepforge.RAdam(params, decoupled_weight_decay=True, capturable=False)
 stepforge.Adagrad(params, state_format="int8", rounding_seed=1)
 stepforge.AdamW(params, state_format="bfloat16", master_weight_bits=24)
+model = torch.nn.Linear(2, 2)
+groups = stepforge.param_groups(model, weight_decay=0.1, no_decay=("bias", torch.nn.Embedding))
+stepforge.AdamW(groups)
+stepforge.param_groups(model, weight_decay=0, lr=1, lr_scale={"head": 2, torch.nn.LayerNorm: 0.5})
+stepforge.param_groups(model, weight_decay=0, lr=0.1, lr_scale=lambda name: 0.5)
+scale = {"head": 2.0}
+stepforge.param_groups(model, weight_decay=0.1, no_decay=["norm"], lr=0.1, lr_scale=scale)
 result: stepforge.LoadResult = stepforge.RAdam(params).load_state_dict({}, strict=False)
 loss: float = stepforge.RAdam(params).step(lambda: 1.0)
 
@@ -43,6 +50,13 @@ WRONG = {
     "wrong tuple": "stepforge.NAdam(params, betas=(0.9, 0.99, 0.999))",
     "keyword-only by position": "stepforge.Adam(params, 1e-3, (0.9, 0.99), 1e-8, 0.0, False, True)",
     "no parameters": "stepforge.RAdam()",
+    "groups without weight decay": "stepforge.param_groups(torch.nn.Linear(2, 2))",
+    "an entry that is no class": (
+        "stepforge.param_groups(torch.nn.Linear(2, 2), weight_decay=0.1, no_decay=(1,))"
+    ),
+    "factors that are no numbers": (
+        "stepforge.param_groups(torch.nn.Linear(2, 2), weight_decay=0, lr=1, lr_scale={'a': 'b'})"
+    ),
     "fixed value": "stepforge.AdamW(params, decoupled_weight_decay=True)",
     "tensor betas where only floats may be": (
         "stepforge.NAdam(params, betas=(torch.tensor(0.9), torch.tensor(0.99)))"
