@@ -226,6 +226,12 @@ def test_a_shared_parameter_has_its_first_name_and_is_matched_by_any() -> None:
         assert undecayed(model, entry) == ["0.weight"]
 
 
+def test_a_parameter_with_two_names_in_a_module_is_matched_by_both() -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.register_parameter("alias", model.weight)
+    assert undecayed(model, "alias") == ["weight"]
+
+
 def test_a_shared_module_is_matched_by_any_name() -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"first": shared, "second": shared})
