@@ -29,7 +29,7 @@ BLOCK = 1024
 _CHUNK = BLOCK * BLOCK
 
 #: Float64: the reductions of each parameter, and in a last row those of all, in their order. On the
-#: device of the parameters; an array for a CPU.
+#: device of the parameters; an array for a CPU, unless autograd must see them.
 Totals: TypeAlias = "np.ndarray[Any, Any] | torch.Tensor"
 
 
@@ -107,6 +107,9 @@ def _reduce_param(batch: Batch, index: int, given: list[Any]) -> torch.Tensor:
     """Return the reductions of one parameter."""
     graph = batch.spec.graph
     columns = [_in_order(batch, name, index) for name in graph.varying.inputs]
+    if batch.differentiable:
+        # Autograd keeps operands for the backward pass, and the step overwrites them.
+        columns = [x.clone() for x in columns]
     found: list[list[torch.Tensor]] = [[] for _ in graph.reductions]
     operations = operations_in(batch.spec.arithmetic)
     for part in _chunks(columns):

@@ -57,7 +57,8 @@ def reduce(
 ) -> Totals:
     """Return the reductions of a pass."""
     totals = reduce_by_torch(batch, grad_scale)
-    return totals.numpy() if totals.device.type == "cpu" else totals
+    on_host = totals.device.type == "cpu" and not batch.differentiable
+    return totals.numpy() if on_host else totals
 
 
 def run(

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import combined
 from stepforge.expr import Expr, Trace
 from stepforge.ops import ALL, count, minimum, norm, sqrt
 from stepforge.program import Graph
 from stepforge.step.launch import BoundLaunch
+from stepforge.step.passes import of_all
 
 __all__ = ["Control", "clip_factor", "gradient_passes"]
 
@@ -124,7 +123,7 @@ class Control:
         """
         if not self.is_on or not launches:
             return grad_scale
-        totals = _totals(_graph(self._facts), launches, grad_scale)
+        totals = of_all(_graph(self._facts), launches, grad_scale)
         found = dict(zip(self._facts, totals))
         scale = GradScale() if grad_scale is None else grad_scale
         clip, found_inf = scale.clip, scale.found_inf
@@ -157,58 +156,3 @@ def _either(one: torch.Tensor | float, other: torch.Tensor | float) -> torch.Ten
     if not isinstance(one, torch.Tensor) and not isinstance(other, torch.Tensor):
         return float(bool(one) or bool(other))
     return (torch.as_tensor(one) != 0).logical_or(torch.as_tensor(other) != 0).double()
-
-
-def _totals(
-    graph: Graph, launches: Sequence[BoundLaunch], grad_scale: GradScale | None
-) -> list[Any]:
-    """Return the reductions over all parameters: numbers, or tensors if a device has any."""
-    parts = [launch.reduced(graph, grad_scale) for launch in launches]
-    own = [launch.launch for launch in launches]
-    if len(own) == 1 and own[0].is_in_order and not own[0].shard_groups:
-        return list(parts[0][-1].tolist() if isinstance(parts[0], np.ndarray) else parts[0][-1])
-    ops = [node.op for node in graph.reductions]
-    order = np.argsort(np.concatenate([launch.indices for launch in own]))
-    device = next((x.device for x in parts if isinstance(x, torch.Tensor)), torch.device("cpu"))
-    rows = torch.cat([torch.as_tensor(part[:-1]).to(device) for part in parts])
-    rows = rows[torch.as_tensor(order).to(device)]
-    if any(launch.shard_groups for launch in own):
-        groups = [x for launch in own for x in launch.shard_groups or [()] * len(launch.indices)]
-        rows = _over_ranks(ops, rows, [groups[place] for place in order])
-    if device.type == "cpu":
-        return [float(combined(op, column)) for op, column in zip(ops, rows.numpy().T)]
-    return [combined(op, column) for op, column in zip(ops, rows.unbind(1))]
-
-
-def _over_ranks(
-    ops: Sequence[str], rows: torch.Tensor, groups: Sequence[tuple[Any, ...]]
-) -> torch.Tensor:
-    """Return the reductions of whole parameters from those of their local parts.
-
-    All processes add them up in the same order, so all have the same bits. That takes a collective
-    for each group of processes.
-
-    Args:
-        ops: the reductions.
-        rows: parameters x reductions.
-        groups: the process groups over which each parameter is cut.
-    """
-    rows = rows.clone()
-    for cut in dict.fromkeys(filter(None, groups)):
-        members = torch.tensor([n for n, each in enumerate(groups) if each == cut])
-        members = members.to(rows.device)
-        for group in cut:
-            mine = rows[members].contiguous()
-            gathered = [torch.empty_like(mine) for _ in range(group.size())]
-            torch.distributed.all_gather(gathered, mine, group=group)
-            columns = zip(ops, torch.stack(gathered).unbind(2))
-            rows[members] = torch.stack([_of_ranks(op, column) for op, column in columns], dim=1)
-    return rows
-
-
-def _of_ranks(op: str, of_rank: torch.Tensor) -> torch.Tensor:
-    """Return the reductions of parameters from those of each rank: ranks x parameters."""
-    found = of_rank[0]
-    for other in of_rank[1:]:
-        found = torch.maximum(found, other) if op == "largest" else found + other
-    return found

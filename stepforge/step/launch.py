@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from stepforge.backends import Backend
 from stepforge.backends.aliasing import addresses
 from stepforge.backends.batch import (
     Batch,
+    Coefficient,
     KernelTable,
     LazyColumns,
     Seeds,
@@ -28,7 +29,6 @@ from stepforge.state.layout import StateLayout
 from stepforge.state.sharding import first_index, is_sharded, local, local_part, shard_groups
 from stepforge.step.params import ParamStep
 from stepforge.step.scalar_states import ScalarStates, ScalarVectors
-from stepforge.step.signals import Deferred
 from stepforge.step.uniform import (
     UniformProgram,
     param_seeds,
@@ -36,7 +36,7 @@ from stepforge.step.uniform import (
     step_seeds,
 )
 
-__all__ = ["BoundLaunch", "Launch", "StepTensors", "run"]
+__all__ = ["BoundLaunch", "Launch", "StepTensors"]
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Launch:
             differentiable=first.group["differentiable"],
         )
         uniform_kernel = None
-        if scalars is not None and uniform.on_device:
+        if scalars is not None and uniform.on_device and not first.kernel.graph.before:
             on_device = uniform.scalars_on_device(scalars)
             uniform_kernel = first.choice.backend.uniform_kernel(first.kernel, on_device, seeds)
         return cls(
@@ -244,12 +244,14 @@ class Launch:
             )
             bound = BoundLaunch(self, batch, scalars, [], tensors, values.advance)
         else:
-            coefficients, scalar_values = self.uniform.run(groups, scalars)
-            count = len(self.uniform.group_of)
+            coefficients: list[Coefficient] = []
+            scalar_values: list[Any] = []
+            if not self.kernel.graph.before:  # else they follow from what passes will find
+                coefficients, scalar_values = self.values(self.uniform, groups, scalars)
             batch = Batch(
                 self.kernel,
                 columns,
-                round_coefficients(coefficients, count, self.kernel.arithmetic),
+                coefficients,
                 None if self.seeds is None else step_seeds(self.seeds, scalars),
                 self.first_indices,
                 self.uniform.differentiable,
@@ -261,6 +263,25 @@ class Launch:
         elif self.table is not None:
             self.table.bind_gradients(tensors)
         return bound
+
+    def values(
+        self,
+        uniform: UniformProgram,
+        groups: Sequence[Mapping[str, Any]],
+        scalars: ScalarStates,
+        reduced: Sequence[Any] = (),
+    ) -> tuple[list[Coefficient], list[Any]]:
+        """Return the coefficients of a pass or of the step, and new values of scalar states.
+
+        Args:
+            uniform: the uniform program of the pass or of the step.
+            groups: all param groups of the optimizer.
+            scalars: the step counts and scalar states.
+            reduced: the reductions of the passes before.
+        """
+        coefficients, scalar_values = uniform.run(groups, scalars, reduced)
+        count = len(uniform.group_of)
+        return round_coefficients(coefficients, count, self.kernel.arithmetic), scalar_values
 
     @functools.cached_property
     def _columns(self) -> tuple[str, ...]:
@@ -302,22 +323,29 @@ class BoundLaunch:
     tensors: StepTensors
     advance: Callable[[torch.Tensor | None], None] | None = None
 
-    def reduced(self, graph: Graph, grad_scale: GradScale | None) -> Totals:
-        """Return the reductions of a pass that takes no coefficients. Changes nothing.
+    def reduced(
+        self,
+        graph: Graph,
+        grad_scale: GradScale | None,
+        coefficients: Sequence[Coefficient] = (),
+    ) -> Totals:
+        """Return the reductions of a pass. Changes nothing.
 
         Args:
             graph: the graph of the pass.
             grad_scale: the scale of the gradients.
+            coefficients: the values of its coefficients.
         """
+        given = list(coefficients)
         launch, known = self.launch, self.launch.passes.get(graph)
         if known is None:
             own = self.batch.spec
             spec = KernelSpec.of(graph, own.dtype_of, own.formats, own.arithmetic)
-            batch = replace(self.batch, spec=spec, coefficients=[])
+            batch = replace(self.batch, spec=spec, coefficients=given)
             known = launch.passes[graph] = Pass(spec, launch.backend.prepare_pass(batch))
         elif known.table is not None:
             known.table.bind_gradients(self.tensors)
-        batch = replace(self.batch, spec=known.spec, coefficients=[])
+        batch = replace(self.batch, spec=known.spec, coefficients=given)
         return launch.backend.reduce(batch, known.table, grad_scale)
 
     def run(self, grad_scale: GradScale | None) -> None:
@@ -355,13 +383,6 @@ class BoundLaunch:
         if grad_scale is None or grad_scale.on_host:
             return None
         return grad_scale.found_inf_on(self.batch.device)
-
-
-def run(launches: Iterable[BoundLaunch], grad_scale: GradScale | None = None) -> None:
-    """Run all launches of a step; Python's signal handlers wait until the last has run."""
-    with Deferred():
-        for launch in launches:
-            launch.run(grad_scale)
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:

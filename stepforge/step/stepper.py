@@ -16,7 +16,7 @@ from stepforge.step.control import Control
 from stepforge.step.garbage import uncollected
 from stepforge.step.guards import Groups, Watched
 from stepforge.step.kept_plans import KeptPlans
-from stepforge.step.launch import BoundLaunch, StepTensors, run
+from stepforge.step.launch import BoundLaunch, StepTensors
 from stepforge.step.params import (
     ParamStep,
     WithGradient,
@@ -24,6 +24,7 @@ from stepforge.step.params import (
     enter_new_states,
     params_with_gradient,
 )
+from stepforge.step.passes import run
 from stepforge.step.plan import Plan, can_be_kept
 from stepforge.step.scalar_states import ScalarVectors
 from stepforge.step.traced import TracedParams
@@ -109,7 +110,7 @@ class Stepper:
         capturing = is_capturing()
         self.captured |= capturing
         bound = self.plans.bind(groups, state) or self._bind_new(groups, state)
-        run(bound, self.control.measured(bound, grad_scale))
+        run(bound, groups, self.control.measured(bound, grad_scale))
         if capturing and self.plans.latest is not None:
             self._captured_plans.append(self.plans.latest)
 
@@ -122,7 +123,7 @@ class Stepper:
         self.captured |= is_capturing()
         groups = self.groups
         bound = self.given_plans.bind(groups, given) or self._bind_given(groups, given)
-        run(bound, self.control.measured(bound, None))
+        run(bound, groups, self.control.measured(bound, None))
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.

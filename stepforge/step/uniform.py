@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepforge.backends.batch import Coefficient, Seeds
+from stepforge.backends.batch import Coefficient, Seeds, uploaded
 from stepforge.formats import param_seed, step_seed
 from stepforge.ops import NUMBERS, VOCABULARY, to_float32
 from stepforge.program import Graph, Program
@@ -57,13 +57,18 @@ class UniformProgram:
     differentiable: bool
 
     def run(
-        self, groups: Sequence[Mapping[str, Any]], scalars: ScalarStates
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        scalars: ScalarStates,
+        reduced: Sequence[Any] = (),
     ) -> tuple[list[Any], list[Any]]:
         """Compute the values of the next step.
 
         Args:
             groups: all param groups of the optimizer.
             scalars: the step counts and scalar states.
+            reduced: the reductions of the passes before: each one number for all parameters, or
+                one per parameter in an array, or in a tensor on a device.
 
         Returns:
             The graph's coefficients, not yet rounded, and the new values of its scalar states.
@@ -72,17 +77,25 @@ class UniformProgram:
         program = self.graph.uniform
         count = len(self.graph.coefficients)
         if not (self.on_device or self.differentiable):
-            values = _run_on_host(program, self._host_inputs(own, scalars))
+            inputs = [*self._host_inputs(own, scalars), *reduced]
+            device = next((x.device for x in reduced if isinstance(x, torch.Tensor)), None)
+            if device is not None:
+                inputs = [_sent(x, device) for x in inputs]
+            values = _run_on_host(program, inputs)
             return values[:count], values[count:]
         run, names = _function(program), program.inputs
         if self.on_device:
             # In float32, powers and differences of nearly equal numbers would lose what a step
             # needs: RAdam's rectifier would be 0.6% off at its sixth step.
-            inputs = self._device_inputs(own[0], scalars.on_device())
-            values = run(*(_wide(inputs[name]) for name in names))
+            named = self._device_inputs(own[0], scalars.on_device())
+            given = [torch.as_tensor(x) for x in reduced]
+            values = run(*(_wide(named[name]) for name in names), *given)
         else:
             rows = self._differentiable_inputs(own[0], scalars)
-            results = [run(*(_wide(row[name]) for name in names)) for row in rows]
+            results = [
+                run(*(_wide(row[name]) for name in names), *(x[place] for x in reduced))
+                for place, row in enumerate(rows)
+            ]
             values = [list(column) for column in zip(*results)]
         return values[:count], values[count:]
 
@@ -218,7 +231,14 @@ def _is_constant(value: Any) -> bool:
     )
 
 
+def _sent(value: Any, device: torch.device) -> Any:
+    """Return an input beside tensors on a device: an array becomes one of them."""
+    return uploaded(value, device) if isinstance(value, np.ndarray) else value
+
+
 def _run_on_host(program: Program, inputs: Sequence[Any]) -> list[Any]:
+    if torch.Tensor in map(type, inputs):
+        return _function(program)(*inputs)
     if np.ndarray not in map(type, inputs):
         return _function_of_numbers(program)(*inputs)
     with np.errstate(all="ignore"):
@@ -263,9 +283,10 @@ def _compiled(
         functions: the function of each operation.
         infix: Python's expression for operations that have one.
     """
-    constants = program.registers(dict.fromkeys(program.inputs))
+    given = len(program.inputs) + len(program.given)
+    constants = program.registers(dict.fromkeys(program.inputs), [None] * len(program.given))
     names = [f"r{n}" if x is None else repr(x) for n, x in enumerate(constants)]
-    lines = [f"def run({', '.join(names[: len(program.inputs)])}):"]
+    lines = [f"def run({', '.join(names[:given])}):"]
     for instruction in program.instructions:
         args = [names[register] for register in instruction.args]
         call = infix.get(instruction.op, f"{instruction.op}({', '.join(args)})").format(*args)

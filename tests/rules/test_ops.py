@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-import stepforge
 from stepforge import ops
 from stepforge.backends.exact import correct_sqrt
-from stepforge.declare import NonNegative
 
 SPECIAL = [0.0, -0.0, 1.0, -2.5, math.inf, -math.inf, math.nan, 1e-310, 1.7e308]
 UNARY = ["sqrt", "sign", "finite", "exp", "log"]
@@ -138,14 +136,3 @@ def test_reductions_of_tensors_are_made_in_float64() -> None:
     assert ops.largest(x).item() == x.max().item()
     assert ops.count(x < 0).item() == 1
     assert ops.largest(x[:0]).item() == -float("inf")
-
-
-def test_a_rule_with_a_reduction_is_refused_in_one_sentence() -> None:
-    def scaled(h, p, g):  # type: ignore[no-untyped-def]
-        return p - h.lr * g / ops.norm(g)
-
-    class Scaled(stepforge.Optimizer, rule=lambda h, t, p, g: scaled(h, p, g)):
-        lr: NonNegative = 0.1
-
-    with pytest.raises(TypeError, match=r"computes with `squares\(g, parameter\)`"):
-        Scaled([torch.nn.Parameter(torch.ones(2))])

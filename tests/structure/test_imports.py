@@ -40,6 +40,7 @@ extension
 step.params step.signals step.garbage step.scalar_states
 step.uniform
 step.launch step.traced
+step.passes
 step.control
 step.guards
 step.plan

@@ -89,9 +89,9 @@ def uniform_kernel(spec: KernelSpec, scalars: Mapping[str, Scalars], seeds: Seed
 
 def prepare_pass(batch: Batch) -> ReductionTable | None:
     """Return the table of a batch whose tensors all are dense; None for any other batch."""
-    if not all(_dense(batch)) or isinstance(reduction_for(batch.spec), str):
+    if batch.spec.formats or not all(_dense(batch)):
         return None
-    return ReductionTable(batch)
+    return None if isinstance(reduction_for(batch.spec), str) else ReductionTable(batch)
 
 
 def reduce(
@@ -100,6 +100,8 @@ def reduce(
     """Return the reductions of a pass."""
     if isinstance(table, ReductionTable):
         return table.run(batch, grad_scale)
+    if batch.spec.formats:
+        return reduce_by_torch(batch, grad_scale).numpy()
     kernel = reduction_for(batch.spec)
     if isinstance(kernel, str):
         _warn_once(kernel)

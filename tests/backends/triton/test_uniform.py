@@ -28,7 +28,7 @@ from stepforge.backends.triton.uniform_source import Scalar, UniformSpec, unifor
 from stepforge.formats import param_seed, step_seed
 from stepforge.ops import NUMBERS
 from stepforge.program import evaluate
-from stepforge.step import launch
+from stepforge.step import passes
 from stepforge.step.launch import Launch
 from tests.backends.graphs import graph_of, in_new_process
 from tests.backends.triton.kernels import by_kernels_only
@@ -186,7 +186,7 @@ def test_a_kept_step_is_two_launches_and_no_operation(
     assert not isinstance(tensors, str)
     launches.clear()
     with Count() as counted, torch.no_grad():
-        launch.run(plan.bind(tensors, groups))
+        passes.run(plan.bind(tensors, groups), groups)
     assert launches == ["advance", "step"]
     assert not counted.found
     assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
