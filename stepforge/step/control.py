@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -81,19 +82,19 @@ class Control:
         {"max_grad_norm": None, "skip_nonfinite": False}
     )
 
-    def __init__(self, *, max_grad_norm: float | None = None, skip_nonfinite: bool = False) -> None:
+    def __init__(self, *, max_grad_norm: Any = None, skip_nonfinite: Any = False) -> None:
         if max_grad_norm is not None:
-            if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, (int, float)):
+            if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, numbers.Real):
                 raise TypeError(
                     f"max_grad_norm is {max_grad_norm!r}; it must be a number above 0, or None"
                 )
-            if not 0 < max_grad_norm < math.inf:
+            if not 0 < float(max_grad_norm) < math.inf:
                 raise ValueError(
                     f"Invalid max_grad_norm: {max_grad_norm}; it must be above 0 and finite"
                 )
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}; it must be True or False")
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         self.skip_nonfinite = skip_nonfinite
         self.latest: dict[str, torch.Tensor | float] = {}
         self.skipped: torch.Tensor | int = 0
@@ -105,7 +106,14 @@ class Control:
 
     def count_skipped(self) -> None:
         """Count a step that a gradient scaler has found not finite."""
-        self.skipped = self.skipped + 1
+        self._count(1.0)
+
+    def _count(self, found_inf: torch.Tensor | float) -> None:
+        """Count a step if a number is not zero."""
+        if isinstance(found_inf, torch.Tensor) and not isinstance(self.skipped, torch.Tensor):
+            self.skipped = torch.full((), self.skipped, device=found_inf.device)
+        # In place on a device, where a graph may repeat it.
+        self.skipped += found_inf != 0
 
     @property
     def is_on(self) -> bool:
@@ -134,7 +142,7 @@ class Control:
             self.latest = {"grad_norm": grad_norm, "clip_factor": clip}
         if self.skip_nonfinite:
             found_inf = _either(found_inf, found["nonfinite"])
-            self.skipped = self.skipped + (found_inf != 0)
+            self._count(found_inf)
         return GradScale(scale.scale, found_inf, clip)
 
     @functools.cached_property
@@ -147,7 +155,7 @@ class Control:
         """Return what is known of the last step, as tensors without dimensions."""
         known = {k: torch.as_tensor(x, dtype=torch.float64) for k, x in self.latest.items()}
         if self.skip_nonfinite:
-            known["skipped"] = torch.as_tensor(self.skipped)
+            known["skipped"] = torch.as_tensor(self.skipped).clone()
         return known
 
 

@@ -12,6 +12,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ import stepforge
 from stepforge.backends.native.reduction import reduction_source
 from stepforge.cli.kernels import c_sources
 from stepforge.ops import to_float32
+from stepforge.step.control import Control
 from tests.conformance.table import (
     BACKENDS,
     FORMATS,
@@ -249,6 +251,26 @@ def test_without_skipping_a_norm_that_is_no_number_reaches_every_weight() -> Non
     given[0][0, 0] = NAN  # type: ignore[index]
     run(optimizer, params, [given])
     assert all(p.isnan().all() for p in params)
+
+
+def test_a_count_on_a_device_is_one_tensor() -> None:
+    """A replayed graph adds to it, so it must stay where it is."""
+    control = Control(skip_nonfinite=True)
+    control.count_skipped()
+    counts = []
+    for found in (0.0, 2.0):
+        control._count(torch.tensor(found))
+        counts.append((control.skipped, int(control.skipped)))
+    assert [count for _, count in counts] == [1, 2]
+    assert counts[0][0] is counts[1][0]
+    assert control.metrics()["skipped"] is not control.skipped
+
+
+@pytest.mark.parametrize("value", [2, np.float32(0.5), 1.0])
+def test_any_kind_of_number_is_a_norm(value: Any) -> None:
+    optimizer, params = built("AdamW", max_grad_norm=value)
+    run(optimizer, params, [gradients(0)])
+    assert optimizer.metrics()["clip_factor"] < 1
 
 
 def test_a_step_without_gradients_is_no_step() -> None:

@@ -38,7 +38,7 @@ _COMBINED = """\
 static APART double sum_of(double *restrict x, int64_t count) {
     int64_t width = 1;
     while (width < count) width *= 2;
-    for (int64_t i = count; i < width; i++) x[i] = 0;
+    for (int64_t i = count; i < width; i++) x[i] = -0.0;    /* changes no sum, and is no memset */
     if (width == BLOCK) {
         width /= 8;
         for (int64_t i = 0; i < BLOCK / 8; i++) {
@@ -67,8 +67,9 @@ static double sum_of_all(double *x, int64_t count) {
         for (int64_t i = 0; i < blocks; i++) {
             int64_t left = count - i * BLOCK;
             double block[BLOCK];
-            memcpy(block, x + i * BLOCK, (left < BLOCK ? left : BLOCK) * sizeof *x);
-            x[i] = sum_of(block, left < BLOCK ? left : BLOCK);
+            if (left > BLOCK) left = BLOCK;
+            for (int64_t j = 0; j < left; j++) block[j] = x[i * BLOCK + j] + 0.0;    /* no memcpy */
+            x[i] = sum_of(block, left);
         }
         count = blocks;
     }
