@@ -157,7 +157,7 @@ class Optimizer(_Declared):
     )
     stochastic_rounding: bool = hyper(default=False, kw_only=True, optional_in_checkpoint=True)
     rounding_seed: Seed = hyper(default=0, kw_only=True, optional_in_checkpoint=True)
-    # Of the optimizer, not of a param group.
+    # Options of the optimizer, not of a param group.
     max_grad_norm: InitVar[float | None] = hyper(default=None, kw_only=True)
     skip_nonfinite: InitVar[bool] = hyper(default=False, kw_only=True)
 

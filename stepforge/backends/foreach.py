@@ -20,7 +20,7 @@ from stepforge.backends.aliasing import Aliasing
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
+from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.expr import UNIFORM_ONLY
 from stepforge.ops import VOCABULARY
@@ -61,8 +61,7 @@ def reduce(
     batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
 ) -> Totals:
     """Return the reductions of a pass."""
-    totals = reduce_by_torch(batch, grad_scale)
-    return totals.numpy() if totals.device.type == "cpu" else totals
+    return totals_by_torch(batch, grad_scale)
 
 
 def run(

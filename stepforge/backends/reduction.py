@@ -21,7 +21,15 @@ from stepforge.backends.exact import operations_in
 from stepforge.backends.grad_scale import GradScale
 from stepforge.program import evaluate
 
-__all__ = ["BLOCK", "PassTable", "Totals", "combined", "in_one_order", "reduce_by_torch"]
+__all__ = [
+    "BLOCK",
+    "PassTable",
+    "Totals",
+    "combined",
+    "in_one_order",
+    "reduce_by_torch",
+    "totals_by_torch",
+]
 
 #: The elements of a block.
 BLOCK = 1024
@@ -59,6 +67,18 @@ def reduce_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> torch.
     columns = torch.stack(rows).unbind(1)
     of_all = [combined(node.op, x) for node, x in zip(batch.spec.graph.reductions, columns)]
     return torch.stack([*rows, torch.stack(of_all)])
+
+
+def totals_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> Totals:
+    """Return :func:`reduce_by_torch` as a backend does: on a host in an array.
+
+    Args:
+        batch: the parameters, with the graph of the pass and its coefficients.
+        grad_scale: the scale of the gradients.
+    """
+    totals = reduce_by_torch(batch, grad_scale)
+    on_host = totals.device.type == "cpu" and not batch.differentiable
+    return totals.numpy() if on_host else totals
 
 
 def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:

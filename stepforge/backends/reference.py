@@ -15,7 +15,7 @@ import torch
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import OPERATIONS, operations_in
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
+from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.program import evaluate
 
@@ -56,9 +56,7 @@ def reduce(
     batch: Batch, table: PassTable | None = None, grad_scale: GradScale | None = None
 ) -> Totals:
     """Return the reductions of a pass."""
-    totals = reduce_by_torch(batch, grad_scale)
-    on_host = totals.device.type == "cpu" and not batch.differentiable
-    return totals.numpy() if on_host else totals
+    return totals_by_torch(batch, grad_scale)
 
 
 def run(

@@ -374,7 +374,7 @@ def test_a_compiled_step_clips() -> None:
     ids=str,
 )
 def test_kernels_of_passes_can_be_prebuilt(options: dict[str, Any], dtype: torch.dtype) -> None:
-    """Those that a step takes are among those that `stepforge prebuild` writes."""
+    """Sources that a step takes are among those that `stepforge prebuild` writes."""
     optimizer, params = built("AdamW", dtype, **options)
     run(optimizer, params, [gradients(0, dtype)])
     assert optimizer._stepper.plans.latest is not None

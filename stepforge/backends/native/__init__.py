@@ -20,7 +20,7 @@ from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
 from stepforge.backends.native.reduction import ReductionTable, reduction_for
 from stepforge.backends.native.table import Table
-from stepforge.backends.reduction import PassTable, Totals, in_one_order, reduce_by_torch
+from stepforge.backends.reduction import PassTable, Totals, in_one_order, totals_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 
 __all__ = [
@@ -101,11 +101,11 @@ def reduce(
     if isinstance(table, ReductionTable):
         return table.run(batch, grad_scale)
     if batch.spec.formats:
-        return reduce_by_torch(batch, grad_scale).numpy()
+        return totals_by_torch(batch, grad_scale)
     kernel = reduction_for(batch.spec)
     if isinstance(kernel, str):
         _warn_once(kernel)
-        return reduce_by_torch(batch, grad_scale).numpy()
+        return totals_by_torch(batch, grad_scale)
     dense = _dense(batch)
     columns = {
         name: [

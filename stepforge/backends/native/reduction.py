@@ -25,6 +25,7 @@ from stepforge.backends.native import loops, prebuilt
 from stepforge.backends.native.dtypes import C_TYPES, conversions
 from stepforge.backends.native.expressions import computed, results
 from stepforge.backends.native.kernel import threads_for
+from stepforge.backends.native.share import share_function
 from stepforge.backends.native.source import FETCH_AHEAD
 from stepforge.backends.reduction import BLOCK
 from stepforge.backends.spec import KernelSpec
@@ -106,7 +107,7 @@ static double largest_of_all(const double *x, int64_t count) {
 }
 """
 
-_DRIVER = """\
+_WORK = """\
 typedef struct {
     int64_t rows;
     const int64_t *starts;    /* rows + 1: the blocks before each row, and of all */
@@ -118,39 +119,18 @@ typedef struct {
     int (*thread)(void);      /* which thread this is; null where there is but one */
     int (*team)(void);        /* how many there are: perhaps fewer than were asked for */
 } work;
+"""
 
-/* Asks for where a row begins: the processor foresees what follows, but not that. */
-static void fetch(const work *w, int64_t row) {
-    for (int column = 0; row < w->rows && column < COLUMNS; column++)
-        __builtin_prefetch(w->records[row * COLUMNS + column]);
+_EACH = """\
+for (int64_t block = begin; block < stop; block++) {
+    int64_t first = (block - w->starts[row]) * BLOCK;
+    int64_t left = w->sizes[row] - first;
+    reduce_block(w->records + row * RECORD, w->numbers + row * COEFFICIENTS, w->unscale,
+                 first, left < BLOCK ? left : BLOCK, w->partial + block, w->starts[w->rows]);
 }
+"""
 
-static void share(void *argument) {
-    const work *w = argument;
-    int64_t total = w->starts[w->rows];
-    int64_t threads = w->thread ? w->team() : 1;
-    int64_t part = (total + threads - 1) / threads;
-    int64_t begin = w->thread ? w->thread() * part : 0;
-    int64_t end = begin + part < total ? begin + part : total;
-    if (begin >= end) return;
-    int64_t low = 0, high = w->rows;    /* the last row that starts at or before begin */
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2;
-        if (w->starts[middle] <= begin) low = middle; else high = middle;
-    }
-    for (int64_t row = low; begin < end; row++) {
-        int64_t stop = w->starts[row + 1] < end ? w->starts[row + 1] : end;
-        fetch(w, row + AHEAD);
-        for (int64_t block = begin; block < stop; block++) {
-            int64_t first = (block - w->starts[row]) * BLOCK;
-            int64_t left = w->sizes[row] - first;
-            reduce_block(w->records + row * COLUMNS, w->numbers + row * COEFFICIENTS, w->unscale,
-                         first, left < BLOCK ? left : BLOCK, w->partial + block, total);
-        }
-        begin = stop;
-    }
-}
-
+_RUN = """\
 /* Writes rows x REDUCTIONS numbers, and a row of those of all; the partial ones are overwritten. */
 void stepforge_run(int64_t rows, const int64_t *starts, const int64_t *sizes,
                       void *const *records, const number *numbers, double unscale,
@@ -235,6 +215,8 @@ typedef {"int64_t" if double else "int32_t"} key;
 #define COEFFICIENTS {len(graph.coefficients)}
 #define REDUCTIONS {len(graph.reductions)}
 #define BLOCK {BLOCK}
+#define RECORD COLUMNS
+#define GRAIN 1
 #define AHEAD 3     /* rows, as for steps */
 #define LANES 16
 #define APART __attribute__((noinline))
@@ -248,7 +230,8 @@ typedef {"int64_t" if double else "int32_t"} key;
 {_element(spec, double=double)}
 {_block(spec)}
 {_combine(spec)}
-{_DRIVER}"""
+{_WORK}
+{share_function(_EACH)}{_RUN}"""
 
 
 def _element(spec: KernelSpec, *, double: bool) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from stepforge.backends.native import loops
 from stepforge.backends.native.dtypes import C_TYPES, conversions
+from stepforge.backends.native.share import share_function
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import BLOCK
 
@@ -22,7 +23,7 @@ __all__ = ["FETCH_AHEAD", "KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
-_DRIVER = """\
+_WORK = """\
 typedef struct {
     int64_t rows;
     const int64_t *starts;    /* rows + 1: the units before each row: its elements, or its blocks */
@@ -32,36 +33,15 @@ typedef struct {
     int (*thread)(void);      /* which thread this is; null where there is but one */
     int (*team)(void);        /* how many there are: perhaps fewer than were asked for */
 } work;
+"""
 
-/* Asks for where a row begins: the processor foresees what follows, but not that. */
-static void fetch(const work *w, int64_t row) {
-    for (int column = 0; row < w->rows && column < COLUMNS; column++)
-        __builtin_prefetch(w->records[row * RECORD + column]);
-}
+_EACH = """\
+if (begin < stop)
+    step_row(w->records + row * RECORD, w->numbers + row * COEFFICIENTS, w->unscale,
+             begin - w->starts[row], stop - w->starts[row]);
+"""
 
-static void share(void *argument) {
-    const work *w = argument;
-    int64_t total = w->starts[w->rows];
-    int64_t threads = w->thread ? w->team() : 1;
-    int64_t part = (total / threads + GRAIN) / GRAIN * GRAIN;
-    int64_t begin = w->thread ? w->thread() * part : 0;
-    int64_t end = begin + part < total ? begin + part : total;
-    if (begin >= end) return;
-    int64_t low = 0, high = w->rows;    /* the last row that starts at or before begin */
-    while (high - low > 1) {
-        int64_t middle = low + (high - low) / 2;
-        if (w->starts[middle] <= begin) low = middle; else high = middle;
-    }
-    for (int64_t row = low; begin < end; row++) {
-        int64_t stop = w->starts[row + 1] < end ? w->starts[row + 1] : end;
-        fetch(w, row + AHEAD);
-        if (begin < stop)
-            step_row(w->records + row * RECORD, w->numbers + row * COEFFICIENTS, w->unscale,
-                     begin - w->starts[row], stop - w->starts[row]);
-        begin = stop;
-    }
-}
-
+_RUN = """\
 void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
                    const number *numbers, double unscale,
                    int threads, int (*thread)(void), int (*team)(void),
@@ -142,7 +122,8 @@ typedef {"double" if double else "float"} number;
 
 {_joined(texts, indent=0)}
 {_step_row(spec, args)}
-{_DRIVER}"""
+{_WORK}
+{share_function(_EACH)}{_RUN}"""
 
 
 def _step_row(spec: KernelSpec, args: KernelArgs) -> str:

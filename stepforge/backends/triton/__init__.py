@@ -18,7 +18,7 @@ from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
 from stepforge.backends.batch import Batch, Gradients, KernelTable, Scalars, Seeds
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, reduce_by_torch
+from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 from stepforge.backends.triton import reduction
 from stepforge.backends.triton.dtypes import STORABLE
@@ -180,9 +180,8 @@ def reduce(
     """Return the reductions of a pass."""
     if isinstance(table, reduction.PassTable):
         totals = table.run(batch, grad_scale)
-    else:
-        totals = reduce_by_torch(batch, grad_scale)
-    return totals.numpy() if totals.device.type == "cpu" else totals
+        return totals.numpy() if totals.device.type == "cpu" else totals
+    return totals_by_torch(batch, grad_scale)
 
 
 def run(

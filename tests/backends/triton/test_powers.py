@@ -72,7 +72,7 @@ def any_size(rng: random.Random) -> tuple[float, float]:
 def test_powers_are_correctly_rounded(
     draw: Callable[[random.Random], tuple[float, float]],
 ) -> None:
-    """Those that are normal numbers. The host's own may differ in the last bit."""
+    """Normal numbers only. The host's own may differ in the last bit."""
     rng = random.Random(0)
     pairs = [draw(rng) for _ in range(COUNT)]
     pairs = [(x, y) for x, y in pairs if math.pow(x, y) > 1e-307]

@@ -323,7 +323,7 @@ def test_the_source_is_readable(name: str) -> None:
     compile(text, "advance.py", "exec")
 
 
-#: Those with the most operations, and every dtype of coefficients.
+#: The kernels with the most operations, and every dtype of coefficients.
 COMPILED = [("NAdam", torch.float32), ("NAdam", torch.float64), ("RAdam", torch.float32)]
 
 
