@@ -23,6 +23,11 @@ ROWS = (
     ("8 tensors of 64 x 32, on one thread", "tiny", "stepforge"),
     ("144 small DTensors, as of FSDP2", "sharded", "stepforge"),
     ("`torch.compile(step)`, 148 small tensors", "compiled", "stepforge"),
+    ("gradients clipped, 1000 tensors of 1000", "clipped", "stepforge"),
+    ("gradients clipped, 50 million elements", "clipped-large", "stepforge"),
+    ("with metrics, 1000 tensors of 1000", "metrics", "stepforge"),
+    ("with metrics, 50 million elements", "metrics-large", "stepforge"),
+    ("with metrics, 8 tensors of 64 x 32", "metrics-tiny", "stepforge"),
     ("no compiler, 50 million elements in one tensor", "large", "stepforge foreach"),
     ("no compiler, 1000 tensors of 1000", "small", "stepforge foreach"),
 )

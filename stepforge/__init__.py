@@ -13,6 +13,7 @@ Example:
 
 from stepforge.checkpoint import LoadResult
 from stepforge.explain import Explanation, explain
+from stepforge.logging import MetricsLogger
 from stepforge.optimizer import Optimizer
 from stepforge.param_groups import param_groups
 from stepforge.rules import Adagrad, Adam, AdamW, NAdam, RAdam
@@ -25,6 +26,7 @@ __all__ = [
     "AdamW",
     "Explanation",
     "LoadResult",
+    "MetricsLogger",
     "NAdam",
     "Optimizer",
     "RAdam",

@@ -179,7 +179,7 @@ def explain(optimizer: torch.optim.Optimizer) -> Explanation:
         raise TypeError(f"explain takes a stepforge optimizer, but got {type(optimizer).__name__}")
     return Explanation(
         type(optimizer).__name__,
-        tuple(_served(optimizer, optimizer.rule)),
+        tuple(_served(optimizer, optimizer._stepper.rule)),  # type: ignore[attr-defined]
         tuple(_frozen(optimizer, optimizer.rule)),
         described(status()),
     )

@@ -21,7 +21,8 @@ but known only after a pass over the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
 Operand: TypeAlias = "Expr | float"
@@ -29,8 +30,9 @@ Operand: TypeAlias = "Expr | float"
 #: The operations that make one number of a varying value.
 REDUCTIONS = frozenset({"total", "squares", "largest", "count"})
 
-#: The range of a reduction: one parameter, or all parameters of the optimizer.
-Across: TypeAlias = Literal["parameter", "all"]
+#: The range of a reduction: one parameter, or all parameters of the optimizer; for formats also a
+#: block of elements that share a scale.
+Across: TypeAlias = Literal["parameter", "all", "block"]
 
 
 COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
@@ -270,22 +272,46 @@ class Trace:
 
         Args:
             op: one of :data:`REDUCTIONS`.
-            operand: a varying value: a comparison for ``count``, else a number.
+            operand: a varying value: a comparison for ``count``, else a number; a uint32 for the
+                largest of a block.
             across: what it is over.
 
         Raises:
             TypeError: the operand is of another kind.
-            ValueError: ``across`` is neither ``"parameter"`` nor ``"all"``.
+            ValueError: ``across`` is no range.
         """
-        operand = self._lift(operand, on_uint32=False)
-        due = "a comparison" if op == "count" else "a number"
+        of_block = across == "block" and op == "largest"
+        operand = self._lift(operand, on_uint32=of_block)
+        due = "a uint32" if of_block else "a comparison" if op == "count" else "a number"
         if _kind(operand) != due:
             raise TypeError(f"`{operand}` stands in {op} where {due} is due")
         if not operand.varying:
             raise TypeError(f"`{operand}` is one number already: {op} takes a varying value")
         if across not in get_args(Across):
             raise ValueError(f"across={across!r}: it must be one of {get_args(Across)}")
-        return self._node(op, operand, value=across, varying=False)
+        return self._node(op, operand, value=across, varying=of_block, uint32=of_block)
+
+    def replaced(self, node: Expr, others: Mapping[Expr, Expr]) -> Expr:
+        """Return a node with other nodes in the place of some that it depends on.
+
+        Args:
+            node: the node.
+            others: for each node that is replaced, the other.
+        """
+        known = dict(others)
+
+        def of(each: Expr) -> Expr:
+            if each not in known:
+                args = tuple(map(of, each.args))
+                if all(map(operator.is_, args, each.args)):
+                    known[each] = each
+                elif each.op in REDUCTIONS:
+                    known[each] = self.reduce(each.op, *args, across=each.value)  # type: ignore
+                else:
+                    known[each] = self.apply(each.op, *args)
+            return known[each]
+
+        return of(node)
 
     def _lift(self, operand: object, on_uint32: bool) -> Expr:
         if isinstance(operand, Expr):

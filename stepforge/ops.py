@@ -217,7 +217,7 @@ def largest(x: Value, across: Across = "parameter") -> Value:
 
     Args:
         x: the value.
-        across: as for :func:`norm`.
+        across: as for :func:`norm`; ``"block"``, for formats, for the largest uint32 of a block.
 
     Example:
         >>> largest(abs(torch.tensor([3.0, -4.0]))).item()

@@ -29,6 +29,7 @@ from stepforge.declare import Seed, hyper, read_body, signature_of
 from stepforge.explain import without_effect
 from stepforge.formats import StateFormat
 from stepforge.hyperparameter import Hyperparameter
+from stepforge.metrics import Metric
 from stepforge.rule import Rule
 from stepforge.state.layout import HALF_DTYPES, holds_all_bits, is_flat
 from stepforge.state.values import initial_states
@@ -112,6 +113,9 @@ class Optimizer(_Declared):
             scaler has unscaled them. Gradients are not written to. None does not clip.
         skip_nonfinite: leave everything as it is, step counts included, in a step with NaN or an
             infinity in any gradient; :meth:`metrics` counts such steps.
+        telemetry: compute the metrics of :meth:`metrics` in every step. A dict adds metrics of
+            one's own, as in :mod:`stepforge.metrics`: each a name, and a function of some of the
+            symbols ``p``, ``new_p``, ``g``, ``change`` and ``size``.
 
     Attributes:
         param_groups: a list of dicts, one per group: ``"params"`` and every hyperparameter.
@@ -160,6 +164,7 @@ class Optimizer(_Declared):
     # Options of the optimizer, not of a param group.
     max_grad_norm: InitVar[float | None] = hyper(default=None, kw_only=True)
     skip_nonfinite: InitVar[bool] = hyper(default=False, kw_only=True)
+    telemetry: InitVar[bool | Mapping[str, Metric]] = hyper(default=False, kw_only=True)
 
     def __init__(self, params: ParamsT, **options: Any) -> None:
         if not hasattr(self, "rule"):
@@ -190,7 +195,8 @@ class Optimizer(_Declared):
             warnings.warn(message, stacklevel=3)
 
     def _new_stepper(self) -> Stepper:
-        return Stepper(self, self.rule, self._sparse_gradient_error(), self._control)
+        rule = self.rule.with_metrics(self._control.step_metrics)
+        return Stepper(self, rule, self._sparse_gradient_error(), self._control)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Raise if options exclude each other."""
@@ -440,26 +446,62 @@ class Optimizer(_Declared):
             self._run()
         return loss
 
-    def metrics(self) -> dict[str, torch.Tensor]:
-        """Return what is known of the last step, as tensors without dimensions.
+    @overload
+    def metrics(self, by: None = None) -> dict[str, torch.Tensor]: ...
 
-        They are on the device of the parameters, and nothing waits for it until one is read.
+    @overload
+    def metrics(self, by: Literal["group"]) -> list[dict[str, torch.Tensor]]: ...
+
+    @overload
+    def metrics(self, by: Literal["parameter"]) -> dict[str | int, dict[str, torch.Tensor]]: ...
+
+    def metrics(self, by: Literal["group", "parameter"] | None = None) -> Any:
+        """Return what is known of the last step, as float64 tensors without dimensions.
+
+        They are on the device of the parameters, and nothing waits for it until one is read. With
+        ``telemetry`` they are:
+
+        - ``grad_norm``: the 2-norm of the gradients, unscaled, before clipping.
+        - ``grad_max``: the largest magnitude in a gradient.
+        - ``nonfinite``: the number of elements of gradients that are NaN or infinite.
+        - ``update_norm``: the 2-norm of what was added to the parameters, as they are stored.
+        - ``param_norm``: the 2-norm of the parameters after the step.
+        - ``update_ratio``: ``update_norm`` over ``param_norm``.
+        - ``lost``: the share of elements with a gradient other than 0 that were to change, and
+          stayed what they were, as with steps below half a unit in the last place. Low bits of
+          ``master_weight_bits`` count as parts of a parameter.
+        - the metrics of one's own.
+
+        A step that was skipped has changed nothing: its ``update_norm`` and ``lost`` are 0.
+
+        Args:
+            by: None for all parameters together; ``"group"`` for those of each param group;
+                ``"parameter"`` for each parameter that was stepped.
 
         Returns:
-            With ``max_grad_norm``: ``grad_norm``, the 2-norm of all gradients, unscaled, before
-            clipping, and ``clip_factor``, what they were multiplied by; nothing before the first
-            step. With ``skip_nonfinite``: ``skipped``, the number of steps skipped so far.
+            A dict by the names above; by group a list of them; by parameter a dict of them, by the
+            parameters' names, or their numbers where they have none. Of all parameters together
+            there are also ``clip_factor``, what gradients were multiplied by, with
+            ``max_grad_norm``; and ``skipped``, the number of steps skipped so far, with
+            ``skip_nonfinite`` or ``telemetry``. Without ``telemetry``, ``grad_norm`` is known with
+            ``max_grad_norm``, and ``nonfinite`` with ``skip_nonfinite``. Before the first step
+            nothing is.
+
+        Raises:
+            ValueError: ``by`` is none of these.
 
         Example:
             >>> from stepforge import AdamW
             >>> p = torch.nn.Parameter(torch.zeros(2))
-            >>> optimizer = AdamW([p], max_grad_norm=1.0)
+            >>> optimizer = AdamW([("bias", p)], lr=0.25, weight_decay=0, telemetry=True)
             >>> p.grad = torch.tensor([3.0, 4.0])
             >>> optimizer.step()
             >>> optimizer.metrics()["grad_norm"].item()
             5.0
+            >>> optimizer.metrics(by="parameter")["bias"]["update_ratio"].item()
+            1.0
         """
-        return self._control.metrics()
+        return self._control.known(self.param_groups, by)
 
     def _run(self) -> None:
         scale = GradScale.of(self)
@@ -467,7 +509,12 @@ class Optimizer(_Declared):
         try:
             # One call: an interrupt within torch's context manager would leave autograd off.
             torch._C._set_grad_enabled(self.defaults["differentiable"])
-            if scale is not None and scale.on_host and scale.found_inf:
+            if (
+                scale is not None
+                and scale.on_host
+                and scale.found_inf
+                and not self._control.metrics
+            ):
                 self._control.count_skipped()
                 return
             self._stepper.step(self.param_groups, self.state, scale)
@@ -481,6 +528,8 @@ class Optimizer(_Declared):
 
     def _sparse_gradient_error(self) -> str | None:
         """Return the error for a sparse gradient; None if the rule takes them."""
+        if self._control.metrics:
+            return "`telemetry` does not support sparse gradients"
         if self._takes_sparse:
             return None
         return (
@@ -494,10 +543,14 @@ _OF_THE_OPTIMIZER = [
     inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=float | None if default is None else bool,
+        default=Control.DEFAULTS[name],
+        annotation=annotation,
     )
-    for name, default in Control.DEFAULTS.items()
+    for name, annotation in {
+        "max_grad_norm": float | None,
+        "skip_nonfinite": bool,
+        "telemetry": bool | Mapping[str, Metric],
+    }.items()
 ]
 
 

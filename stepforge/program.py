@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stepforge.expr import REDUCTIONS, Expr
+
+#: The symbols of metrics: a parameter as it is stored after the step, its change before rounding,
+#: and its number of elements.
+NEW_P, CHANGE, SIZE = "new_p", "change", "size"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Program:
     @classmethod
     def of(cls, results: Sequence[Expr], given: Sequence[Expr] = ()) -> Program:
         """Return the program that computes some nodes, with the values of others given."""
-        nodes = _reachable(results, stop=given)
+        nodes = reachable(results, stop=given)
         inputs = [node for node in nodes if node.op == "input" and node not in set(given)]
         constants = [node for node in nodes if node.op == "constant"]
         operations = [node for node in nodes if node.args and node not in set(given)]
@@ -122,6 +126,7 @@ class Graph:
     """A traced rule: two straight-line programs, the uniform one and the varying one.
 
     Where a rule has reductions, passes over the tensors come before, each a graph without results.
+    A graph with metrics makes reductions, too: a pass of what it reads, a step of what it stores.
 
     Attributes:
         coefficients: the uniform nodes that the varying program reads, except constants. A kernel
@@ -129,10 +134,16 @@ class Graph:
         scalars: the names of the results that are uniform.
         uniform: computes the coefficients, then the scalars.
         results: the names of the results that vary and are not simply an input of their own name.
-        varying: computes the results, then what is reduced, given the coefficients.
-        reductions: the reductions of this pass, in order.
+        varying: computes the results, then what the measure is given; given the coefficients.
+        reductions: the reductions, in order.
+        measure: computes what is reduced, for each reduction, from numbers of the varying program
+            and from :data:`NEW_P`.
         before: the passes before this one. Their reductions, in order, are given to the uniform
             program.
+        metrics: the names of the metrics.
+        metric: computes the metrics, given the reductions, and :data:`SIZE`.
+        at_rest: the pass that makes the same reductions where a step changes nothing; None for a
+            pass.
     """
 
     coefficients: tuple[Expr, ...]
@@ -140,16 +151,34 @@ class Graph:
     uniform: Program
     results: tuple[str, ...]
     varying: Program
-    reductions: tuple[Expr, ...] = ()
+    reductions: tuple[Expr, ...]
+    measure: Program
     before: tuple[Graph, ...] = ()
+    metrics: tuple[str, ...] = ()
+    metric: Program | None = None
+    at_rest: Graph | None = None
 
     @classmethod
-    def of(cls, outputs: Mapping[str, Expr]) -> Graph:
-        """Return the graph of some results, without the nodes that no result needs."""
+    def of(cls, outputs: Mapping[str, Expr], metrics: Mapping[str, Expr] | None = None) -> Graph:
+        """Return the graph of some results, without the nodes that no result needs.
+
+        Args:
+            outputs: the results, by name.
+            metrics: uniform nodes of reductions, by name.
+        """
         passes: list[Graph] = []
         for reductions in _by_pass(outputs.values()):
             passes.append(cls._pass({}, reductions, passes))
-        return cls._pass(outputs, [], passes)
+        if not metrics:
+            return cls._pass(outputs, [], passes)
+        reductions = [node for node in reachable(metrics.values()) if node.op in REDUCTIONS]
+        graph = cls._pass(outputs, _in_step(reductions, outputs), passes)
+        return replace(
+            graph,
+            metrics=tuple(metrics),
+            metric=Program.of(list(metrics.values()), given=reductions),
+            at_rest=cls.of_reductions(_at_rest(reductions)) if outputs else None,
+        )
 
     @classmethod
     def of_reductions(cls, reductions: Sequence[Expr]) -> Graph:
@@ -167,8 +196,10 @@ class Graph:
             if node.varying and not (node.op == "input" and node.value == name)
         }
         known = [node for graph in before for node in graph.reductions]
-        computed = [*results.values(), *(node.args[0] for node in reductions)]
-        varying = [node for node in _reachable(computed, stop=known) if node.varying]
+        operands = [node.args[0] for node in reductions]
+        kept = _before_storing(operands)
+        computed = [*results.values(), *kept]
+        varying = [node for node in reachable(computed, stop=known) if node.varying]
         read = {arg for node in varying for arg in node.args if not arg.varying}
         coefficients = tuple(
             sorted((n for n in read if n.op != "constant"), key=lambda node: node.index)
@@ -180,15 +211,59 @@ class Graph:
             results=tuple(results),
             varying=Program.of(computed, given=coefficients),
             reductions=tuple(reductions),
+            measure=Program.of(operands, given=kept),
             before=tuple(before),
         )
+
+
+def _before_storing(operands: Sequence[Expr]) -> list[Expr]:
+    """Return the nodes that some nodes are computed from, and that do not follow from NEW_P."""
+    nodes = reachable(operands)
+    follow: set[Expr] = set()
+    for node in nodes:
+        if (node.op == "input" and node.value == NEW_P) or not follow.isdisjoint(node.args):
+            follow.add(node)
+    needed = {*operands, *(arg for node in follow for arg in node.args)} - follow
+    return [node for node in nodes if node in needed and node.op != "constant"]
+
+
+def _in_step(reductions: Sequence[Expr], outputs: Mapping[str, Expr]) -> list[Expr]:
+    """Return reductions in a step with some results, if any."""
+    if not outputs:
+        return list(reductions)
+    trace = outputs["p"].trace
+    p, change = (trace.input(name, varying=True) for name in ("p", CHANGE))
+    return [trace.replaced(node, {change: _change(outputs["p"], p)}) for node in reductions]
+
+
+def _at_rest(reductions: Sequence[Expr]) -> list[Expr]:
+    """Return the same reductions in a step that changes nothing."""
+    trace = reductions[0].trace
+    p, new_p, change = (trace.input(name, varying=True) for name in ("p", NEW_P, CHANGE))
+    return [trace.replaced(node, {new_p: p, change: p - p}) for node in reductions]
+
+
+def _change(new: Expr, p: Expr) -> Expr:
+    """Return how much a parameter changes: not 0 where the change is lost to rounding.
+
+    Args:
+        new: the parameter after the step.
+        p: the parameter before.
+    """
+    if new.op in ("add", "sub"):
+        first, second = new.args[::-1] if new.args[1] is p and new.op == "add" else new.args
+        second = second if new.op == "add" else -second
+        return second if first is p else _change(first, p) + second
+    if new.op == "mul" and new.args[0] is p and not new.args[1].varying:
+        return p * (new.args[1] - 1)
+    return new - p
 
 
 def _by_pass(roots: Iterable[Expr]) -> list[list[Expr]]:
     """Return the reductions that some nodes need, by the pass over the tensors that makes them."""
     made_in: dict[Expr, int] = {}  # the number of passes before a node is known
     passes: list[list[Expr]] = []
-    for node in _reachable(roots):
+    for node in reachable(roots):
         made_in[node] = max((made_in[arg] for arg in node.args), default=0)
         if node.op in REDUCTIONS:
             if made_in[node] == len(passes):
@@ -198,7 +273,7 @@ def _by_pass(roots: Iterable[Expr]) -> list[list[Expr]]:
     return passes
 
 
-def _reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:
+def reachable(roots: Iterable[Expr], stop: Sequence[Expr] = ()) -> list[Expr]:
     """Return the nodes that the roots depend on, operands first, up to those in ``stop``."""
     seen: set[Expr] = set()
     pending = list(roots)

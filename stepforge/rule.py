@@ -6,7 +6,8 @@ import functools
 import inspect
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ import torch
 
 from stepforge.expr import Expr, Trace
 from stepforge.hyperparameter import EXECUTION_FLAGS, Hyperparameter, is_off
+from stepforge.metrics import Metric, traced
 from stepforge.program import Graph
 
 
@@ -49,11 +51,16 @@ class Rule:
         function: ``rule(h, t, p, g, *states) -> (p, *states)``.
         hyperparameters: by name, in the constructor's order.
         states: by the rule's own letter, in the order of its arguments.
+        metrics: the metrics that a step computes of what it stores, by name.
     """
 
     function: Callable[..., Any]
     hyperparameters: Mapping[str, Hyperparameter]
     states: Mapping[str, State]
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    _metered: MutableMapping[tuple[Any, ...], Rule] = field(
+        default_factory=weakref.WeakValueDictionary, repr=False, compare=False
+    )
     _graphs: dict[tuple[Any, ...], Graph] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +71,17 @@ class Rule:
                 f"rule {self.function.__name__}({', '.join(arguments)}) does not match its "
                 f"declared states; its arguments must be ({', '.join(expected)})"
             )
+
+    def with_metrics(self, metrics: Mapping[str, Metric]) -> Rule:
+        """Return the same rule, with metrics; the same object for the same metrics."""
+        if not metrics:
+            return self
+        key = tuple(metrics.items())
+        rule = self._metered.get(key)
+        if rule is None:
+            rule = Rule(self.function, self.hyperparameters, self.states, metrics)
+            self._metered[key] = rule
+        return rule
 
     def graph(self, group: Mapping[str, Any]) -> Graph:
         """Return the graph under the options of a param group, traced once per choice of flags.
@@ -169,7 +187,8 @@ class Rule:
                 f"rule {self.function.__name__} computes with uint32: bitcast_u32, bitcast_f32, "
                 "i32_to_f32 and f32_to_i32 are for formats, as a rule runs in float64 too"
             )
-        return Graph.of(self._named_results(results, states))
+        metrics = traced(self.metrics, trace) if self.metrics else {}
+        return Graph.of(self._named_results(results, states), metrics)
 
     def _named_results(self, results: Any, states: Mapping[str, Expr | None]) -> dict[str, Expr]:
         name = self.function.__name__

@@ -85,7 +85,7 @@ class Backend(Protocol):
         batch: Batch,
         table: KernelTable | None = None,
         grad_scale: GradScale | None = None,
-    ) -> None:
+    ) -> Totals | None:
         """Step a batch in place.
 
         Args:
@@ -93,6 +93,10 @@ class Backend(Protocol):
             table: the result of :meth:`prepare` for the same tensors, with this step's gradients
                 bound to it.
             grad_scale: the scale of the gradients; None if they are not scaled.
+
+        Returns:
+            The reductions of what is stored then; None if the graph has none. They may be
+            overwritten by the next step.
         """
 
 

@@ -20,7 +20,14 @@ from stepforge.backends.aliasing import Aliasing
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import choose, correct_sqrt, divide
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
+from stepforge.backends.reduction import (
+    PassTable,
+    Totals,
+    as_totals,
+    reduce_stored,
+    totals_by_torch,
+    with_those_of_all,
+)
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.expr import UNIFORM_ONLY
 from stepforge.ops import VOCABULARY
@@ -66,12 +73,14 @@ def reduce(
 
 def run(
     batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
-) -> None:
+) -> Totals | None:
     """Step all parameters together, in place."""
     if isinstance(table, Aliasing) and table.found():
         # The reference reads and writes in a defined order.
-        reference.run(batch, grad_scale=grad_scale)
-        return
+        return reference.run(batch, grad_scale=grad_scale)
+    if batch.spec.graph.reductions:
+        # Their order is that of whole parameters.
+        return _run_lists(batch.unscaled(grad_scale))
     if chunk.takes(batch):
         scratch = chunk.Scratch()
         for part in batch.by_coefficients():
@@ -80,14 +89,20 @@ def run(
     else:
         for each in batch.chunks(CHUNK_ELEMENTS) if batch.device.type == "cpu" else [batch]:
             _run_lists(each.unscaled(grad_scale))
+    return None
 
 
-def _run_lists(batch: Batch) -> None:
-    inputs = batch.spec.graph.varying.inputs
-    columns = {name: batch.read_all(name) for name in inputs}
+def _run_lists(batch: Batch) -> Totals | None:
+    graph = batch.spec.graph
+    columns = {name: batch.read_all(name) for name in graph.varying.inputs}
     results = _evaluate(batch.spec, columns, batch.coefficients_by_param())
-    for name, result in zip(batch.spec.graph.results, results):
+    for name, result in zip(graph.results, results):
         batch.store_all(name, result)
+    if not graph.reductions:
+        return None
+    kept = zip(*results[len(graph.results) :])
+    rows = [reduce_stored(batch, index, each) for index, each in enumerate(kept)]
+    return as_totals(with_those_of_all(graph, torch.stack(rows)))
 
 
 def _evaluate(

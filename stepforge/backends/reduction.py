@@ -6,6 +6,9 @@ half of a block is added to the first, then the second half of the sums to their
 is one; what a last block lacks is zero. The sums of the blocks are added in the same way, as often
 as there are several. So are the sums of parameters, in the order of the optimizer, where a
 reduction is over all of them.
+
+A step whose states share scales goes through chunks of 128 elements, which restart at every row of
+dimension 0. Its blocks are of eight such chunks, of which each row's last may be filled with zeros.
 """
 
 from __future__ import annotations
@@ -19,16 +22,21 @@ import torch
 from stepforge.backends.batch import Batch, Gradients
 from stepforge.backends.exact import operations_in
 from stepforge.backends.grad_scale import GradScale
-from stepforge.program import evaluate
+from stepforge.formats import BLOCK as CHUNK
+from stepforge.program import NEW_P, Graph, evaluate
 
 __all__ = [
     "BLOCK",
     "PassTable",
     "Totals",
+    "as_totals",
     "combined",
     "in_one_order",
     "reduce_by_torch",
+    "reduce_stored",
+    "totals_at_rest",
     "totals_by_torch",
+    "with_those_of_all",
 ]
 
 #: The elements of a block.
@@ -64,9 +72,32 @@ def reduce_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> torch.
         _reduce_param(batch, index, [column[index] for column in coefficients])
         for index in range(len(batch))
     ]
-    columns = torch.stack(rows).unbind(1)
-    of_all = [combined(node.op, x) for node, x in zip(batch.spec.graph.reductions, columns)]
-    return torch.stack([*rows, torch.stack(of_all)])
+    return with_those_of_all(batch.spec.graph, torch.stack(rows))
+
+
+def reduce_stored(batch: Batch, index: int, kept: Sequence[Any]) -> torch.Tensor:
+    """Return the reductions of a step for a parameter, once it is stored; by torch's operations.
+
+    Args:
+        batch: the parameters.
+        index: the index of the parameter.
+        kept: what the measure of the graph is given, of the shape of the parameter.
+    """
+    graph = batch.spec.graph
+    operations = operations_in(batch.spec.arithmetic)
+    operands = evaluate(graph.measure, {NEW_P: batch.read("p", index)}, kept, operations)
+    return _reduced_in_step(batch, index, operands)
+
+
+def with_those_of_all(graph: Graph, rows: torch.Tensor) -> torch.Tensor:
+    """Return the reductions of parameters, and in a last row those of all.
+
+    Args:
+        graph: the graph.
+        rows: parameters x reductions.
+    """
+    of_all = [combined(node.op, x) for node, x in zip(graph.reductions, rows.unbind(1))]
+    return torch.cat([rows, torch.stack(of_all)[None]])
 
 
 def totals_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> Totals:
@@ -76,9 +107,39 @@ def totals_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> Totals
         batch: the parameters, with the graph of the pass and its coefficients.
         grad_scale: the scale of the gradients.
     """
-    totals = reduce_by_torch(batch, grad_scale)
-    on_host = totals.device.type == "cpu" and not batch.differentiable
-    return totals.numpy() if on_host else totals
+    return as_totals(reduce_by_torch(batch, grad_scale))
+
+
+def as_totals(rows: torch.Tensor) -> Totals:
+    """Return reductions as a backend does: on a host in an array, unless autograd sees them."""
+    on_host = rows.device.type == "cpu" and not rows.requires_grad
+    return rows.numpy() if on_host else rows
+
+
+def totals_at_rest(batch: Batch, grad_scale: GradScale | None = None) -> Totals | None:
+    """Return the reductions of a step that is skipped, as a backend does; None if it has none.
+
+    They are in the order of the step.
+
+    Args:
+        batch: the parameters, with the graph of the step; its coefficients need not be known.
+        grad_scale: the scale of the gradients.
+    """
+    graph = batch.spec.graph.at_rest
+    if graph is None:
+        return None
+    batch = batch.unscaled(grad_scale)
+    operations = operations_in(batch.spec.arithmetic)
+    rows = []
+    for index in range(len(batch)):
+        inputs = {name: batch.read(name, index) for name in graph.varying.inputs}
+        if batch.differentiable:
+            # Autograd keeps operands for the backward pass, and later steps overwrite them.
+            inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        kept = evaluate(graph.varying, inputs, (), operations)
+        operands = evaluate(graph.measure, {}, kept, operations)
+        rows.append(_reduced_in_step(batch, index, operands))
+    return as_totals(with_those_of_all(graph, torch.stack(rows)))
 
 
 def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:
@@ -101,7 +162,7 @@ def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:
 def _of_blocks(op: str, values: Any) -> Any:
     """Return one number for each block, of which there is one at least."""
     width = BLOCK if len(values) > BLOCK else 1 << max(0, len(values) - 1).bit_length()
-    blocks = _filled(values, -float("inf") if op == "largest" else 0.0, width).reshape(-1, width)
+    blocks = _filled(values, _neutral(op), width).reshape(-1, width)
     while width > 1:
         width //= 2
         one, other = blocks[:, :width], blocks[:, width:]
@@ -126,22 +187,51 @@ def _larger(one: Any, other: Any) -> Any:
 def _reduce_param(batch: Batch, index: int, given: list[Any]) -> torch.Tensor:
     """Return the reductions of one parameter."""
     graph = batch.spec.graph
-    columns = [_in_order(batch, name, index) for name in graph.varying.inputs]
+    columns = [_flat(batch, index, batch.read(x, index)) for x in graph.varying.inputs]
     if batch.differentiable:
         # Autograd keeps operands for the backward pass, and the step overwrites them.
         columns = [x.clone() for x in columns]
-    found: list[list[torch.Tensor]] = [[] for _ in graph.reductions]
     operations = operations_in(batch.spec.arithmetic)
+    parts = []
     for part in _chunks(columns):
         inputs = dict(zip(graph.varying.inputs, part))
-        operands = evaluate(graph.varying, inputs, given, operations)
-        for numbers, node, operand in zip(found, graph.reductions, operands):
-            wide = operand.to(torch.float64)
-            wide = wide * wide if node.op == "squares" else wide
-            numbers.append(combined(node.op, wide))
-    return torch.stack(
-        [combined(node.op, torch.stack(x)) for node, x in zip(graph.reductions, found)]
-    )
+        kept = evaluate(graph.varying, inputs, given, operations)
+        parts.append(_reduced(graph, evaluate(graph.measure, {}, kept, operations)))
+    columns = list(torch.stack(parts).unbind(1))
+    return torch.stack([combined(node.op, x) for node, x in zip(graph.reductions, columns)])
+
+
+def _reduced_in_step(batch: Batch, index: int, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the reductions of a parameter's operands, in the order of a step."""
+    lines = batch.columns["p"][index].shape[0] if batch.spec.in_blocks else 1
+    return _reduced(batch.spec.graph, [_flat(batch, index, x) for x in operands], lines)
+
+
+def _reduced(graph: Graph, operands: Sequence[torch.Tensor], lines: int = 1) -> torch.Tensor:
+    """Return the reductions of operands, each of one dimension.
+
+    Args:
+        graph: the graph.
+        operands: the operand of each reduction.
+        lines: the number of lines of which each is filled up to whole chunks.
+    """
+    found = []
+    for node, operand in zip(graph.reductions, operands):
+        wide = operand.to(torch.float64)
+        wide = wide * wide if node.op == "squares" else wide
+        if lines > 1:
+            width = len(wide) // lines
+            missing = (0, -width % CHUNK)
+            wide = torch.nn.functional.pad(
+                wide.view(lines, width), missing, value=_neutral(node.op)
+            )
+        found.append(combined(node.op, wide.reshape(-1)))
+    return torch.stack(found)
+
+
+def _neutral(op: str) -> float:
+    """Return the number that changes no result of a reduction."""
+    return -float("inf") if op == "largest" else 0.0
 
 
 def _chunks(columns: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -150,16 +240,15 @@ def _chunks(columns: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield [x[begin : begin + _CHUNK] for x in columns]
 
 
-def _in_order(batch: Batch, name: str, index: int) -> torch.Tensor:
-    """Return a parameter's values of a column in the order of the reduction."""
+def _flat(batch: Batch, index: int, values: torch.Tensor) -> torch.Tensor:
+    """Return values of a parameter's elements in the order of the reduction."""
+    if values.is_sparse:
+        return values.coalesce()._values().reshape(-1)
     row = [
         column[index] for tensor, column in batch.columns.items() if tensor in batch.spec.tensors
     ]
-    values = batch.read(name, index)
-    if values.is_sparse:
-        return values.coalesce()._values().reshape(-1)
-    if in_one_order(row, is_flat=bool(batch.spec.formats)) and not values.is_contiguous():
-        by_stride = sorted(range(values.dim()), key=values.stride, reverse=True)
+    if in_one_order(row, is_flat=bool(batch.spec.formats)) and not row[0].is_contiguous():
+        by_stride = sorted(range(values.dim()), key=row[0].stride, reverse=True)
         values = values.permute(by_stride)
     return values.reshape(-1)
 
@@ -179,8 +268,13 @@ def in_one_order(row: Sequence[torch.Tensor], *, is_flat: bool) -> bool:
         return False
     if all(tensor.is_contiguous() for tensor in row):
         return True
-    strides = first.stride()
-    return not is_flat and all(tensor.stride() == strides for tensor in row) and _is_gapless(first)
+    steps = _steps(first)
+    return not is_flat and all(_steps(tensor) == steps for tensor in row) and _is_gapless(first)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """Return the strides of the dimensions that have more than one element."""
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape) if size != 1]
 
 
 def _is_gapless(tensor: torch.Tensor) -> bool:

@@ -15,7 +15,14 @@ import torch
 from stepforge.backends.batch import CHUNK_ELEMENTS, Batch, KernelTable, Scalars, Seeds
 from stepforge.backends.exact import OPERATIONS, operations_in
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
+from stepforge.backends.reduction import (
+    PassTable,
+    Totals,
+    as_totals,
+    reduce_stored,
+    totals_by_torch,
+    with_those_of_all,
+)
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.program import evaluate
 
@@ -61,17 +68,24 @@ def reduce(
 
 def run(
     batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
-) -> None:
+) -> Totals | None:
     """Step each parameter in place."""
-    whole = batch.differentiable or batch.device.type != "cpu"
+    graph = batch.spec.graph
+    # Reductions follow the order of whole parameters.
+    whole = batch.differentiable or batch.device.type != "cpu" or graph.reductions
+    rows = []
     for chunk in [batch] if whole else batch.chunks(CHUNK_ELEMENTS):
         chunk = chunk.unscaled(grad_scale)
         coefficients = chunk.coefficients_by_param()
         for index in range(len(chunk)):
-            _step_param(chunk, index, [column[index] for column in coefficients])
+            kept = _step_param(chunk, index, [column[index] for column in coefficients])
+            if graph.reductions:
+                rows.append(reduce_stored(chunk, index, kept))
+    return as_totals(with_those_of_all(graph, torch.stack(rows))) if rows else None
 
 
-def _step_param(batch: Batch, index: int, given: list[Any]) -> None:
+def _step_param(batch: Batch, index: int, given: list[Any]) -> list[torch.Tensor]:
+    """Step a parameter, and return what the measure of the graph is given."""
     program, arithmetic = batch.spec.graph.varying, batch.spec.arithmetic
     tensors = {name: column[index] for name, column in batch.columns.items()}
     sparse = tensors["g"].is_sparse
@@ -95,6 +109,7 @@ def _step_param(batch: Batch, index: int, given: list[Any]) -> None:
             tensors[name][_indices(tensors["g"])] = result.to(tensors[name].dtype)
         else:
             batch.store(name, index, result)
+    return results[len(batch.spec.graph.results) :]
 
 
 def _indices(g: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | selftest``.
+"""The command line: ``stepforge demo | bench | doctor | plan | prebuild | report | selftest``.
 
 Each command is a module or a folder with a ``command.py``, and imports no other command. The other
 modules at this level, and those of ``timing``, are shared by several commands.
@@ -47,6 +47,7 @@ def make_app() -> typer.Typer:
     from stepforge.cli.doctor import doctor
     from stepforge.cli.plan import plan
     from stepforge.cli.prebuild import prebuild
+    from stepforge.cli.report.command import report
     from stepforge.cli.selftest.command import selftest
     from stepforge.cli.version import global_options
 
@@ -63,6 +64,6 @@ def make_app() -> typer.Typer:
     )
 
     app.callback()(global_options)
-    for command in (demo, bench, doctor, plan, prebuild, selftest):
+    for command in (demo, bench, doctor, plan, prebuild, report, selftest):
         app.command()(command)
     return app

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from stepforge.expr import Trace
+from stepforge.expr import REDUCTIONS, Trace
 from stepforge.ops import VOCABULARY, f32_to_i32
-from stepforge.program import Program, evaluate
+from stepforge.program import Program, evaluate, reachable
 
-__all__ = ["BLOCK", "Format", "Part", "tensor_name", "tensor_names", "traced"]
+__all__ = ["BLOCK", "Format", "Part", "tensor_name", "tensor_names", "traced", "traced_scale"]
 
 #: Elements that share a scale. Blocks restart at every row of dimension 0, so sharding along
 #: dimension 0 cuts between blocks.
@@ -70,8 +70,9 @@ class Format:
         decode: from the parts (``stored`` for the first) to a float32.
         encode: from ``x``, ``scale`` if there are blocks, and ``random``, a uint32, if rounding is
             random, to the parts with one element per element.
-        magnitude: from ``x`` to uint32; the block's maximum sets its scale. None without blocks.
-        scale: from ``largest``, the maximum of a block, to its scale. None without blocks.
+        magnitude: from ``x`` to uint32, of which the largest in a block is found. None without
+            blocks.
+        scale: the scale of a block, given the largest. None without blocks.
         has_infinity: False if no stored value decodes to an infinity. Kernels then skip ``finite``
             on what they have just decoded.
     """
@@ -142,8 +143,7 @@ class Format:
         inputs: dict[str, Any] = {"x": x.float()}
         if self.magnitude is not None and self.scale is not None:
             (magnitudes,) = evaluate(self.magnitude, inputs, (), VOCABULARY)
-            largest = {"largest": _block_maxima(magnitudes)}
-            (scales,) = evaluate(self.scale, largest, (), VOCABULARY)
+            (scales,) = evaluate(self.scale, {}, [_block_maxima(magnitudes)], VOCABULARY)
             parts["scale"].copy_(scales)
             inputs["scale"] = _per_element(scales, x.shape)
         encoded = evaluate(self.encode, inputs | {"random": random}, (), VOCABULARY)
@@ -166,6 +166,21 @@ def traced(function: Callable[..., Any], *inputs: str) -> Program:
     ]
     results = function(*symbols)
     return Program.of(list(results) if isinstance(results, tuple) else [results])
+
+
+def traced_scale(function: Callable[..., Any]) -> tuple[Program, Program]:
+    """Trace the scale of a block: a function of its numbers, with one reduction over the block.
+
+    Args:
+        function: takes one symbol, the numbers.
+
+    Returns:
+        The programs :attr:`Format.magnitude` and :attr:`Format.scale`.
+    """
+    trace = Trace()
+    scale = function(trace.input("x", varying=True))
+    (reduction,) = (node for node in reachable([scale]) if node.op in REDUCTIONS)
+    return Program.of(reduction.args), Program.of([scale], given=[reduction])
 
 
 def tensor_name(column: str, part: Part) -> str:

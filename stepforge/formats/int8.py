@@ -24,9 +24,8 @@ from stepforge.formats.float_bits import (
     UINT32_MAX,
     at_least,
 )
-from stepforge.formats.format import Format, Part, traced
-from stepforge.ops import UInt32, Value, bitcast_f32, bitcast_u32, where
-from stepforge.program import Program
+from stepforge.formats.format import Format, Part, traced, traced_scale
+from stepforge.ops import UInt32, Value, bitcast_f32, bitcast_u32, largest, where
 
 __all__ = ["int8_blocks"]
 
@@ -56,6 +55,7 @@ def _made(unsigned: bool) -> Format:
     byte = Part("", torch.uint8, suffix="codes")
     scale = Part("scale", torch.float32, of_block=True, suffix="scale")
     decode = _decode_unsigned if unsigned else _decode_signed
+    magnitude, scale_of_largest = traced_scale(_scale_unsigned if unsigned else _scale_signed)
     return Format(
         "int8",
         (byte, scale),
@@ -63,35 +63,29 @@ def _made(unsigned: bool) -> Format:
         encode=traced(_encode_unsigned, "x", "scale", "random_u32")
         if unsigned
         else traced(_encode_signed, "x", "scale"),
-        magnitude=traced(_magnitude_unsigned if unsigned else _magnitude_signed, "x"),
-        scale=_scale_program(),
+        magnitude=magnitude,
+        scale=scale_of_largest,
         has_infinity=False,
     )
 
 
-def _magnitude_unsigned(x: Value) -> UInt32:
+def _scale_unsigned(x: Value) -> Value:
     # As bit patterns, infinity exceeds every number; NaN and negative numbers exceed infinity.
-    return bitcast_u32(x)
+    return _scale(largest(bitcast_u32(x), across="block"))
 
 
-def _magnitude_signed(x: Value) -> UInt32:
-    return bitcast_u32(x) & (SIGN_BIT - 1)
+def _scale_signed(x: Value) -> Value:
+    return _scale(largest(bitcast_u32(x) & (SIGN_BIT - 1), across="block"))
 
 
-@functools.cache
-def _scale_program() -> Program:
-    """Return the program of a scale, the same for signed and unsigned blocks."""
-    return traced(_scale, "largest_u32")
-
-
-def _scale(largest: UInt32) -> Value:
+def _scale(most: UInt32) -> Value:
     """Return the power of two below the largest, or above it if the largest exceeds 1.875 of that.
 
     NaN if the block has an infinity, a NaN, or a negative number where none may be.
     """
-    power = (largest + ((1 << _SHIFT) - 1)) & INFINITY_BITS
+    power = (most + ((1 << _SHIFT) - 1)) & INFINITY_BITS
     power = at_least(power, _SMALLEST_SCALE)
-    return bitcast_f32(where(largest > _LARGEST, NAN_BITS, power))
+    return bitcast_f32(where(most > _LARGEST, NAN_BITS, power))
 
 
 def _decode_unsigned(stored: UInt32, scale: Value) -> Value:

@@ -35,7 +35,8 @@ def uncollected(function: Callable[_P, _R]) -> Callable[_P, _R]:
         was_enabled = gc.isenabled()
         try:
             gc.disable()
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)  # stored within: a signal may follow a call
+            return result  # noqa: RET504
         finally:
             if was_enabled:
                 gc.enable()

@@ -21,7 +21,7 @@ from stepforge.backends.batch import (
     UniformKernel,
 )
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals
+from stepforge.backends.reduction import PassTable, Totals, totals_at_rest
 from stepforge.backends.spec import KernelSpec
 from stepforge.program import Graph
 from stepforge.rule import Rule
@@ -348,27 +348,32 @@ class BoundLaunch:
         batch = replace(self.batch, spec=known.spec, coefficients=given)
         return launch.backend.reduce(batch, known.table, grad_scale)
 
-    def run(self, grad_scale: GradScale | None) -> None:
-        """Step the parameters: their tensors, then scalar states and step counts."""
+    def run(self, grad_scale: GradScale | None) -> Totals | None:
+        """Step the parameters: their tensors, then scalar states and step counts.
+
+        Returns:
+            The reductions of what is stored then; None if the graph has none.
+        """
         if grad_scale is not None:
             # Synchronous backends and step counts on the host need Python numbers.
             if not self.launch.backend.device_scalars or self.scalars.device != self.batch.device:
                 grad_scale = grad_scale.read()
             if grad_scale.on_host and grad_scale.found_inf:
-                return
+                return totals_at_rest(self.batch, grad_scale)
         found_inf = self._found_inf(grad_scale)
         if self.advance is not None:
             self.advance(found_inf)
-        self.launch.backend.run(self.batch, self.launch.table, grad_scale)
+        totals = self.launch.backend.run(self.batch, self.launch.table, grad_scale)
         self.tensors.increment_sharded_versions()
         if self.advance is not None:
-            return
+            return totals
         skipped = None if found_inf is None else found_inf.reshape(()) != 0
         if torch.is_grad_enabled() == self.batch.differentiable:  # the usual case
             self._store_scalars(skipped)
         else:
             with torch.set_grad_enabled(self.batch.differentiable):
                 self._store_scalars(skipped)
+        return totals
 
     def _store_scalars(self, skipped: torch.Tensor | None) -> None:
         """Store the new scalar states and step counts."""

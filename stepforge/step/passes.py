@@ -7,8 +7,8 @@ device nothing waits: its numbers stay there, as those that follow from them do.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,27 +19,95 @@ from stepforge.program import Graph
 from stepforge.step.launch import BoundLaunch, Launch
 from stepforge.step.signals import Deferred
 
-__all__ = ["of_all", "run"]
+__all__ = ["Rows", "reduced", "run"]
+
+
+@dataclass(eq=False)
+class Rows:
+    """The reductions of a graph for the parameters of a step.
+
+    Attributes:
+        graph: a graph whose reductions they are.
+        launches: the launches.
+        parts: the reductions of each launch.
+    """
+
+    graph: Graph
+    launches: list[Launch]
+    parts: list[Totals]
+
+    @classmethod
+    def of(cls, graph: Graph, launches: list[Launch], parts: list[Totals]) -> Rows:
+        """Return the reductions of whole parameters from those of what each process holds."""
+        if any(launch.shard_groups for launch in launches):
+            parts = [_whole(graph, *pair) for pair in zip(launches, parts)]
+        return cls(graph, launches, parts)
+
+    def of_all(self) -> list[Any]:
+        """Return the reductions over all parameters: numbers, or tensors if a device has any."""
+        (own, *others), (part, *_) = self.launches, self.parts
+        if not others and own.is_in_order and not own.shard_groups:
+            return list(part[-1].tolist() if isinstance(part, np.ndarray) else part[-1])
+        return self.over(None)
+
+    def over(self, members: np.ndarray[Any, Any] | None) -> list[Any]:
+        """Return the reductions over some parameters, by their index; None for all."""
+        ops = [node.op for node in self.graph.reductions]
+        columns = self.columns(members)
+        return [_number(combined(op, column)) for op, column in zip(ops, columns)]
+
+    def columns(self, members: np.ndarray[Any, Any] | None = None) -> list[Any]:
+        """Return each reduction of some parameters, in the optimizer's order."""
+        rows, indices = _in_order([part[:-1] for part in self.parts], self.launches)
+        if members is not None:
+            chosen: Any = np.flatnonzero(np.isin(indices, members))
+            if isinstance(rows, torch.Tensor):
+                chosen = torch.as_tensor(chosen).to(rows.device, non_blocking=True)
+            rows = rows[chosen]
+        return list(rows.T)
+
+    @property
+    def indices(self) -> np.ndarray[Any, Any]:
+        """The indices of the parameters, in order."""
+        return np.sort(np.concatenate([launch.indices for launch in self.launches]))
 
 
 def run(
     launches: Iterable[BoundLaunch],
     groups: Sequence[Mapping[str, Any]],
     grad_scale: GradScale | None = None,
-) -> None:
+) -> Rows | None:
     """Run all launches of a step; Python's signal handlers wait until the last has run.
 
     Args:
         launches: the launches.
         groups: all param groups of the optimizer.
         grad_scale: the scale of the gradients.
+
+    Returns:
+        The reductions of what the step has stored; None if there are none.
     """
     with Deferred():
         found = list(launches)
         if any(launch.batch.spec.graph.before for launch in found):
             found = _after_passes(found, groups, grad_scale)
-        for launch in found:
-            launch.run(grad_scale)
+        totals = [launch.run(grad_scale) for launch in found]
+    if not totals or totals[0] is None:
+        return None
+    graph = found[0].batch.spec.graph
+    return Rows.of(graph, [own.launch for own in found], cast(list[Totals], totals))
+
+
+def reduced(graph: Graph, launches: Sequence[BoundLaunch], grad_scale: GradScale | None) -> Rows:
+    """Make a pass that takes no coefficients over the parameters of a step. Changes no tensor.
+
+    Args:
+        graph: the graph of the pass.
+        launches: all launches of the step.
+        grad_scale: the scale of the gradients.
+    """
+    parts = [launch.reduced(graph, grad_scale) for launch in launches]
+    return Rows.of(graph, [launch.launch for launch in launches], parts)
 
 
 def _after_passes(
@@ -106,40 +174,37 @@ def _with_values(
     return replace(launch, batch=batch, scalar_values=scalar_values)
 
 
-def of_all(
-    graph: Graph, launches: Sequence[BoundLaunch], grad_scale: GradScale | None
-) -> list[Any]:
-    """Return reductions over all parameters: numbers, or tensors if a device has any.
-
-    Args:
-        graph: the graph of a pass that takes no coefficients.
-        launches: all launches of a step.
-        grad_scale: the scale of the gradients.
-    """
-    parts = [launch.reduced(graph, grad_scale) for launch in launches]
-    own = [launch.launch for launch in launches]
-    if len(own) == 1 and own[0].is_in_order and not own[0].shard_groups:
-        return list(parts[0][-1].tolist() if isinstance(parts[0], np.ndarray) else parts[0][-1])
-    rows = [_whole(graph, launch, part)[:-1] for launch, part in zip(own, parts)]
-    return _combined([node.op for node in graph.reductions], rows, own)
-
-
 def _combined(ops: Sequence[str], parts: Sequence[Totals], launches: Sequence[Launch]) -> list[Any]:
     """Return the reductions over the parameters of several launches, in the optimizer's order."""
-    order = np.argsort(np.concatenate([launch.indices for launch in launches]))
+    rows, _ = _in_order(parts, launches)
+    return [_number(combined(op, column)) for op, column in zip(ops, rows.T)]
+
+
+def _in_order(
+    parts: Sequence[Totals], launches: Sequence[Launch]
+) -> tuple[Any, np.ndarray[Any, Any]]:
+    """Return the rows of several launches in the optimizer's order, and their indices."""
+    indices = np.concatenate([launch.indices for launch in launches])
+    order = np.argsort(indices)
+    is_ordered = bool((order == np.arange(len(order))).all())
     if all(isinstance(part, np.ndarray) for part in parts):
-        rows = np.concatenate(parts)[order]
-        return [float(combined(op, column)) for op, column in zip(ops, rows.T)]
+        rows = np.concatenate(parts)
+        return (rows if is_ordered else rows[order]), indices[order]
     device = next(x.device for x in parts if isinstance(x, torch.Tensor))
     on_device = torch.cat([torch.as_tensor(part).to(device) for part in parts])
-    if (order != np.arange(len(order))).any():
+    if not is_ordered:
         on_device = on_device[torch.as_tensor(order).to(device)]
-    return [combined(op, column) for op, column in zip(ops, on_device.unbind(1))]
+    return on_device, indices[order]
+
+
+def _number(x: Any) -> Any:
+    """Return a number as Python's, unless it is on a device."""
+    return x if isinstance(x, torch.Tensor) else float(x)
 
 
 def _whole(graph: Graph, launch: Launch, totals: Totals) -> Totals:
     """Return the reductions of whole parameters from those of their local parts."""
-    if not launch.shard_groups:
+    if not launch.shard_groups:  # the usual case
         return totals
     ops = [node.op for node in graph.reductions]
     rows = _over_ranks(ops, torch.as_tensor(totals), [*launch.shard_groups, ()])

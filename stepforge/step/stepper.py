@@ -110,7 +110,7 @@ class Stepper:
         capturing = is_capturing()
         self.captured |= capturing
         bound = self.plans.bind(groups, state) or self._bind_new(groups, state)
-        run(bound, groups, self.control.measured(bound, grad_scale))
+        self._run(bound, groups, grad_scale)
         if capturing and self.plans.latest is not None:
             self._captured_plans.append(self.plans.latest)
 
@@ -123,7 +123,13 @@ class Stepper:
         self.captured |= is_capturing()
         groups = self.groups
         bound = self.given_plans.bind(groups, given) or self._bind_given(groups, given)
-        run(bound, groups, self.control.measured(bound, None))
+        self._run(bound, groups, None)
+
+    def _run(self, bound: list[BoundLaunch], groups: Groups, grad_scale: GradScale | None) -> None:
+        if not bound:
+            return  # no step: what is known of the last one stays
+        control = self.control
+        control.record(run(bound, groups, control.measured(bound, grad_scale)))
 
     def is_traceable(self) -> bool:
         """Prepare to be traced; return False if the step must run outside of the graph.

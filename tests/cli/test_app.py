@@ -17,7 +17,7 @@ from stepforge.cli import main, make_app
 from stepforge.cli.tables import print_whole
 
 CLI = Path(__file__).parents[2] / "stepforge" / "cli"
-COMMANDS = ("bench", "demo", "doctor", "plan", "prebuild", "selftest")
+COMMANDS = ("bench", "demo", "doctor", "plan", "prebuild", "report", "selftest")
 
 
 def invoke(*arguments: str) -> str:

@@ -33,6 +33,7 @@ class Case(NamedTuple):
 
 #: The sum of squares of the gradients below is exact in any order, so the norm has the same bits.
 CLIPPED = {"max_grad_norm": 20.0, "skip_nonfinite": True}
+MEASURED = {"telemetry": True}
 CASES = {
     f"{name}, {flags}": Case(*placements, options)
     for name, placements in {
@@ -49,6 +50,7 @@ CASES = {
         "foreach": {"foreach": True},
         "for-loop": {"foreach": False},
         "clipped": CLIPPED,
+        "measured": MEASURED,
     }.items()
 }
 
@@ -91,6 +93,11 @@ def stepped(case: Case, mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
             p.grad = on_mesh(g, case.gradient)
         optimizer.step()
     tensors = optimizer.metrics()
+    if "telemetry" in case.options:
+        by_parameter = optimizer.metrics(by="parameter").items()
+        tensors |= {f"{name} of {k}": x for k, found in by_parameter for name, x in found.items()}
+        # Sums of the sums of parts differ in the last bits of float64, which this hides.
+        tensors = {name: x.float() for name, x in tensors.items()}
     for index, p in enumerate(params):
         for key, x in {"p": p.detach(), **optimizer.state[p]}.items():
             tensors[f"{index}.{key}"] = x.full_tensor() if isinstance(x, DTensor) else x.clone()

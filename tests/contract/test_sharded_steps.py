@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import stepforge
 from tests.contract.sharded_mutations import MUTATIONS, sharded
-from tests.contract.sharded_step_ranks import CASES, CLIPPED, STEPS, Case, placed, stepped
+from tests.contract.sharded_step_ranks import CASES, CLIPPED, MEASURED, STEPS, Case, placed, stepped
 from tests.process_groups import run_ranks
 from tests.twins import assert_identical
 
@@ -33,20 +33,21 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torc
 
 
 @functools.cache
-def whole(is_clipped: bool) -> dict[str, torch.Tensor]:
+def whole(option: str) -> dict[str, torch.Tensor]:
     """Return the results of whole parameters, which do not depend on other options."""
-    return stepped(Case(None, None, CLIPPED if is_clipped else {}), None)
+    options = next((x for x in (CLIPPED, MEASURED) if option in x), {})
+    return stepped(Case(None, None, options), None)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_process_steps_sharded_parameters_as_whole_ones(name: str, mesh: DeviceMesh) -> None:
-    expected = whole(CASES[name].options is CLIPPED)
+    expected = whole(next(iter(CASES[name].options), ""))
     assert_identical(in_order_of(expected, stepped(CASES[name], mesh)), list(expected.values()))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_step_sharded_parameters_as_whole_ones(name: str, by_two: Any) -> None:
-    expected = whole(CASES[name].options is CLIPPED)
+    expected = whole(next(iter(CASES[name].options), ""))
     assert_identical(in_order_of(expected, by_two[name]), list(expected.values()))
 
 

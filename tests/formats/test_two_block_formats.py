@@ -16,8 +16,8 @@ from stepforge.backends.native.source import c_source
 from stepforge.expr import Trace
 from stepforge.formats import Format, Part, int8_blocks, tensor_name
 from stepforge.formats.float_bits import INFINITY_BITS, SIGN_BIT, at_least
-from stepforge.formats.format import traced
-from stepforge.ops import UInt32, Value, bitcast_f32, bitcast_u32, ema, finite, sqrt, where
+from stepforge.formats.format import traced, traced_scale
+from stepforge.ops import UInt32, Value, bitcast_f32, bitcast_u32, ema, finite, largest, sqrt, where
 from stepforge.program import Graph
 
 SHAPE = (40, 300)  # three blocks per row, the last one short
@@ -30,8 +30,9 @@ def magnitude(x: Value) -> UInt32:
     return where(size < INFINITY_BITS, size, 0)  # infinities and NaN do not set the scale
 
 
-def scale(largest: UInt32) -> Value:
-    return bitcast_f32(at_least((largest + (1 << SHIFT) - 1) & INFINITY_BITS, 0x18000000))
+def scale(x: Value) -> Value:
+    most = largest(magnitude(x), across="block")
+    return bitcast_f32(at_least((most + (1 << SHIFT) - 1) & INFINITY_BITS, 0x18000000))
 
 
 def decode(stored: UInt32, scale: Value) -> Value:
@@ -48,13 +49,14 @@ def encode(x: Value, scale: Value) -> UInt32:
     return where(size < INFINITY_BITS, code, 0x7F) | ((bitcast_u32(x) >> 24) & 0x80)
 
 
+MAGNITUDE, SCALE = traced_scale(scale)
 WITH_INFINITY = Format(
     "e5m2",
     (Part("", torch.uint8, suffix="e5m2"), Part("scale", torch.float32, of_block=True)),
     decode=traced(decode, "stored_u32", "scale"),
     encode=traced(encode, "x", "scale"),
-    magnitude=traced(magnitude, "x"),
-    scale=traced(scale, "largest_u32"),
+    magnitude=MAGNITUDE,
+    scale=SCALE,
 )
 FORMATS = {"m": WITH_INFINITY, "v": int8_blocks(unsigned=True)}
 

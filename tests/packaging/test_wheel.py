@@ -179,7 +179,8 @@ def test_a_plain_install_is_pure_python_and_says_what_to_install(tmp_path: Path)
     wheel = make_wheel(tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     assert libraries(wheel) == []
-    for data in ("cli/selftest/hashes.json", "step/guards.cpp"):
+    pages = ("cli/page.css", "cli/demo/page.html", "cli/report/page.html")
+    for data in ("cli/selftest/hashes.json", "step/guards.cpp", *pages):
         assert f"stepforge/{data}" in zipfile.ZipFile(wheel).namelist()
 
     results = run_without_compiler(

@@ -50,6 +50,7 @@ def test_the_constructor_has_the_declared_parameters() -> None:
         "rounding_seed",
         "max_grad_norm",
         "skip_nonfinite",
+        "telemetry",
     ]
     assert inspect.signature(Momentum.__init__).parameters["lr"].default == 0.1
     assert signature.parameters["maximize"].kind is inspect.Parameter.KEYWORD_ONLY

@@ -22,6 +22,7 @@ PUBLIC_MODULES = [
     "stepforge.checkpoint",
     "stepforge.declare",
     "stepforge.explain",
+    "stepforge.logging",
     "stepforge.ops",
     "stepforge.optimizer",
     "stepforge.param_groups",

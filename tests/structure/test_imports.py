@@ -17,6 +17,7 @@ LAYERS = """
 expr
 program
 ops hyperparameter
+metrics
 rule formats.float_bits
 declare formats.format
 formats.
@@ -41,6 +42,7 @@ step.params step.signals step.garbage step.scalar_states
 step.uniform
 step.launch step.traced
 step.passes
+step.metric_values
 step.control
 step.guards
 step.plan
@@ -54,7 +56,7 @@ checkpoint.check_state
 checkpoint.load
 checkpoint.reshard
 checkpoint saving
-optimizer param_groups
+optimizer param_groups logging
 rules.
 rules
 stepforge

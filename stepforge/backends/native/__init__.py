@@ -10,6 +10,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import is_aliased
@@ -20,7 +24,14 @@ from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
 from stepforge.backends.native.reduction import ReductionTable, reduction_for
 from stepforge.backends.native.table import Table
-from stepforge.backends.reduction import PassTable, Totals, in_one_order, totals_by_torch
+from stepforge.backends.reduction import (
+    PassTable,
+    Totals,
+    as_totals,
+    in_one_order,
+    totals_by_torch,
+    with_those_of_all,
+)
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 
 __all__ = [
@@ -120,40 +131,51 @@ def reduce(
 
 def run(
     batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
-) -> None:
+) -> Totals | None:
     """Step all parameters in place."""
     if isinstance(table, Table):
-        table.run(batch, grad_scale)
-        return
+        return table.run(batch, grad_scale)
     kernel = kernel_for(batch.spec)
     if isinstance(kernel, str):  # states of another dtype than the layout's
         _warn_once(kernel)
     if is_aliased(batch) or isinstance(kernel, str):
         # The reference reads and writes in a defined order, and needs no compiler.
-        reference.run(batch, grad_scale=grad_scale)
-        return
+        return reference.run(batch, grad_scale=grad_scale)
+    rows = np.empty((len(batch), kernel.reductions))
     dense = _dense(batch)
     together = [index for index, is_dense in enumerate(dense) if is_dense]
     if together:
         part = batch.select(together)
-        Table(part).run(part, grad_scale)
-    others = batch.select([index for index, is_dense in enumerate(dense) if not is_dense])
-    for chunk in others.chunks(CHUNK_ELEMENTS):
+        _enter(rows, together, Table(part).run(part, grad_scale))
+    others = [index for index, is_dense in enumerate(dense) if not is_dense]
+    if kernel.reductions:  # their order is that of whole parameters
+        for index in others:
+            _enter(rows, [index], _run_through_buffers(batch.select([index]), grad_scale))
+        return as_totals(with_those_of_all(batch.spec.graph, torch.from_numpy(rows)))
+    for chunk in batch.select(others).chunks(CHUNK_ELEMENTS):
         _run_through_buffers(chunk, grad_scale)
+    return None
 
 
-def _run_through_buffers(batch: Batch, grad_scale: GradScale | None) -> None:
+def _enter(rows: np.ndarray[Any, Any], indices: list[int], totals: Totals | None) -> None:
+    """Enter the reductions of some parameters, if there are any, into those of all."""
+    if totals is not None:
+        rows[indices] = totals[:-1]
+
+
+def _run_through_buffers(batch: Batch, grad_scale: GradScale | None) -> Totals | None:
     """Step tensors of unlike layouts: make contiguous copies, step those, and copy back."""
     copies = {
         name: [x.resolve_neg().contiguous() for x in column]
         for name, column in batch.columns.items()
     }
     part = batch.with_columns(copies)
-    Table(part).run(part, grad_scale)
+    totals = Table(part).run(part, grad_scale)
     for name in batch.spec.written:
         for tensor, copy in zip(batch.columns[name], copies[name]):
             if copy is not tensor:
                 tensor.copy_(copy)
+    return totals
 
 
 def _dense(batch: Batch) -> list[bool]:

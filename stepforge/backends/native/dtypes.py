@@ -22,6 +22,7 @@ class CType:
         widen: the function that converts a block from memory to elements; ``""`` if a loop works on
             memory itself.
         narrow: the function that converts a block back.
+        stored: the expression of a number as it is read once it was written.
     """
 
     memory: str
@@ -30,6 +31,11 @@ class CType:
     write: str
     widen: str = ""
     narrow: str = ""
+    stored: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.stored:
+            object.__setattr__(self, "stored", self.read.format(self.write))
 
 
 #: The dtypes of parameters, gradients and states without a format.
@@ -43,7 +49,13 @@ C_TYPES: dict[torch.dtype, CType] = {
         "uint16_t", "uint16_t", "(number)from_bfloat16({0})", "to_bfloat16((float){0})"
     ),
     torch.float16: CType(
-        "uint16_t", "float", "(number){0}", "(float){0}", "widen_float16", "narrow_float16"
+        "uint16_t",
+        "float",
+        "(number){0}",
+        "(float){0}",
+        "widen_float16",
+        "narrow_float16",
+        "(number)as_float16((float){0})",
     ),
     torch.uint8: CType("uint8_t", "uint8_t", "(uint32_t){0}", "(uint8_t){0}"),
     torch.int8: CType("int8_t", "int8_t", "(uint32_t){0}", "(int8_t){0}"),
@@ -134,14 +146,33 @@ static APART void narrow_float16(int64_t count, const float *restrict from, uint
 """
 
 
-def conversions(dtypes: Iterable[torch.dtype], *, bitcasts: bool = False) -> str:
+_AS_FLOAT16 = """\
+/* What to_float16 and back makes of a number, in arithmetic that every compiler vectorizes. */
+static inline float as_float16(float x) {
+    float size = from_bits(to_bits(x) & 0x7fffffff);
+    float limited = size < 0x1p16f ? size : 0x1p16f;
+    uint32_t exponent = to_bits(limited) & 255u << 23;
+    /* Adding 2**13 times the power of two rounds to the last bit of a float16, or of subnormals. */
+    float aligner = from_bits((exponent > 113u << 23 ? exponent : 113u << 23) + (13u << 23));
+    float rounded = (limited + aligner) - aligner;
+    float result = rounded < 0x1p16f ? rounded : INFINITY;
+    return x != x ? x : from_bits(to_bits(result) | (to_bits(x) & 0x80000000));
+}
+"""
+
+
+def conversions(
+    dtypes: Iterable[torch.dtype], *, bitcasts: bool = False, stores: bool = False
+) -> str:
     """Return the C functions that read and write these dtypes.
 
     Args:
         dtypes: the dtypes of a kernel's tensors.
         bitcasts: True if the kernel itself reads floats as bits.
+        stores: True if it needs numbers as they are read once they were written.
     """
     wanted = set(dtypes)
-    written_here = {torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}
+    of_float16 = _FLOAT16 + (f"\n{_AS_FLOAT16}" if stores else "")
+    written_here = {torch.bfloat16: _BFLOAT16, torch.float16: of_float16}
     needed = [text for dtype, text in written_here.items() if dtype in wanted]
     return "\n".join([_BITS, *needed] if needed or bitcasts else [])

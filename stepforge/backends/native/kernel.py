@@ -32,6 +32,7 @@ class Kernel:
     Attributes:
         args: the layout of a parameter's record in the table.
         number: numpy's type of the coefficients.
+        reductions: the number of reductions of what it stores.
 
     Raises:
         BuildError: it cannot be compiled.
@@ -41,11 +42,14 @@ class Kernel:
         self.args = KernelArgs.of(spec)
         self.number = np.float64 if spec.arithmetic == torch.float64 else np.float32
         self._run = prebuilt.load(c_source(spec)).stepforge_run
+        self.reductions = len(spec.graph.reductions)
         pointer = ctypes.c_void_p
-        self._run.argtypes = [
-            ctypes.c_int64, pointer, pointer, pointer, ctypes.c_double,
-            ctypes.c_int, pointer, pointer, pointer,
-        ]  # fmt: skip
+        threads: list[Any] = [ctypes.c_int, pointer, pointer, pointer]
+        tables: list[Any] = [pointer] * 3
+        found: list[Any] = []
+        if self.reductions:
+            tables, found = [pointer] * 4, [pointer] * 2
+        self._run.argtypes = [ctypes.c_int64, *tables, ctypes.c_double, *found, *threads]
         self._run.restype = None
 
     def __call__(
@@ -86,6 +90,39 @@ class Kernel:
         """
         threads = threads_for(elements)
         self._run(params, starts, records, coefficients, grad_factor, *threads)
+
+    def launch_metered(
+        self,
+        params: int,
+        elements: int,
+        starts: int,
+        sizes: int,
+        records: int,
+        coefficients: int,
+        partial: int,
+        totals: int,
+        grad_factor: float = 1.0,
+    ) -> None:
+        """Step parameters, and make the reductions of what is stored.
+
+        Args:
+            params: the number of parameters.
+            elements: the elements of all parameters together.
+            starts: the address of params + 1 int64: the blocks of the reduction before each
+                parameter, and of all.
+            sizes: the address of params int64: the elements of each; with those that chunks lack,
+                if elements share scales.
+            records: the address of params x width words of 64 bits.
+            coefficients: the address of params x coefficients in the dtype of the arithmetic.
+            partial: the address of float64 to work in: reductions x blocks, or x params if those
+                are more.
+            totals: the address of params + 1 x reductions float64, which are written: those of each
+                parameter, then those of all.
+            grad_factor: the factor of all gradients.
+        """
+        threads = threads_for(elements)
+        tables = (starts, sizes, records, coefficients)
+        self._run(params, *tables, grad_factor, partial, totals, *threads)
 
 
 def threads_for(elements: int) -> tuple[int, int, int, int]:

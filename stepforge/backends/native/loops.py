@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stepforge.backends.native.combined import WAYS, key_of
 from stepforge.backends.native.dtypes import C_TYPES
 from stepforge.backends.native.expressions import computed, results
 from stepforge.backends.spec import KernelSpec
 from stepforge.expr import Expr
-from stepforge.formats import DRAW, Format, result_salt, tensor_name
-from stepforge.program import Program
+from stepforge.formats import DRAW, Format, Part, result_salt, tensor_name
+from stepforge.program import NEW_P, Program
 
 __all__ = [
     "Stage",
     "functions",
     "in_c",
     "loop",
+    "measures",
     "parameters",
     "read",
     "scale_function",
@@ -59,13 +61,14 @@ def stages(spec: KernelSpec) -> list[Stage]:
     nodes = dict(zip(graph.results, (program.nodes[register] for register in program.outputs)))
     rest = tuple(column for column in graph.results if column not in first)
     known = list(dict.fromkeys(nodes[column] for column in first))
+    measured = [program.nodes[register] for register in program.outputs[len(graph.results) :]]
     return [
         Stage(
             "begin_block", Program.of([nodes[c] for c in first], program.given), first, holds=True
         ),
         Stage(
             "finish_block",
-            Program.of([nodes[c] for c in rest], [*program.given, *known]),
+            Program.of([*(nodes[c] for c in rest), *measured], [*program.given, *known]),
             rest,
             tuple(next(c for c in first if nodes[c] is node) for node in known),
         ),
@@ -82,11 +85,10 @@ static inline uint32_t draw(uint32_t index, uint32_t key) {{
     return {results(DRAW, ["index", "key"])[0]};
 }}
 """)
-    for scale, name in _scale_functions(spec).items():
+    for name, body in _scale_functions(spec).items():
         texts.append(f"""\
 static inline float {name}(uint32_t largest) {{
-    {_joined(computed(scale, ["largest"]))}
-    return {results(scale, ["largest"])[0]};
+    {body}
 }}
 """)
     return texts
@@ -94,15 +96,22 @@ static inline float {name}(uint32_t largest) {{
 
 def scale_function(spec: KernelSpec, column: str) -> str:
     """Return the name of the function that makes the scales of a column."""
-    scale = spec.formats[column].scale
-    assert scale is not None
-    return _scale_functions(spec)[scale]
+    body = _scale_body(spec.formats[column])
+    return next(name for name, other in _scale_functions(spec).items() if other == body)
 
 
-def _scale_functions(spec: KernelSpec) -> dict[Program, str]:
-    """Return the name of each scale's function; formats with the same program share it."""
-    scales = dict.fromkeys(format_.scale for _, format_ in spec.format_items if format_.scale)
-    return {scale: f"scale_of_{n}" if n else "scale_of" for n, scale in enumerate(scales)}
+def _scale_functions(spec: KernelSpec) -> dict[str, str]:
+    """Return the body of each scale's function, by its name; formats that scale alike share it."""
+    bodies = dict.fromkeys(_scale_body(x) for _, x in spec.format_items if x.in_blocks)
+    return {f"scale_of_{n}" if n else "scale_of": body for n, body in enumerate(bodies)}
+
+
+def _scale_body(format_: Format) -> str:
+    """Return the body of the function of a block's scale, given the largest word in it."""
+    assert format_.scale is not None
+    given = ["largest"]
+    lines = computed(format_.scale, given)
+    return _joined([*lines, f"return {results(format_.scale, given)[0]};"])
 
 
 def parameters(spec: KernelSpec) -> dict[str, str]:
@@ -123,7 +132,17 @@ def parameters(spec: KernelSpec) -> dict[str, str]:
             "new": "const float *restrict new",
             "largest": "uint32_t *restrict largest",
         }
-    return declared
+    return declared | measures(spec)
+
+
+def measures(spec: KernelSpec) -> dict[str, str]:
+    """Return the declarations of a loop's parameters for reductions, by name.
+
+    What is to be added up is kept of every element; of anything else one number is.
+    """
+    ways = [WAYS[node.op] for node in spec.graph.reductions]
+    kinds = ["number" if way.is_sum else way.kind for way in ways]
+    return {f"out{n}_at": f"{kind} *restrict out{n}_at" for n, kind in enumerate(kinds)}
 
 
 def loop(stage: Stage, spec: KernelSpec, *, double: bool) -> str:
@@ -165,7 +184,14 @@ def loop(stage: Stage, spec: KernelSpec, *, double: bool) -> str:
     if not stage.holds:
         for column in with_scales:
             body += _write(column, f"{column}_numbers[i]", spec)
+    before: list[str] = []
+    after: list[str] = []
+    if spec.graph.reductions and not stage.holds:
+        before, each, after = _measure(spec, values[len(stage.columns) :], double=double)
+        body += each
+    lines += before
     lines += ["for (int64_t i = 0; i < count; i++) {", *(f"    {line}" for line in body), "}"]
+    lines += after
     if stage.holds:
         lines += [f"largest[{n}] = {column}_largest;" for n, column in enumerate(with_scales)]
     return _function(stage.name, lines, spec)
@@ -227,9 +253,8 @@ def read(column: str, spec: KernelSpec) -> list[str]:
     format_ = spec.formats[column]
     lines = []
     for part in format_.elements:
-        kind = "float" if part.dtype.is_floating_point else "uint32_t"
         read = C_TYPES[part.dtype].read.format(f"{in_c(tensor_name(column, part))}_at[i]")
-        lines.append(f"const {kind} {part.name or 'stored'} = {read};")
+        lines.append(f"const {_stored_type(part)} {part.name or 'stored'} = {read};")
     if format_.in_blocks:
         lines.append(f"const float scale = old[{_scale_index(column, spec)}];")
     given = format_.decode.inputs
@@ -252,9 +277,14 @@ def _hold(column: str, value: str, format_: Format) -> list[str]:
 
 
 def _write(column: str, value: str, spec: KernelSpec) -> list[str]:
-    """Return the lines that store a number."""
+    """Return the lines that store a number; of a parameter, also those that know what is stored."""
+    reads_back = column == "p" and NEW_P in spec.graph.measure.inputs
     if column not in spec.formats:
-        return [f"{column}_at[i] = {C_TYPES[spec.dtype_of[column]].write.format(value)};"]
+        kind = C_TYPES[spec.dtype_of[column]]
+        lines = [f"{column}_at[i] = {kind.write.format(value)};"]
+        if reads_back:
+            lines.append(f"const number {NEW_P}_in = {kind.stored.format(value)};")
+        return lines
     format_ = spec.formats[column]
     program = format_.encode
     lines = [f"const float x = (float){value};"]
@@ -264,10 +294,54 @@ def _write(column: str, value: str, spec: KernelSpec) -> list[str]:
     if format_.in_blocks:
         lines.append(f"const float scale = new[{_scale_index(column, spec)}];")
     lines += computed(program, program.inputs)
-    for part, result in zip(format_.elements, results(program, program.inputs)):
+    written = list(zip(format_.elements, results(program, program.inputs)))
+    for part, result in written:
         at = f"{in_c(tensor_name(column, part))}_at[i]"
         lines.append(f"{at} = {C_TYPES[part.dtype].write.format(result)};")
-    return ["{", *(f"    {line}" for line in lines), "}"]
+    if not reads_back:
+        return ["{", *(f"    {line}" for line in lines), "}"]
+    stored = [
+        f"const {_stored_type(part)} {part.name or 'stored'} = "
+        f"{C_TYPES[part.dtype].stored.format(result)};"
+        for part, result in written
+    ]
+    given = format_.decode.inputs
+    stored += computed(format_.decode, given)
+    stored.append(f"{NEW_P}_in = {results(format_.decode, given)[0]};")
+    lines += ["{", *(f"    {line}" for line in stored), "}"]
+    return [f"number {NEW_P}_in;", "{", *(f"    {line}" for line in lines), "}"]
+
+
+def _stored_type(part: Part) -> str:
+    """Return the C type of what is stored in a part of a format."""
+    return "float" if part.dtype.is_floating_point else "uint32_t"
+
+
+def _measure(
+    spec: KernelSpec, kept: Sequence[str], *, double: bool
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the lines that reduce what is stored: before the loop, of an element, and after.
+
+    Args:
+        spec: the kernel.
+        kept: what the measure is given.
+        double: True if the arithmetic is double.
+    """
+    graph = spec.graph
+    new_p = f"{NEW_P}_in" if "p" in graph.results else "p_in"
+    given = [*(new_p for _ in graph.measure.inputs), *kept]
+    each = computed(graph.measure, given, number="number", double=double, prefix="y")
+    before, after = [], []
+    operands = results(graph.measure, given, number="number", prefix="y")
+    for n, (node, operand) in enumerate(zip(graph.reductions, operands)):
+        way, out = WAYS[node.op], f"out{n}"
+        if way.is_sum:
+            each.append(f"{out}_at[i] = {operand};")
+        else:
+            before.append(f"{way.kind} {out} = *{out}_at;")
+            each.append(way.kept.format(out=f"&{out}", value=operand, key_of=key_of(node)))
+            after.append(f"*{out}_at = {out};")
+    return before, each, after
 
 
 def _scale_index(column: str, spec: KernelSpec) -> int:

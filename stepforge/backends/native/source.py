@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stepforge.backends.native import loops
+from stepforge.backends.native import loops, metering
 from stepforge.backends.native.dtypes import C_TYPES, conversions
 from stepforge.backends.native.share import share_function
 from stepforge.backends.spec import KernelSpec
@@ -56,6 +56,7 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 }
 """
 
+_FRAME = f"{_WORK}\n{share_function(_EACH)}{_RUN}"
 
 FETCH_AHEAD = """\
 /* Asks for a later block: the processor foresees what follows, up to the end of a page. */
@@ -96,11 +97,14 @@ def c_source(spec: KernelSpec) -> str:
     """Return the C source of a kernel."""
     double = spec.arithmetic == torch.float64
     args = KernelArgs.of(spec)
+    metered = bool(spec.graph.reductions)
     bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
-    texts = [conversions(spec.dtypes, bitcasts=bitcasts)]
+    texts = [conversions(spec.dtypes, bitcasts=bitcasts, stores=metered)]
     texts += [FETCH_AHEAD] if args.row_length else []
+    texts += [metering.kept(spec)] if metered else []
     texts += loops.functions(spec)
     texts += [loops.loop(stage, spec, double=double) for stage in loops.stages(spec)]
+    grain = 1 if args.row_length or metered else 64
     return f"""\
 #include <float.h>
 #include <math.h>
@@ -113,7 +117,7 @@ typedef {"double" if double else "float"} number;
 #define RECORD {args.width}
 #define COEFFICIENTS {len(spec.graph.varying.given)}
 #define BLOCK {BLOCK if args.row_length else 512}    /* elements that stay in the first cache */
-#define GRAIN {1 if args.row_length else 64}    /* of which a thread has a whole number */
+#define GRAIN {grain}    /* of which a thread has a whole number */
 #define AHEAD 3     /* rows: far enough for small ones to arrive in time, as measured */
 /* Of functions that are not inlined: with its call GCC forgets what restrict promised. */
 #define APART __attribute__((noinline))
@@ -122,8 +126,7 @@ typedef {"double" if double else "float"} number;
 
 {_joined(texts, indent=0)}
 {_step_row(spec, args)}
-{_WORK}
-{share_function(_EACH)}{_RUN}"""
+{metering.frame(spec) if metered else _FRAME}"""
 
 
 def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
@@ -153,6 +156,8 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
     for name in spec.elements:
         c = loops.in_c(name)
         given[f"{c}_at"] = f"{c}_block" if name in widened else f"{c}_at + {at}"
+    offset = "(block - low) * BLOCK" if args.row_length else "i - low" if widened else ""
+    given |= metering.outputs(spec, offset)
     given.pop("count")
     arguments = ", ".join(given.values())
     lines += [f"float {loops.in_c(name)}_block[BLOCK];" for name in widened]
@@ -171,7 +176,7 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
         lines += _call("step_elements", f"high - low, {arguments}")
     return f"""\
 static void step_row(void *const *at, const number *c, number unscale,
-                     int64_t low, int64_t high) {{
+                     int64_t low, int64_t high{", kept *k" if spec.graph.reductions else ""}) {{
     {_joined(lines)}
 }}
 """
@@ -211,6 +216,7 @@ def _in_blocks(arguments: str, spec: KernelSpec, args: KernelArgs) -> list[str]:
         *_indented([*part[0], *scales, *itertools.chain(*part[1:])], 8),
         "    }",
         *_conversions("narrow", written, spec),
+        *metering.filled(spec),
         "    within += BLOCK;",
         "    if (within >= length) { within = 0; first += length; }",
         "}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from stepforge.backends.aliasing import Aliasing, addresses, increment_versions
 from stepforge.backends.batch import Batch, Gradients
 from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.kernel import kernel_for
+from stepforge.backends.reduction import BLOCK as REDUCED
+from stepforge.backends.reduction import Totals
 from stepforge.formats import BLOCK
 
 __all__ = ["Table"]
@@ -46,20 +50,27 @@ class Table:
             lengths = [max(1, x.numel() // max(1, len(x))) for x in columns[0]]
             self.records[:, len(columns)] = lengths
             units = np.array([len(x) for x in columns[0]]) * -(-np.array(lengths) // BLOCK)
-        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(units * self.occupied)])
+        units = units * self.occupied
+        self.totals: np.ndarray[Any, Any] | None = None
+        if kernel.reductions:
+            self._filled_sizes = units * (BLOCK if kernel.args.row_length else 1)
+            units = -(-self._filled_sizes // REDUCED)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(units)])
         self.coefficients = np.empty(
             (len(batch), len(spec.graph.coefficients)), dtype=kernel.number
         )
         # The coefficients of a parameter, and of all, where all have the same.
         self._row = struct.Struct(str(self.coefficients.shape[1]) + self.coefficients.dtype.char)
         self._rows = self.coefficients.view(np.uint8).reshape(-1).data
-        self.launch_args = (
-            len(batch),
-            int(self.sizes.sum()),
-            self.starts.ctypes.data,
-            self.records.ctypes.data,
-            self.coefficients.ctypes.data,
+        tables = [self.starts, self.records, self.coefficients]
+        if kernel.reductions:
+            self._partial = np.empty((kernel.reductions, max(len(batch), int(self.starts[-1]))))
+            self.totals = np.empty((len(batch) + 1, kernel.reductions))
+            tables = [self.starts, self._filled_sizes, *tables[1:], self._partial, self.totals]
+        self._launch: Callable[..., None] = (
+            kernel.launch_metered if kernel.reductions else kernel.launch
         )
+        self.launch_args = len(batch), int(self.sizes.sum()), *(x.ctypes.data for x in tables)
         own = self.records[:, spec.tensors.index("g")] if "g" in spec.tensors else None
         self.aliasing = Aliasing(batch, out=own)
         self._check_memory()
@@ -74,16 +85,18 @@ class Table:
         if not gradients.disjoint and not self.aliasing.gradients.all():
             self._check_memory()
 
-    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
+    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> Totals | None:
         """Step the parameters with the gradients that are bound.
 
         Args:
             batch: the same parameters and gradients, with the coefficients of this step.
             grad_scale: the scale of the gradients.
+
+        Returns:
+            The reductions of what is stored, overwritten by the next run; None if there are none.
         """
         if self.aliasing.found():
-            reference.run(batch, grad_scale=grad_scale)
-            return
+            return reference.run(batch, grad_scale=grad_scale)
         if batch.shares_coefficients:
             self._rows[:] = self._row.pack(*batch.coefficients) * len(self.sizes)
         else:
@@ -93,8 +106,9 @@ class Table:
             starts = np.asarray(batch.first_indices, np.uint64) << np.uint64(32)
             self.records[:, -1] = starts | np.asarray(batch.step_seeds, np.uint64)
         factor = 1.0 if grad_scale is None else grad_scale.factor(batch.spec.arithmetic)
-        self.kernel.launch(*self.launch_args, grad_factor=factor)
+        self._launch(*self.launch_args, factor)
         increment_versions(batch)
+        return self.totals
 
     def _check_memory(self) -> None:
         tensors = self.records[self.occupied, : len(self.kernel.args.tensors)]

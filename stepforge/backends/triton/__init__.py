@@ -12,18 +12,26 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from stepforge.backends import reference
 from stepforge.backends.aliasing import Aliasing, increment_versions, is_aliased
 from stepforge.backends.batch import Batch, Gradients, KernelTable, Scalars, Seeds
 from stepforge.backends.grad_scale import GradScale
-from stepforge.backends.reduction import PassTable, Totals, totals_by_torch
+from stepforge.backends.reduction import (
+    PassTable,
+    Totals,
+    as_totals,
+    totals_at_rest,
+    totals_by_torch,
+)
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 from stepforge.backends.triton import reduction
 from stepforge.backends.triton.dtypes import STORABLE
 from stepforge.backends.triton.expressions import OPERATIONS
 from stepforge.backends.triton.kernel import is_interpreted, kernel_for
+from stepforge.backends.triton.rounds import Rounds, numbers_of_blocks
 from stepforge.backends.triton.strides import dimensions, may_overlap
 from stepforge.backends.triton.table import Table
 from stepforge.backends.triton.uniform import UniformKernel
@@ -130,6 +138,8 @@ class Tables:
             members.setdefault((is_dense, is_wide), []).append(index)
         self.tables = [Table(batch, own, dense=is_dense) for (is_dense, _), own in members.items()]
         self.aliasing = Aliasing(batch)
+        self._ops = [node.op for node in spec.graph.reductions]
+        self._rounds = self._rounds_of(batch) if self._ops else None
 
     def bind_gradients(self, gradients: Gradients) -> None:
         """Take other gradients of the same layouts.
@@ -141,16 +151,36 @@ class Tables:
         for table in self.tables:
             table.bind_gradients(self.aliasing.gradients)
 
-    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
+    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> Totals | None:
         """Step the parameters with the gradients that are bound.
 
         Args:
             batch: the same parameters and gradients, with the coefficients of this step.
             grad_scale: the scale of the gradients.
+
+        Returns:
+            The reductions of what is stored then; None if the graph has none.
         """
-        for table in self.tables:
-            table.run(batch, grad_scale)
+        if self._rounds is None:
+            for table in self.tables:
+                table.run(batch, grad_scale)
+            increment_versions(batch)
+            return None
+        # A table's numbers are in memory of their own, which begins as any other memory does.
+        parts = [numbers_of_blocks(len(self._ops), t.blocks, t.device) for t in self.tables]
+        for table, partial in zip(self.tables, parts):
+            table.run(batch, grad_scale, partial)
         increment_versions(batch)
+        return as_totals(self._rounds.run(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]))
+
+    def _rounds_of(self, batch: Batch) -> Rounds:
+        """Return the rounds that combine the numbers of all tables, one table's after another's."""
+        indices = np.concatenate([table.indices for table in self.tables])
+        of_tables = np.concatenate([table.counts for table in self.tables])
+        counts, first = np.zeros((2, len(batch)), np.int64)
+        counts[indices] = of_tables
+        first[indices] = np.cumsum(of_tables) - of_tables
+        return Rounds(self._ops, counts, first, batch.device)
 
     def is_aliased(self) -> bool:
         """Return True if the memory of a parameter or state is also another tensor's."""
@@ -179,31 +209,30 @@ def reduce(
 ) -> Totals:
     """Return the reductions of a pass."""
     if isinstance(table, reduction.PassTable):
-        totals = table.run(batch, grad_scale)
-        return totals.numpy() if totals.device.type == "cpu" else totals
+        return as_totals(table.run(batch, grad_scale))
     return totals_by_torch(batch, grad_scale)
 
 
 def run(
     batch: Batch, table: KernelTable | None = None, grad_scale: GradScale | None = None
-) -> None:
+) -> Totals | None:
     """Step all parameters in place."""
     if isinstance(table, Tables) and not table.is_aliased():
-        table.run(batch, grad_scale)
-    elif _needs_reference(batch):
-        _run_reference(batch, grad_scale)
-    else:
-        Tables(batch).run(batch, grad_scale)
+        return table.run(batch, grad_scale)
+    if _needs_reference(batch):
+        return _run_reference(batch, grad_scale)
+    return Tables(batch).run(batch, grad_scale)
 
 
-def _run_reference(batch: Batch, grad_scale: GradScale | None) -> None:
+def _run_reference(batch: Batch, grad_scale: GradScale | None) -> Totals | None:
     """Step all parameters by the reference, which reads and writes in a defined order.
 
     It computes with Python numbers, so it synchronizes the device of the gradient scale.
     """
     scale = grad_scale and grad_scale.read()
-    if not (scale and scale.found_inf):
-        reference.run(batch, grad_scale=scale)
+    if scale and scale.found_inf:
+        return totals_at_rest(batch, scale)
+    return reference.run(batch, grad_scale=scale)
 
 
 def _needs_reference(batch: Batch) -> bool:

@@ -161,7 +161,7 @@ def compile_step(
     source = triton_source(spec, variant).replace(f"if {WHOLE}:", f"if {condition}:")
     number = "*fp64" if spec.arithmetic == torch.float64 else "*fp32"
     types = {"owners": "*i32", "rows": "*i64", "gradients": "*i64", "keys": "*i64"}
-    types |= {"unscale": number, "found_inf": "*fp32"}
+    types |= {"unscale": number, "found_inf": "*fp32", "partial": "*fp64", "blocks": "i32"}
     types |= {word: "i32" for words in coefficient_words(spec) for word in words}
     constants: dict[str, Any] = {named(tensor, "aligned"): WIDEST for tensor in spec.elements}
     constants |= {"SCALED": is_scaled, "BLOCK": BLOCK, "numbers": None}

@@ -69,6 +69,7 @@ class Kernel:
         step_seeds: torch.Tensor | None,
         aligned: Mapping[str, int],
         grad_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
+        partial: torch.Tensor | None = None,
     ) -> None:
         """Step parameters.
 
@@ -83,6 +84,7 @@ class Kernel:
             aligned: for each tensor, the power of two in bytes that divides all its addresses.
             grad_scale: the factor of gradients, in the dtype of the arithmetic, and a number that
                 is not zero if the step is to be skipped; one element each.
+            partial: float64, reductions x blocks: takes the reductions of each block.
 
         Raises:
             RuntimeError: a graph is captured, and the kernel has not been compiled.
@@ -95,6 +97,8 @@ class Kernel:
         given: dict[str, Any] = {named(x, "aligned"): n for x, n in zip(elements, bytes_)}
         if step_seeds is not None:
             given["keys"] = step_seeds
+        if partial is not None:
+            given |= {"partial": partial, "blocks": blocks}
         with launch_context(rows.device):
             self._step[(blocks,)](
                 owners,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,12 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import BLOCK, in_one_order
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.kernel import is_interpreted, launch_context, load
-from stepforge.backends.triton.reduction_source import combine_source, pass_source
+from stepforge.backends.triton.reduction_source import pass_source
+from stepforge.backends.triton.rounds import LAUNCH_OPTIONS, Rounds, numbers_of_blocks
 from stepforge.backends.triton.table import Mirror
 from stepforge.backends.triton.variant import Target, target_of
 
 __all__ = ["PassTable", "serves"]
-
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def serves(batch: Batch) -> bool:
@@ -53,7 +50,7 @@ class PassTable:
         spec = batch.spec
         columns = [batch.columns[name] for name in spec.tensors]
         self.device = columns[0][0].device
-        self._kernels = _kernels(spec, target_of(self.device), is_interpreted())
+        self._reduce = _kernel(spec, target_of(self.device), is_interpreted())
         sizes = np.array([x.numel() for x in columns[0]], np.int64)
         blocks = -(-sizes // BLOCK)
         states = [addresses(batch.columns[name]) for name in spec.tensors if name != "g"]
@@ -64,12 +61,8 @@ class PassTable:
         self._rows = uploaded(rows, self.device)
         owners = np.repeat(np.arange(len(sizes), dtype=np.int32), blocks)
         self._owners = uploaded(owners, self.device)
-        self._rounds = [*_rounds(blocks.tolist())]
-        self._of_all = [*_rounds([len(sizes)])]
-        self._uploaded = [
-            [uploaded(np.array(x, np.int64), self.device) for x in each]
-            for each in (*self._rounds, *self._of_all)
-        ]
+        ops = [node.op for node in spec.graph.reductions]
+        self._rounds = Rounds(ops, blocks, first, self.device)
 
     def bind_gradients(self, gradients: Gradients) -> None:
         """Take other gradients of the same layouts."""
@@ -77,67 +70,23 @@ class PassTable:
 
     def run(self, batch: Batch, grad_scale: GradScale | None = None) -> torch.Tensor:
         """Return the reductions of each parameter, and in a last row those of all."""
-        reduce, combine = self._kernels
-        count = len(batch.spec.graph.reductions)
         factor = None
         if grad_scale is not None:
             factor, _ = grad_scale.on_device(self.device, batch.spec.arithmetic)
         blocks = len(self._owners)
-        numbers = self._empty(count, blocks)
+        numbers = numbers_of_blocks(len(batch.spec.graph.reductions), blocks, self.device)
         given = self._shown.show(self._gradients.view(np.int64))
         with launch_context(self.device):
             if blocks:
-                reduce[(blocks,)](
+                self._reduce[(blocks,)](
                     self._owners, self._rows, given, factor, numbers, blocks,
-                    SCALED=factor is not None, BLOCK=BLOCK, **_OPTIONS,
+                    SCALED=factor is not None, BLOCK=BLOCK, **LAUNCH_OPTIONS,
                 )  # fmt: skip
-            found = []
-            for number, (begins, counts) in enumerate(self._uploaded, start=1):
-                out = self._empty(count, len(begins))
-                combine[(len(begins),)](
-                    numbers, numbers.shape[1], begins, counts, out, len(begins),
-                    BLOCK=BLOCK, **_OPTIONS,
-                )  # fmt: skip
-                numbers = out
-                if number in (len(self._rounds), len(self._uploaded)):
-                    found.append(out)
-        return torch.cat(found, dim=1).t()
-
-    def _empty(self, count: int, size: int) -> torch.Tensor:
-        return torch.empty((count, size), dtype=torch.float64, device=self.device)
+        return self._rounds.run(numbers)
 
 
-def _rounds(counts: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Return the rounds until each group of numbers is one number.
-
-    Args:
-        counts: the count of numbers in each group; the groups follow one another.
-
-    Returns:
-        For each round the first number of each result, and the count of its numbers.
-
-    Example:
-        >>> _rounds([2, 0])
-        [([0, 2], [2, 0])]
-        >>> [list(map(len, each)) for each in _rounds([3000, 5])]
-        [[4, 4], [2, 2]]
-    """
-    rounds: list[tuple[list[int], list[int]]] = []
-    while not rounds or max(counts) > 1:
-        begins, sizes, results, first = [], [], [], 0
-        for count in counts:
-            pieces = max(1, -(-count // BLOCK))
-            begins += [first + piece * BLOCK for piece in range(pieces)]
-            sizes += [min(BLOCK, count - piece * BLOCK) for piece in range(pieces)]
-            results.append(pieces)
-            first += count
-        rounds.append((begins, sizes))
-        counts = results
-    return rounds
-
-
-def _kernels(spec: KernelSpec, target: Target, interpreted: bool) -> tuple[Any, Any]:
-    """Return the kernels of a pass: the pass, and what combines its numbers.
+def _kernel(spec: KernelSpec, target: Target, interpreted: bool) -> Any:
+    """Return the kernel of a pass.
 
     Raises:
         RuntimeError: a source cannot be kept.
@@ -149,14 +98,8 @@ def _kernels(spec: KernelSpec, target: Target, interpreted: bool) -> tuple[Any, 
 
 
 @cache.made_once(disk_cache.cache_circumstances)
-def _made(spec: KernelSpec, target: Target, _interpreted: bool) -> tuple[Any, Any] | str:
-    ops = tuple(node.op for node in spec.graph.reductions)
+def _made(spec: KernelSpec, target: Target, _interpreted: bool) -> Any:
     try:
-        return load(pass_source(spec, target)).reduce, _combine(ops)
+        return load(pass_source(spec, target)).reduce
     except BuildError as error:
         return str(error)
-
-
-@functools.cache
-def _combine(ops: tuple[str, ...]) -> Any:
-    return load(combine_source(ops)).combine

@@ -15,7 +15,7 @@ from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
 from stepforge.backends.triton.variant import Target
 
-__all__ = ["combine_source", "pass_source"]
+__all__ = ["OPERANDS", "REDUCTION_FUNCTIONS", "combine_source", "pass_source", "way"]
 
 _HEAD = "import triton\nimport triton.language as tl\n\n\n"
 
@@ -41,8 +41,11 @@ def largest_of(x):
 
 '''
 
-#: The number that a pass keeps of an operand, in float64, and that of elements that are not there.
-_OPERANDS = {
+#: The functions that :func:`way` names.
+REDUCTION_FUNCTIONS = _sum_function() + _LARGEST
+
+#: The number that is kept of an operand, in float64, and that of elements that are not there.
+OPERANDS = {
     "total": ("{0}.to(tl.float64)", "0.0"),
     "squares": ("{0}.to(tl.float64) * {0}.to(tl.float64)", "0.0"),
     "largest": ("{0}.to(tl.float64)", 'float("-inf")'),
@@ -64,7 +67,7 @@ def pass_source(spec: KernelSpec, target: Target) -> str:
     inputs = [f"{name}_in" for name in program.inputs]
     text = f'"""Reductions in {type_name(spec.arithmetic)}; written by stepforge."""\n\n{_HEAD}'
     update = function("operands", program, inputs, spec.arithmetic, target)
-    text += _sum_function() + _LARGEST
+    text += REDUCTION_FUNCTIONS
     if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
         text += BFLOAT16_FUNCTIONS
     if " sqrt(" in update:
@@ -90,14 +93,15 @@ def pass_source(spec: KernelSpec, target: Target) -> str:
             "word = tl.load(base + tl.arange(0, BLOCK), inside, other=0)",
             f"{name}_in = {read}{' * factor' if name == 'g' else ''}",
         ]
-    results = [f"y{position}" for position in range(len(graph.reductions))]
-    lines.append(f"{', '.join(results)} = operands({', '.join(inputs)})")
+    kept = [f"y{position}" for position in range(len(program.outputs))]
+    lines.append(f"{', '.join(kept)} = operands({', '.join(inputs)})")
+    results = [kept[register] for register in graph.measure.outputs]
     lines.append("one = tl.arange(0, 1)")
     for position, (node, result) in enumerate(zip(graph.reductions, results)):
-        wide, neutral = _OPERANDS[node.op]
-        kept = f"tl.where(inside, {wide.format(result)}, {neutral})"
+        wide, neutral = OPERANDS[node.op]
+        masked = f"tl.where(inside, {wide.format(result)}, {neutral})"
         to = f"partial + {position} * blocks + block + one"
-        lines.append(f"tl.store({to}, {_way(node.op)}({kept}))  # {node}")
+        lines.append(f"tl.store({to}, {way(node.op)}({masked}))  # {node}")
     body = "\n    ".join(lines)
     return f"""{text}@triton.jit(do_not_specialize=["blocks"])
 def reduce(
@@ -129,15 +133,15 @@ def combine_source(ops: tuple[str, ...]) -> str:
     for position, op in enumerate(ops):
         at = f"numbers + {position} * size + begin + tl.arange(0, BLOCK)"
         lines += [
-            f"x = tl.load({at}, inside, other={_OPERANDS[op][1]})",
+            f"x = tl.load({at}, inside, other={OPERANDS[op][1]})",
             # No zero is -0.
-            f"tl.store(out + {position} * results + result + one, {_way(op)}(x) + 0.0)  # {op}",
+            f"tl.store(out + {position} * results + result + one, {way(op)}(x) + 0.0)  # {op}",
         ]
     body = "\n    ".join(lines)
     return f"""\
 \"\"\"Numbers made of the numbers of blocks; written by stepforge.\"\"\"
 
-{_HEAD}{_sum_function()}{_LARGEST}@triton.jit(do_not_specialize=["size", "results"])
+{_HEAD}{REDUCTION_FUNCTIONS}@triton.jit(do_not_specialize=["size", "results"])
 def combine(
     numbers,  # of each reduction
     size,  # of each reduction's numbers
@@ -151,6 +155,6 @@ def combine(
 """
 
 
-def _way(op: str) -> str:
+def way(op: str) -> str:
     """Return the function that makes one number of a block."""
     return "largest_of" if op == "largest" else "sum_of"

@@ -8,6 +8,7 @@ before it stores it: the decoded numbers are never in memory.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,18 @@ import torch
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, commented, function, type_name
+from stepforge.backends.triton.measure_source import (
+    MEASURE_FUNCTIONS,
+    kept_names,
+    measure_functions,
+    measure_lines,
+    read_at_rest,
+)
 from stepforge.backends.triton.variant import Target, Variant, elements_of_thread
 from stepforge.backends.triton.words import NUMBER_FUNCTIONS, number_of
 from stepforge.formats import BLOCK as CHUNK
 from stepforge.formats import DRAW, Format, Part, result_salt, tensor_name
-from stepforge.program import Graph, Program
+from stepforge.program import NEW_P, Graph, Program
 
 __all__ = [
     "WHOLE",
@@ -101,11 +109,15 @@ def triton_source(spec: KernelSpec, variant: Variant) -> str:
     stored = ", ".join(f"{tensor} {_bare(dtype)}" for tensor, dtype in spec.dtype_of.items())
     about = f'"""A step in {_bare(spec.arithmetic)} on {stored}; written by stepforge."""'
     functions = [*_format_functions(spec, target), _update(spec, target)]
+    if spec.graph.reductions:
+        functions += measure_functions(spec.graph, spec.arithmetic, target)
     helpers = "".join(NUMBER_FUNCTIONS[n] for n in sorted(set(map(len, coefficient_words(spec)))))
     if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
         helpers += BFLOAT16_FUNCTIONS
     if any(" sqrt(" in text for text in functions):
         helpers += SQRT_FUNCTION
+    if spec.graph.reductions:
+        helpers += MEASURE_FUNCTIONS
     return f"""\
 {textwrap.fill(about, 100)}
 
@@ -191,7 +203,8 @@ def _format_functions(spec: KernelSpec, target: Target) -> list[str]:
 
 def _format_function(name: str, program: Program, about: str, target: Target) -> str:
     """Return a function of a format; the arithmetic of formats is float32."""
-    arguments = [f"{given}_in" for given in program.inputs]
+    given = [node.op for node in program.given]  # the largest of a block
+    arguments = [f"{name}_in" for name in (*program.inputs, *given)]
     return function(name, program, arguments, torch.float32, target, f'"""{about}"""')
 
 
@@ -206,9 +219,14 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
     aligned = [] if variant.dims else [named(x, "aligned") for x in spec.elements]
     keys = ["    keys,  # of each row what its random bits follow from"]
     words = [word for names in coefficient_words(spec) for word in names]
+    measure = [
+        "    partial,  # a number for each reduction and block",
+        "    blocks,",
+    ]
+    unspecialized = [*words, "blocks"] if spec.graph.reductions else words
     lines = [
         *textwrap.wrap(
-            f"@triton.jit(do_not_specialize={words})",
+            f"@triton.jit(do_not_specialize={unspecialized})",
             100,
             subsequent_indent=" " * 31,
             break_long_words=False,
@@ -222,6 +240,7 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
         "    unscale,  # what gradients are multiplied by before all else",
         "    found_inf,  # not zero if nothing is to be changed",
         *(keys if spec.is_random else []),
+        *(measure if spec.graph.reductions else []),
         *(
             f"    {name}: tl.constexpr,  # the bytes that its addresses are multiples of"
             for name in aligned
@@ -238,6 +257,7 @@ def _kernel(spec: KernelSpec, variant: Variant) -> str:
         f"this = rows + row * {args.width}",
         f"begin = (block - tl.load(this + {args.first})) * BLOCK  # in 64 bits",
         f"left = {left if has_two_paths(spec, variant) else narrowed}",
+        *(["held = left  # also in a step that is skipped"] if spec.graph.reductions else []),
         f"factor = tl.full((), 1.0, {type_name(spec.arithmetic)})",
         "if SCALED:",
         "    factor = tl.load(unscale)",
@@ -331,15 +351,24 @@ def has_two_paths(spec: KernelSpec, variant: Variant) -> bool:
 WHOLE = "left >= BLOCK"
 
 
-def _left(spec: KernelSpec, variant: Variant) -> str:
-    """Return the number of elements from the first of a block on, in 32 bits."""
-    return "left.to(tl.int32)" if has_two_paths(spec, variant) else "left"
+def _held(spec: KernelSpec) -> str:
+    """Return the variable of the elements to load, from the first of a block on.
+
+    A step that is skipped needs none of them, unless it makes reductions.
+    """
+    return "held" if spec.graph.reductions else "left"
+
+
+def _in_32_bits(left: str, spec: KernelSpec, variant: Variant) -> str:
+    """Return a number of elements from the first of a block on, in 32 bits."""
+    return f"{left}.to(tl.int32)" if has_two_paths(spec, variant) else left
 
 
 def _lanes(spec: KernelSpec, variant: Variant) -> list[str]:
     """Return the lines that number the elements and chunks of a block, and locate the scales."""
     if not spec.in_blocks:
-        hint = f"left = tl.multiple_of(left, {variant.unit})"
+        held = _held(spec)
+        hint = f"{held} = tl.multiple_of({held}, {variant.unit})"
         return [*([hint] if variant.unit > 1 else []), "lane = tl.arange(0, BLOCK)"]
     axes = ", None" * (2 if variant.unit == 1 else 1)
     lines = [f"count = tl.arange(0, BLOCK // {CHUNK})[:{axes}]  # chunks of the block"]
@@ -384,9 +413,10 @@ def _largest_of_chunk(value: str, variant: Variant) -> str:
 def _pointers(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     """Return the lines that locate the elements of a block, and mask those outside."""
     if spec.in_blocks:
-        lines = _chunk_elements(variant)
+        lines = _chunk_elements(_held(spec), variant)
     else:
-        lines = [f"inside = lane < {_left(spec, variant)}"] if masked else []
+        held = _in_32_bits(_held(spec), spec, variant)
+        lines = [f"inside = lane < {held}"] if masked else []
     step = "offset" if spec.in_blocks else "lane"
     if spec.is_random or variant.dims:
         begin = "origin" if _has_rows(spec, variant) else "begin"
@@ -400,9 +430,9 @@ def _pointers(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     return lines
 
 
-def _chunk_elements(variant: Variant) -> list[str]:
+def _chunk_elements(held: str, variant: Variant) -> list[str]:
     """Return the lines that find the elements in the chunks of a block, and mask those outside."""
-    reached = f"reached = count * {CHUNK} < left"
+    reached = f"reached = count * {CHUNK} < {held}"
     if variant.unit == CHUNK:
         return [reached, "inside = reached", f"offset = count * {CHUNK} + lane"]
     return [
@@ -438,20 +468,33 @@ def _strided_pointers(spec: KernelSpec, variant: Variant) -> list[str]:
 def _work(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
     """Return the lines that read the elements of a block, update them and write the results."""
     graph = spec.graph
-    lines = []
-    for column in graph.varying.inputs:
+    lines, read = [], graph.varying.inputs
+    outputs = [f"{column}_out" for column in graph.results]
+    if graph.reductions:
+        read = tuple(dict.fromkeys([*read, *read_at_rest(graph)]))
+        outputs += kept_names(graph)
+    for column in read:
         lines += _read(spec, variant, column, masked=masked)
-    results = ", ".join(f"{column}_out" for column in graph.results)
-    update = f"{results} = update({', '.join(_update_arguments(graph))})"
+    given = ", ".join(_update_arguments(graph))
+    update = [f"{', '.join(outputs)} = update({given})"]
+    if graph.reductions:
+        update = [f"{', '.join(outputs)} = update(", f"    {given}", ")"]
     if masked and _has_branch(spec, variant):
-        read = graph.varying.inputs
         for column in graph.results:
             lines.append(f"{column}_out = {column if column in read else read[0]}_in")
-        lines += [f"if {_left(spec, variant)} > 0:  # the step is not skipped", f"    {update}"]
+        left = _in_32_bits("left", spec, variant)
+        lines.append(f"if {left} > 0:  # the step is not skipped")
+        lines += [f"    {line}" for line in update]
     else:
-        lines.append(update)
+        lines += update
+    if graph.reductions and masked:
+        lines += ["stored = inside & (left > 0)  # not in a step that is skipped"]
+        lines += ["stored_scales = reached & (left > 0)"] if spec.in_blocks else []
     for column in graph.results:
         lines += _write(spec, variant, column, masked=masked)
+    if graph.reductions:
+        shape = "tl.reshape({}, (BLOCK,))" if spec.in_blocks else "{}"
+        lines += measure_lines(graph, _stored_p(spec, variant), shape=shape, masked=masked)
     return lines
 
 
@@ -459,9 +502,10 @@ def _has_branch(spec: KernelSpec, variant: Variant) -> bool:
     """Return True if a branch makes a kernel faster: on AMD where nothing is moved in wide words.
 
     Its compiler computes two elements of float32 by one instruction if they are parts of a word, or
-    if a branch chooses what becomes of them.
+    if a branch chooses what becomes of them. With reductions there is none: without an update they
+    would lack what they keep of it.
     """
-    is_narrow = variant.unit == 1 and not variant.dims
+    is_narrow = variant.unit == 1 and not variant.dims and not spec.graph.reductions
     return variant.target.is_amd and is_narrow and spec.arithmetic == torch.float32
 
 
@@ -471,21 +515,32 @@ def _read(spec: KernelSpec, variant: Variant, column: str, *, masked: bool) -> l
     if column not in spec.formats:
         read = _load(spec, variant, column, number, masked=masked)
         return [f"{column}_in = {read}{' * factor' if column == 'g' else ''}"]
-    format_, lines, inputs = spec.formats[column], [], {}
+    lines, inputs = [], {}
     for tensor, part in _parts(spec, column):
         inputs[part.name or "stored"] = name = named(tensor, "stored")
         lines.append(f"{name} = {_load(spec, variant, tensor, 'tl.float32', masked=masked)}")
+    return [*lines, f"{column}_in = {_decoded(spec, column, inputs)}"]
+
+
+def _decoded(spec: KernelSpec, column: str, inputs: Mapping[str, str]) -> str:
+    """Return the expression of a column's numbers in the arithmetic.
+
+    Args:
+        spec: the kernel's spec.
+        column: the column.
+        inputs: the variable of each part of its format, as it is loaded.
+    """
+    format_ = spec.formats[column]
     given = ", ".join(inputs[name] for name in format_.decode.inputs)
-    widened = "" if spec.arithmetic == torch.float32 else f".to({number})"
-    decode = f"decode_{_format_numbers(spec)[format_]}"
-    return [*lines, f"{column}_in = {decode}({given}){widened}"]
+    widened = "" if spec.arithmetic == torch.float32 else f".to({type_name(spec.arithmetic)})"
+    return f"decode_{_format_numbers(spec)[format_]}({given}){widened}"
 
 
 def _load(spec: KernelSpec, variant: Variant, tensor: str, number: str, *, masked: bool) -> str:
     """Return the expression that loads a tensor, as a number of that type or as a uint32."""
-    load = f"tl.load({named(tensor, 'at')}{_mask(spec, tensor) if masked else ''})"
+    mask = _mask(spec, tensor, "inside", "reached") if masked else ""
     kind = triton_type(spec.dtype_of[tensor], variant.target)
-    return kind.read.format(load, number=number)
+    return kind.read.format(f"tl.load({named(tensor, 'at')}{mask})", number=number)
 
 
 def _write(spec: KernelSpec, variant: Variant, column: str, *, masked: bool) -> list[str]:
@@ -518,13 +573,35 @@ def _store(spec: KernelSpec, variant: Variant, tensor: str, value: str, *, maske
     """Return the line that stores a number or a uint32."""
     kind = triton_type(spec.dtype_of[tensor], variant.target)
     write = kind.write.format(value, memory=kind.memory)
-    mask = _mask(spec, tensor) if masked else ""
+    masks = ("stored", "stored_scales") if spec.graph.reductions else ("inside", "reached")
+    mask = _mask(spec, tensor, *masks) if masked else ""
     return f"tl.store({named(tensor, 'at')}, {write}{mask})"
 
 
-def _mask(spec: KernelSpec, tensor: str) -> str:
+def _mask(spec: KernelSpec, tensor: str, of_elements: str, of_scales: str) -> str:
     """Return the argument that masks the elements outside the parameter."""
-    return ", inside" if tensor in spec.elements else ", reached"
+    return f", {of_elements if tensor in spec.elements else of_scales}"
+
+
+def _stored_p(spec: KernelSpec, variant: Variant) -> list[str]:
+    """Return the lines that find the parameter as a step leaves it, in the arithmetic."""
+    number = type_name(spec.arithmetic)
+    if "p" not in spec.graph.results:
+        return [f"{NEW_P} = p_in"]
+    if "p" not in spec.formats:
+        return [f"{NEW_P} = {_as_stored(spec, variant, 'p', 'p_out', number)}"]
+    lines, inputs = [], {}
+    for tensor, part in _parts(spec, "p"):
+        inputs[part.name or "stored"] = name = named(tensor, "again")
+        new = _as_stored(spec, variant, tensor, named(tensor, "new"), "tl.float32")
+        lines.append(f"{name} = {new}")
+    return [*lines, f"{NEW_P} = {_decoded(spec, 'p', inputs)}"]
+
+
+def _as_stored(spec: KernelSpec, variant: Variant, tensor: str, value: str, number: str) -> str:
+    """Return what is loaded of a tensor once a number or a uint32 is stored in it."""
+    kind = triton_type(spec.dtype_of[tensor], variant.target)
+    return kind.read.format(kind.write.format(value, memory=kind.memory), number=number)
 
 
 def _bare(dtype: torch.dtype) -> str:

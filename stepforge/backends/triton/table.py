@@ -22,6 +22,11 @@ from stepforge.formats import BLOCK as CHUNK
 class Table:
     """The addresses, sizes and strides of parameters, on their device.
 
+    Attributes:
+        indices: the indices of the table's parameters in the batch.
+        counts: the blocks of each of them.
+        blocks: the number of all blocks.
+
     Args:
         batch: holds the parameters. Other gradients may be bound later, and the table run with
             other coefficients.
@@ -35,10 +40,12 @@ class Table:
 
     def __init__(self, batch: Batch, members: Sequence[int], *, dense: bool) -> None:
         spec = batch.spec
-        self._members = list(members)
+        self.indices = list(members)
         columns = {name: [batch.columns[name][index] for index in members] for name in spec.tensors}
         rows = list(zip(*(columns[name] for name in spec.elements)))
-        shapes = [[] if dense else dimensions(row, in_order=bool(spec.formats)) for row in rows]
+        # Sums are in the order of a contiguous tensor, as random bits and blocks are.
+        in_order = bool(spec.formats or spec.graph.reductions)
+        shapes = [[] if dense else dimensions(row, in_order=in_order) for row in rows]
         dims = max(map(len, shapes))
         self.device = rows[0][0].device
         sizes = np.array([row[0].numel() for row in rows], np.int64)
@@ -53,7 +60,7 @@ class Table:
         args = kernel.args
         if args.in_blocks:
             sizes = np.array([len(row[0]) for row in rows]) * (-(-lengths // CHUNK) * CHUNK)
-        blocks = -(-sizes // BLOCK)
+        self.counts = blocks = -(-sizes // BLOCK)
         self.blocks = int(blocks.sum())
         self._records = np.zeros((len(rows), args.width), np.int64)
         self._records[:, args.first] = np.cumsum(blocks) - blocks
@@ -70,7 +77,7 @@ class Table:
             self._records[:, args.row_length] = lengths
         if args.is_random:
             assert batch.first_indices is not None
-            self._records[:, args.start] = batch.first_indices[self._members]
+            self._records[:, args.start] = batch.first_indices[self.indices]
         self.bind_gradients(addresses(batch.columns["g"]))
         self._aligned = {
             name: _alignment(self._records[:, args.address(name)]) for name in args.states
@@ -95,14 +102,17 @@ class Table:
         Raises:
             RuntimeError: one has no memory.
         """
-        self._gradients = self._checked(gradients[self._members])
+        self._gradients = self._checked(gradients[self.indices])
 
-    def run(self, batch: Batch, grad_scale: GradScale | None = None) -> None:
+    def run(
+        self, batch: Batch, grad_scale: GradScale | None = None, partial: torch.Tensor | None = None
+    ) -> None:
         """Step the parameters with the gradients that are bound.
 
         Args:
             batch: the batch of the table's parameters, with the coefficients of this step.
             grad_scale: the scale of the gradients.
+            partial: float64, reductions x blocks: takes the reductions of each block.
         """
         if not self.blocks:
             return
@@ -118,17 +128,13 @@ class Table:
         if grad_scale is not None:
             scale = grad_scale.on_device(self.device, batch.spec.arithmetic)
         self.kernel.launch(
-            self.blocks, *tables, {**self._aligned, "g": _alignment(self._gradients)}, scale
+            self.blocks,
+            *tables,
+            {**self._aligned, "g": _alignment(self._gradients)},
+            scale,
+            partial,
         )
-        self._keep_until_done(tables)
-
-    def _keep_until_done(self, tables: Iterable[object]) -> None:
-        """Keep the tables' memory until the launch is done, on whatever stream it runs."""
-        if self.device.type != "cpu" and not is_capturing():
-            stream = torch.get_device_module(self.device).current_stream(self.device)
-            for table in tables:
-                if isinstance(table, torch.Tensor):
-                    table.record_stream(stream)
+        keep_until_done(x for x in tables if isinstance(x, torch.Tensor))
 
     def _coefficients_of(self, batch: Batch) -> torch.Tensor | list[float]:
         """Return the coefficients: a row per parameter, or the numbers that all share."""
@@ -144,22 +150,22 @@ class Table:
         rows = np.empty((len(batch), len(batch.coefficients)), dtype)
         for position, value in enumerate(batch.coefficients):
             rows[:, position] = value
-        is_whole = len(self._members) == len(batch)
-        return self.coefficients.show(rows if is_whole else rows[self._members])
+        is_whole = len(self.indices) == len(batch)
+        return self.coefficients.show(rows if is_whole else rows[self.indices])
 
     def _step_seeds_of(self, batch: Batch) -> torch.Tensor | None:
         """Return the seeds of the parameters' random bits; None if rounding takes none."""
         if batch.step_seeds is None or not self.kernel.args.is_random:
             return None
         if isinstance(batch.step_seeds, np.ndarray):
-            return self.step_seeds.show(batch.step_seeds[self._members])
+            return self.step_seeds.show(batch.step_seeds[self.indices])
         return self._of_members(batch.step_seeds)
 
     def _of_members(self, values: torch.Tensor) -> torch.Tensor:
         """Return the rows of this table's parameters from a row per parameter of the batch."""
-        if len(self._members) == len(values):
+        if len(self.indices) == len(values):
             return values
-        return values[self.members.show(np.array(self._members))]
+        return values[self.members.show(np.array(self.indices))]
 
     def _owners_of(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the parameter of each block; computed on the device, when the rows are new."""
@@ -208,6 +214,15 @@ class Mirror:
             self.uploads += 1
         assert self._shown is not None
         return self._shown[1]
+
+
+def keep_until_done(tables: Iterable[torch.Tensor]) -> None:
+    """Keep the memory of tables until launches are done, on whatever stream those run."""
+    if not is_capturing():
+        for table in tables:
+            if table.device.type != "cpu":
+                stream = torch.get_device_module(table.device).current_stream(table.device)
+                table.record_stream(stream)
 
 
 def written(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:

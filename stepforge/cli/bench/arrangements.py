@@ -16,7 +16,17 @@ from torch import Tensor
 
 from stepforge.cli.bench.captured import CapturedStep, Step, why_no_graphs
 
-__all__ = ["CAPTURED", "CLIPPED", "COMPILED", "FUSED", "PLAIN", "SHARDED", "Arrangement", "Form"]
+__all__ = [
+    "CAPTURED",
+    "CLIPPED",
+    "COMPILED",
+    "FUSED",
+    "MEASURED",
+    "PLAIN",
+    "SHARDED",
+    "Arrangement",
+    "Form",
+]
 
 _CPU_ONLY = "it is measured on a CPU only"
 
@@ -172,6 +182,22 @@ def _after_clipping(step: Step, params: list[Tensor]) -> Step:
     return clip_and_step
 
 
+@contextmanager
+def _measured() -> Iterator[Arrangement]:
+    yield Arrangement(own_options={"telemetry": True}, around=_before_norms)
+
+
+def _before_norms(step: Step, params: list[Tensor]) -> Step:
+    """Return a step and the norms of gradients and parameters, as a training loop logs them."""
+
+    def step_and_measure() -> object:
+        step()
+        gradients = [p.grad for p in params if p.grad is not None]
+        return [torch.stack(torch._foreach_norm(x)).norm() for x in (gradients, params)]
+
+    return step_and_measure
+
+
 PLAIN = Form("", _plain, _never_missing)
 #: Parameters of FSDP2.
 SHARDED = Form("DTensors, Shard(0) on a mesh of one process", _sharded, _sharded_missing)
@@ -184,6 +210,8 @@ COMPILED = Form(
 )
 #: Steps with ``max_grad_norm``; for torch.optim ``clip_grad_norm_`` and a step.
 CLIPPED = Form("gradients clipped by their norm", _clipped, _never_missing)
+#: Steps with ``telemetry``; for torch.optim two of its metrics, after a step.
+MEASURED = Form("with metrics", _measured, _never_missing)
 #: torch.optim has no other implementation of these options than its fused one.
 FUSED = Form(
     "fused=True",

@@ -68,6 +68,13 @@ _CPU = {
     ),
     # Parity: torch generates a kernel for these very tensors.
     "compiled": 3 * (Ratios(None, 1.0, None),),
+    # A pass over the gradients comes before the step.
+    "clipped": 3 * (Ratios(None, 1.0, None, 1 / 1.2),),
+    "clipped-large": 3 * (Ratios(None, 1.0, None, 1 / 1.45),),
+    # The step itself reduces what it stores.
+    "metrics": 3 * (Ratios(None, 1.0, None, 1 / 1.3),),
+    "metrics-large": 3 * (Ratios(None, 1.0, None, 1 / 1.1),),
+    "metrics-tiny": 3 * (Ratios(None, 1.0, None, 1 / 1.3),),
 }
 #: The workloads on which foreach keeps up with torch's default. Without a compiler and without
 #: prebuilt kernels, foreach is all there is.

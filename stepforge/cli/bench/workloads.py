@@ -17,6 +17,7 @@ from stepforge.cli.bench.arrangements import (
     CLIPPED,
     COMPILED,
     FUSED,
+    MEASURED,
     PLAIN,
     SHARDED,
     Arrangement,
@@ -162,6 +163,7 @@ def _model(width: int, tokens: int, positions: int) -> tuple[Shape, ...]:
 
 _LARGE = ((3125, 16_000),)
 _SMALL = 1000 * ((1000,),)
+_TINY = 8 * ((64, 32),)
 #: The workloads by name.
 WORKLOADS = {
     workload.name: workload
@@ -172,7 +174,7 @@ WORKLOADS = {
         # Bound by overhead.
         Workload("small", _SMALL),
         # A network of reinforcement learning.
-        Workload("tiny", 8 * ((64, 32),), threads=1, steps=100),
+        Workload("tiny", _TINY, threads=1, steps=100),
         Workload("groups", _SMALL, groups=250),
         Workload("sharded", 12 * _layer(64), form=SHARDED),
         Workload("compiled", _model(32, tokens=256, positions=64), form=COMPILED, steps=10),
@@ -187,6 +189,9 @@ WORKLOADS = {
         Workload("captured", _SMALL, form=CAPTURED),
         Workload("clipped", _SMALL, form=CLIPPED),
         Workload("clipped-large", _LARGE, form=CLIPPED),
+        Workload("metrics", _SMALL, form=MEASURED),
+        Workload("metrics-large", _LARGE, form=MEASURED),
+        Workload("metrics-tiny", _TINY, threads=1, steps=100, form=MEASURED),
     )
 }
 #: The workloads of a run that names none: one bound by memory, a real model, and one bound by
@@ -196,7 +201,7 @@ DEFAULT_WORKLOADS = ("large", "model", "small")
 GPU_WORKLOADS = (
     *DEFAULT_WORKLOADS,
     *("bfloat16", "convolution", "zeros", "denormals", "fused", "captured"),
-    *("clipped", "clipped-large"),
+    *("clipped", "clipped-large", "metrics", "metrics-large"),
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.resources import files
 from itertools import groupby
 
 import stepforge
@@ -11,6 +10,7 @@ from stepforge.cli import machine
 from stepforge.cli.demo import charts
 from stepforge.cli.demo.result_tables import ResultTable
 from stepforge.cli.demo.side_by_side import WARM_UP_STEPS, Comparison, Variant
+from stepforge.cli.pages import render_page
 
 __all__ = ["render"]
 
@@ -36,17 +36,12 @@ def render(
         epochs: the number of passes over the training images.
         seed: the seed of the initial weights and the batches.
     """
-    import jinja2
-
     our_traces = [c.traces[ours.name] for c in comparisons]
     twin_traces = [c.traces[twin.name] for c in comparisons]
     timed = [c.traces[v.name] for c in comparisons for v in variants if not v.nudged]
     nudged = [c.traces[v.name] for c in comparisons for v in variants if v.nudged]
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = files("stepforge.cli.demo").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    return render_page(
+        "stepforge.cli.demo",
         tables=[(table, _groups(table), _starts(table)) for table in tables],
         variants=[
             (variant, charts.DASHES[i % len(charts.DASHES)], i)

@@ -22,6 +22,7 @@ from stepforge.backends.triton.inspection import GPUS, compile_for, compile_step
 from stepforge.backends.triton.kernel import BLOCK, Kernel, kernel_for
 from stepforge.backends.triton.source import named, triton_source
 from stepforge.backends.triton.variant import Variant, units
+from stepforge.metrics import METRICS
 from stepforge.program import Graph
 from stepforge.state.layout import state_layout
 from tests.backends.graphs import columns_of, graph_of, spec_of, traced
@@ -43,6 +44,16 @@ def spec_of_format(name: str, format_: str) -> KernelSpec:
     optimizer = OPTIMIZERS[name].ours([p], **options)
     layout = state_layout(optimizer.rule, optimizer.param_groups[0], p)
     return KernelSpec.of(graph_of(name), {"g": dtype, **layout.dtypes}, layout.formats)
+
+
+def metered_spec(name: str, format_: str | None = None) -> KernelSpec:
+    """Return the spec of a kernel with metrics; in float32 if there is no format."""
+    dtype, options = FORMATS[format_] if format_ else (torch.float32, {})
+    p = torch.zeros(64, 64, dtype=dtype)
+    optimizer = OPTIMIZERS[name].ours([p], **options)
+    rule, group = optimizer.rule.with_metrics(METRICS), optimizer.param_groups[0]
+    layout = state_layout(rule, group, p)
+    return KernelSpec.of(rule.graph(group), {"g": dtype, **layout.dtypes}, layout.formats)
 
 
 @pytest.mark.parametrize("dims", [0, 2])
@@ -97,7 +108,7 @@ def test_a_kernel_is_made_once(
     inner = Kernel.launch
 
     def launch(self: Kernel, *args: Any) -> None:
-        _, *tensors, aligned, _ = args
+        _, *tensors, aligned, _, _ = args
         # Numbers are arguments of one type, whatever they are.
         keys = [(x.dtype, x.data_ptr() % 16) for x in tensors if isinstance(x, torch.Tensor)]
         launches.append({"kernel": id(self), "specialization": keys, "aligned": aligned})
@@ -154,21 +165,26 @@ FORMAT_CASES: dict[str, tuple[str, str, int]] = {
     "double, int8": ("Adagrad", "float64, int8 states", 0),
     "at random": ("Adam", "float16 at random", 0),
 }
+#: The optimizer, and the format if any.
+METERED_CASES = {"metrics": ("AdamW", None), "metrics of int8": ("AdamW", "float32, int8 states")}
 
 
 def print_instructions() -> None:
     """Compile each case for GPUs of NVIDIA and AMD, and print counts of instructions."""
     found: dict[str, Any] = {}
     gpus = [GPUS["sm_80"], GPUS["gfx942"]]
-    for case in [*CASES, *FORMAT_CASES]:
-        if case in CASES:
+    for case in [*CASES, *FORMAT_CASES, *METERED_CASES]:
+        dims = 0
+        if case in METERED_CASES:
+            spec = metered_spec(*METERED_CASES[case])
+        elif case in CASES:
             name, dtype, dims = CASES[case]
             graph = graph_of(name) if name else traced(together(*RULES), "c")
             spec = spec_of(graph, dtype)
         else:
             name, format_, dims = FORMAT_CASES[case]
             spec = spec_of_format(name, format_)
-        unit = units(spec)[0] if case in FORMAT_CASES and not dims else 1
+        unit = 1 if case in CASES or dims else units(spec)[0]
         cuda, hip = (
             compile_step(spec, Variant(dims, unit, gpu.target), gpu, is_scaled=case != "NAdam")
             for gpu in gpus
@@ -193,7 +209,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
-@pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES])
+@pytest.mark.parametrize("case", [*CASES, *FORMAT_CASES, *METERED_CASES])
 def test_every_operation_is_rounded_by_itself_and_nothing_is_flushed(
     case: str, instructions: Any
 ) -> None:

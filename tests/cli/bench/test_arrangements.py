@@ -11,7 +11,15 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from stepforge.cli import devices
-from stepforge.cli.bench.arrangements import CLIPPED, COMPILED, FUSED, PLAIN, SHARDED, Form
+from stepforge.cli.bench.arrangements import (
+    CLIPPED,
+    COMPILED,
+    FUSED,
+    MEASURED,
+    PLAIN,
+    SHARDED,
+    Form,
+)
 from stepforge.cli.bench.device_settings import settings_for
 from stepforge.cli.bench.implementations import (
     ACCESS,
@@ -234,3 +242,22 @@ def test_clipped_steps_clip(name: str) -> None:
         torch.testing.assert_close(got, p.detach(), rtol=1e-6, atol=0)
     for state, p in zip(runner.optimizer.state.values(), params):
         torch.testing.assert_close(state["sum"], oracle.state[p]["sum"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("implementation", [TORCH, OURS], ids=lambda i: i.name)
+def test_measured_steps_are_plain_ones(implementation: Any) -> None:
+    """Of stepforge they have metrics, too. Oracle: a plain step of torch.optim."""
+    gradients = [torch.full((4, 3), 3.0), torch.full((4,), 2.0)]
+    with MEASURED.arrangement() as arrangement:
+        runner: Any = implementation.start("Adagrad", gradients, arrangement)
+        runner.set_gradients(gradients)
+        runner.step()
+    params = [torch.nn.Parameter(x.detach().clone()) for x in gradients]
+    if implementation is OURS:
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        assert runner.optimizer.metrics()["grad_norm"].item() == pytest.approx(norm.item())
+    for p, g in zip(params, gradients):
+        p.grad = g.clone()
+    torch.optim.Adagrad(params).step()
+    for got, p in zip(runner.params, params):
+        torch.testing.assert_close(got, p.detach())

@@ -78,6 +78,7 @@ def test_groups_hold_all_parameters_with_rates_of_their_own(implementation):
 def test_only_arranged_workloads_have_a_plain_step_beside_them():
     settings = settings_for(devices.CPU)
     arranged = {"groups", "sharded", "compiled", "fused", "captured", "clipped", "clipped-large"}
+    arranged |= {"metrics", "metrics-large", "metrics-tiny"}
     loops = {"torch foreach", "stepforge foreach", "stepforge reference"}
     left_out = {
         "compiled": {"torch foreach"},

@@ -13,7 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 from stepforge.cli import make_app
-from stepforge.cli.bench.arrangements import CAPTURED, CLIPPED, COMPILED, FUSED, PLAIN, SHARDED
+from stepforge.cli.bench.arrangements import (
+    CAPTURED,
+    CLIPPED,
+    COMPILED,
+    FUSED,
+    MEASURED,
+    PLAIN,
+    SHARDED,
+)
 from stepforge.cli.bench.formats import has_int8_states
 from stepforge.cli.bench.implementations import OURS
 from stepforge.cli.bench.measure import make_gradients
@@ -31,7 +39,8 @@ from stepforge.cli.bench.workloads import (
 def test_workloads_are_those_of_the_targets_and_those_of_a_gpu():
     with_targets = {workload for workload, _, _ in TARGETS}
     assert with_targets | set(GPU_WORKLOADS) == set(WORKLOADS)
-    assert with_targets & set(GPU_WORKLOADS) == set(DEFAULT_WORKLOADS)
+    controlled = {"clipped", "clipped-large", "metrics", "metrics-large"}
+    assert with_targets & set(GPU_WORKLOADS) == {*DEFAULT_WORKLOADS, *controlled}
     counts = {name: (len(w.shapes), w.elements) for name, w in WORKLOADS.items()}
     assert counts["large"] == (1, 50_000_000)
     assert counts["small"] == (1000, 1_000_000)
@@ -44,7 +53,9 @@ def test_workloads_are_those_of_the_targets_and_those_of_a_gpu():
     assert counts["bfloat16"] == counts["zeros"] == counts["denormals"] == counts["large"]
     assert counts["convolution"] == (1, 49_996_800)
     assert counts["fused"] == counts["captured"] == counts["clipped"] == counts["small"]
-    assert counts["clipped-large"] == counts["large"]
+    assert counts["clipped-large"] == counts["metrics-large"] == counts["large"]
+    assert counts["metrics"] == counts["small"]
+    assert counts["metrics-tiny"] == counts["tiny"]
 
 
 def test_workloads_are_stepped_as_described():
@@ -58,13 +69,19 @@ def test_workloads_are_stepped_as_described():
         "captured": CAPTURED,
         "clipped": CLIPPED,
         "clipped-large": CLIPPED,
+        "metrics": MEASURED,
+        "metrics-large": MEASURED,
+        "metrics-tiny": MEASURED,
     }
     assert {name for name, w in WORKLOADS.items() if w.is_arranged} == {"groups", *forms}
     dtypes = {name: w.dtype for name, w in WORKLOADS.items() if w.dtype != torch.float32}
     assert dtypes == {"bfloat16": torch.bfloat16}
     sizes = {n: w.gradient_size for n, w in WORKLOADS.items() if w.gradient_size != PARAM_SIZE}
     assert sizes == {"zeros": 0.0, "denormals": 1e-20}
-    assert {name: w.threads for name, w in WORKLOADS.items() if w.threads} == {"tiny": 1}
+    assert {name: w.threads for name, w in WORKLOADS.items() if w.threads} == {
+        "tiny": 1,
+        "metrics-tiny": 1,
+    }
     assert WORKLOADS["tiny"].steps >= 50
     assert str(WORKLOADS["tiny"]) == "tiny: 8 tensors, 16,384 elements, on 1 thread"
     assert str(WORKLOADS["groups"]) == (
