@@ -280,9 +280,8 @@ def test_sources_are_written_under_their_hashes(
     forms += [(spec, Variant(unit=unit, target=gpu)) for spec in specs() for unit in units(spec)]
     found = {triton_source(*form) for form in forms}
     found |= {pass_source(spec, gpu) for spec in pass_specs()}
-    found |= {
-        combine_source(("squares",) * a + ("count",) * b) for a, b in [(1, 0), (0, 1), (1, 1)]
-    }
+    choices = [("squares",), ("count",), ("squares", "count"), ("squares", "largest", "count")]
+    found |= set(map(combine_source, choices))
     assert written[".py"] == found
     c, triton = len(written[".c"]), len(written[".py"])
     assert result.output == f"{c} C sources and {triton} Triton sources in {folder}\n"

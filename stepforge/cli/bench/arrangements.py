@@ -211,7 +211,13 @@ COMPILED = Form(
 #: Steps with ``max_grad_norm``; for torch.optim ``clip_grad_norm_`` and a step.
 CLIPPED = Form("gradients clipped by their norm", _clipped, _never_missing)
 #: Steps with ``telemetry``; for torch.optim two of its metrics, after a step.
-MEASURED = Form("with metrics", _measured, _never_missing)
+MEASURED = Form(
+    "with metrics",
+    _measured,
+    _never_missing,
+    # They reduce whole tensors by torch's operations in float64, which takes seconds.
+    leaves_out=frozenset({"stepforge foreach", "stepforge reference"}),
+)
 #: torch.optim has no other implementation of these options than its fused one.
 FUSED = Form(
     "fused=True",

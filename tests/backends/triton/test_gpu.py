@@ -164,6 +164,36 @@ def test_a_gpu_stores_formats_as_a_cpu_does(name: str, format_: str) -> None:
 
 
 @every_format
+@every_optimizer
+def test_a_gpu_finds_the_metrics_of_a_cpu(name: str, format_: str) -> None:
+    """Also of NaN and infinities, clipped and with a step that is skipped."""
+    dtype, options = FORMATS[format_]
+
+    def train(device: str) -> list[dict[str, torch.Tensor]]:
+        params = [
+            torch.nn.Parameter(values(shape, dtype, k).to(device))
+            for k, shape in enumerate(FORMAT_SHAPES)
+        ]
+        measured = OPTIMIZERS[name].ours(params, telemetry=True, **options)
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        control = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+        controlled = OPTIMIZERS[name].ours(others, telemetry=True, **control, **options)
+        found = []
+        for step, kind in enumerate(("normal", "normal", "extreme")):
+            for optimizer in (measured, controlled):
+                for k, p in enumerate(params_of(optimizer)):
+                    g = gradient(kind, tuple(p.shape), dtype, 1000 * step + k)
+                    p.grad = g.to(device)
+                optimizer.step()
+                found += map(on_host, [optimizer.metrics(), *optimizer.metrics("group")])
+                found += map(on_host, optimizer.metrics("parameter").values())
+        assert_served_by_triton(measured, device)
+        return found
+
+    assert_gpu_agrees_with_reference(train)
+
+
+@every_format
 def test_seeds_on_the_device_give_the_reference_s_bits(format_: str) -> None:
     dtype, storage = FORMATS[format_]
     optimizer, oracle = (capturable("Adam", (dtype,), FORMAT_SHAPES, **storage) for _ in range(2))
@@ -269,6 +299,24 @@ def test_replays_are_steps(name: str, before: Callable[..., None], dtypes: Any) 
         assert_equal(optimizer, oracle, f"step {step}")
 
 
+@pytest.mark.parametrize("control", [{}, {"max_grad_norm": 1.0, "skip_nonfinite": True}], ids=len)
+@every_optimizer
+def test_replays_are_measured(name: str, control: dict[str, Any]) -> None:
+    """Oracle: the same steps without a graph."""
+    optimizer, oracle = (capturable(name, telemetry=True, **control) for _ in range(2))
+    for each in (optimizer, oracle):
+        warmed_up(each, 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(3, 6):
+        fill_gradients(optimizer, step)
+        graph.replay()
+        fill_gradients(oracle, step)
+        oracle.step()
+        assert_same_bits(on_host(optimizer.metrics()), on_host(oracle.metrics()), f"step {step}")
+
+
 @every_format
 def test_replays_draw_new_random_bits(format_: str) -> None:
     """Oracle: the same steps without a graph."""
@@ -370,7 +418,15 @@ def set_sync_debug_mode() -> Iterator[Callable[[str], None]]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"capturable": True}, {"fused": True}], ids=["default", "capturable", "fused"]
+    "options",
+    [
+        {},
+        {"capturable": True},
+        {"fused": True},
+        {"capturable": True, "telemetry": True},
+        {"capturable": True, "telemetry": True, "max_grad_norm": 1.0, "skip_nonfinite": True},
+    ],
+    ids=["default", "capturable", "fused", "measured", "controlled"],
 )
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("storage", [{}, {"state_format": "int8"}], ids=["plain", "int8"])
@@ -380,7 +436,7 @@ def test_no_step_synchronizes_the_device(
     name: str,
     storage: dict[str, str],
     scaled: bool,
-    options: dict[str, bool],
+    options: dict[str, Any],
     set_sync_debug_mode: Callable[[str], None],
 ) -> None:
     """With several tables, by a kept plan and by a new one."""
@@ -397,6 +453,8 @@ def test_no_step_synchronizes_the_device(
             optimizer._stepper.plans.clear()
         optimizer.step()
         set_sync_debug_mode("error")  # from the second step on
+        optimizer.metrics()
+        optimizer.metrics(by="parameter")
 
 
 # Several devices.
