@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from stepforge.backends.native.dtypes import STORABLE
-from stepforge.backends.native.reduction import reduction_source
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec, arithmetic_of
 from stepforge.backends.triton.reduction_source import combine_source, pass_source
@@ -98,7 +98,7 @@ def spec_of_storage(optimizer: str, storage: str) -> KernelSpec:
 
 def c_sources() -> list[str]:
     """Return the C source of each of :func:`specs` and :func:`pass_specs`, each once."""
-    return list(dict.fromkeys([*map(c_source, specs()), *map(reduction_source, pass_specs())]))
+    return list(dict.fromkeys(map(c_source, itertools.chain(specs(), pass_specs()))))
 
 
 def triton_sources() -> list[str]:

@@ -18,7 +18,6 @@ from typer.testing import CliRunner, Result
 from stepforge import extension
 from stepforge.backends.native import compiler, prebuilt
 from stepforge.backends.native.dtypes import STORABLE
-from stepforge.backends.native.reduction import reduction_source
 from stepforge.backends.native.source import c_source
 from stepforge.backends.spec import KernelSpec, arithmetic_of
 from stepforge.backends.triton.reduction_source import combine_source, pass_source
@@ -73,7 +72,7 @@ def test_every_form_of_every_optimizer_in_every_dtype_is_a_source_once() -> None
             layout, graph = state_layout(rule, group, p), rule.graph(group)
             dtypes = {"g": dtype, **layout.dtypes}
             forms.add(c_source(KernelSpec.of(graph, dtypes, layout.formats)))
-    passes = set(map(reduction_source, pass_specs()))
+    passes = set(map(c_source, pass_specs()))
     assert set(c_sources()) == forms | passes
     assert len(c_sources()) == len(forms | passes)
 
@@ -273,7 +272,7 @@ def test_sources_are_written_under_their_hashes(
         text = path.read_bytes().decode()
         assert path.stem == sha256(text)
         written[path.suffix].add(text)
-    passes = set(map(reduction_source, pass_specs()))
+    passes = set(map(c_source, pass_specs()))
     assert written[".c"] == {c_source(spec) for spec in specs()} | passes
     gpu = Target(rounds_bfloat16=True)
     forms = [(spec, Variant(dims=2, target=gpu)) for spec in specs()]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import stepforge
-from stepforge.backends.native.reduction import reduction_source
+from stepforge.backends.native.source import c_source
 from stepforge.cli.kernels import c_sources
 from stepforge.ops import to_float32
 from stepforge.step.control import Control
@@ -380,4 +380,4 @@ def test_kernels_of_passes_can_be_prebuilt(options: dict[str, Any], dtype: torch
     assert optimizer._stepper.plans.latest is not None
     (found,) = optimizer._stepper.plans.latest.launches
     ((_, kept),) = found.passes.items()
-    assert reduction_source(kept.spec) in c_sources()
+    assert c_source(kept.spec) in c_sources()

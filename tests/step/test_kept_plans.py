@@ -91,8 +91,14 @@ def versions(optimizer: stepforge.Optimizer) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, MOST])
-@pytest.mark.parametrize(("backend", "guards"), ALL_WAYS)
-@pytest.mark.parametrize("cls", ALL.values())
+@pytest.mark.parametrize(
+    ("cls", "backend", "guards"),
+    [
+        *((cls, *way) for cls in ALL.values() for way in WAYS),
+        # Its interpreter takes seconds; this one has a scalar state.
+        pytest.param(ALL["NAdam"], "triton", "cpp", marks=interpreted),
+    ],
+)
 def test_sets_that_take_turns_build_no_plan_once_each_was_seen(
     cls: type[stepforge.Optimizer],
     backend: str,

@@ -22,7 +22,7 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.native.dtypes import STORABLE
 from stepforge.backends.native.expressions import OPERATIONS
 from stepforge.backends.native.kernel import PARALLEL_MIN, Kernel, kernel_for
-from stepforge.backends.native.reduction import ReductionTable, reduction_for
+from stepforge.backends.native.reduction import ReductionTable
 from stepforge.backends.native.table import Table
 from stepforge.backends.reduction import (
     PassTable,
@@ -102,7 +102,7 @@ def prepare_pass(batch: Batch) -> ReductionTable | None:
     """Return the table of a batch whose tensors all are dense; None for any other batch."""
     if batch.spec.formats or not all(_dense(batch)):
         return None
-    return None if isinstance(reduction_for(batch.spec), str) else ReductionTable(batch)
+    return None if isinstance(kernel_for(batch.spec), str) else ReductionTable(batch)
 
 
 def reduce(
@@ -113,7 +113,7 @@ def reduce(
         return table.run(batch, grad_scale)
     if batch.spec.formats:
         return totals_by_torch(batch, grad_scale)
-    kernel = reduction_for(batch.spec)
+    kernel = kernel_for(batch.spec)
     if isinstance(kernel, str):
         _warn_once(kernel)
         return totals_by_torch(batch, grad_scale)

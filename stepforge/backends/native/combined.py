@@ -8,7 +8,7 @@ states.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -147,43 +147,36 @@ class _Way:
     """The C of a reduction.
 
     Attributes:
-        kind: the type of what is kept: ``double`` of each element to be added, else of a block.
-        neutral: what is kept of no element; "" for a sum.
-        kept: the statement that keeps ``{value}`` of an element.
-        of_block: the number of a block.
+        kind: the type of what is kept: of each element if it is to be added up, else of a block.
         of_all: the function of the numbers of all blocks.
+        neutral: what is kept of no element; "" for a sum.
+        kept: the statement that keeps ``{value}`` of an element, but for a sum.
+        of_block: the number of a block, but for a sum.
     """
 
     kind: str
-    neutral: str
-    kept: str
-    of_block: str
     of_all: str
+    neutral: str = ""
+    kept: str = ""
+    of_block: str = ""
 
     @property
     def is_sum(self) -> bool:
         """True if the numbers of elements are added up."""
-        return self.kind == "double"
+        return not self.neutral
 
 
-_SUM = _Way(
-    "double",
-    "",
-    "*{out} = {value};",
-    "sum_of({out}, count == BLOCK ? BLOCK / 8 : count)",
-    "sum_of_all",
-)
 WAYS = {
-    "total": _SUM,
-    "squares": replace(_SUM, kept="*{out} = (double){value} * (double){value};"),
+    "total": _Way("number", "sum_of_all"),
+    "squares": _Way("number", "sum_of_all"),
     "largest": _Way(
         "sort_key",
+        "largest_of_all",
         "key_of(-INFINITY)",
         "{{ const sort_key own = {key_of}({value}); *{out} = *{out} > own ? *{out} : own; }}",
         "number_of({out})",
-        "largest_of_all",
     ),
-    "count": _Way("int32_t", "0", "*{out} += {value} ? 1 : 0;", "{out}", "sum_of_all"),
+    "count": _Way("int32_t", "sum_of_all", "0", "*{out} += {value} ? 1 : 0;", "{out}"),
 }
 
 

@@ -140,8 +140,7 @@ def measures(spec: KernelSpec) -> dict[str, str]:
 
     What is to be added up is kept of every element; of anything else one number is.
     """
-    ways = [WAYS[node.op] for node in spec.graph.reductions]
-    kinds = ["number" if way.is_sum else way.kind for way in ways]
+    kinds = [WAYS[node.op].kind for node in spec.graph.reductions]
     return {f"out{n}_at": f"{kind} *restrict out{n}_at" for n, kind in enumerate(kinds)}
 
 

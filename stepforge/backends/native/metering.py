@@ -1,4 +1,4 @@
-"""The C of a step that makes reductions of what it stores.
+"""The C of a step that makes reductions of what it stores, and of a pass, which stores nothing.
 
 It goes through a parameter in the blocks of backends/reduction.py. The loops of a step keep what is
 to be added up, and find the largest and the counts themselves: that costs little while the
@@ -99,7 +99,7 @@ def kept(spec: KernelSpec) -> str:
     reductions = spec.graph.reductions
     ops = dict.fromkeys(node.op for node in reductions if WAYS[node.op].is_sum)
     members = [
-        f"number out{n}[REDUCED];" if WAYS[node.op].is_sum else f"{WAYS[node.op].kind} out{n};"
+        f"{WAYS[node.op].kind} out{n}{'[REDUCED]' if WAYS[node.op].is_sum else ''};"
         for n, node in enumerate(reductions)
     ]
     return "\n".join(

@@ -19,7 +19,7 @@ from stepforge.backends.native.share import share_function
 from stepforge.backends.spec import KernelSpec
 from stepforge.formats import BLOCK
 
-__all__ = ["FETCH_AHEAD", "KernelArgs", "c_source"]
+__all__ = ["KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
@@ -58,7 +58,7 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 
 _FRAME = f"{_WORK}\n{share_function(_EACH)}{_RUN}"
 
-FETCH_AHEAD = """\
+_FETCH_AHEAD = """\
 /* Asks for a later block: the processor foresees what follows, up to the end of a page. */
 static inline void fetch_ahead(const void *at, uintptr_t size) {
     uintptr_t begin = (uintptr_t)at + 4 * BLOCK * size;    /* as far as measured the fastest */
@@ -100,7 +100,7 @@ def c_source(spec: KernelSpec) -> str:
     metered = bool(spec.graph.reductions)
     bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
     texts = [conversions(spec.dtypes, bitcasts=bitcasts, stores=metered)]
-    texts += [FETCH_AHEAD] if args.row_length else []
+    texts += [_FETCH_AHEAD] if args.row_length else []
     texts += [metering.kept(spec)] if metered else []
     texts += loops.functions(spec)
     texts += [loops.loop(stage, spec, double=double) for stage in loops.stages(spec)]
