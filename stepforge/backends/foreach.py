@@ -23,10 +23,9 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import (
     PassTable,
     Totals,
-    as_totals,
     reduce_stored,
     totals_by_torch,
-    with_those_of_all,
+    totals_of,
 )
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.expr import UNIFORM_ONLY
@@ -102,7 +101,7 @@ def _run_lists(batch: Batch) -> Totals | None:
         return None
     kept = zip(*results[len(graph.results) :])
     rows = [reduce_stored(batch, index, each) for index, each in enumerate(kept)]
-    return as_totals(with_those_of_all(graph, torch.stack(rows)))
+    return totals_of(graph, torch.stack(rows))
 
 
 def _evaluate(

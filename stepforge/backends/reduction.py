@@ -36,7 +36,7 @@ __all__ = [
     "reduce_stored",
     "totals_at_rest",
     "totals_by_torch",
-    "with_those_of_all",
+    "totals_of",
 ]
 
 #: The elements of a block.
@@ -72,7 +72,7 @@ def reduce_by_torch(batch: Batch, grad_scale: GradScale | None = None) -> torch.
         _reduce_param(batch, index, [column[index] for column in coefficients])
         for index in range(len(batch))
     ]
-    return with_those_of_all(batch.spec.graph, torch.stack(rows))
+    return _with_those_of_all(batch.spec.graph, torch.stack(rows))
 
 
 def reduce_stored(batch: Batch, index: int, kept: Sequence[Any]) -> torch.Tensor:
@@ -89,13 +89,18 @@ def reduce_stored(batch: Batch, index: int, kept: Sequence[Any]) -> torch.Tensor
     return _reduced_in_step(batch, index, operands)
 
 
-def with_those_of_all(graph: Graph, rows: torch.Tensor) -> torch.Tensor:
-    """Return the reductions of parameters, and in a last row those of all.
+def totals_of(graph: Graph, rows: torch.Tensor) -> Totals:
+    """Return the totals of reductions of parameters, as a backend does.
 
     Args:
         graph: the graph.
         rows: parameters x reductions.
     """
+    return as_totals(_with_those_of_all(graph, rows))
+
+
+def _with_those_of_all(graph: Graph, rows: torch.Tensor) -> torch.Tensor:
+    """Return the reductions of parameters, and in a last row those of all."""
     of_all = [combined(node.op, x) for node, x in zip(graph.reductions, rows.unbind(1))]
     return torch.cat([rows, torch.stack(of_all)[None]])
 
@@ -139,7 +144,7 @@ def totals_at_rest(batch: Batch, grad_scale: GradScale | None = None) -> Totals 
         kept = evaluate(graph.varying, inputs, (), operations)
         operands = evaluate(graph.measure, {}, kept, operations)
         rows.append(_reduced_in_step(batch, index, operands))
-    return as_totals(with_those_of_all(graph, torch.stack(rows)))
+    return totals_of(graph, torch.stack(rows))
 
 
 def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:

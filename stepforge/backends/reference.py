@@ -18,10 +18,9 @@ from stepforge.backends.grad_scale import GradScale
 from stepforge.backends.reduction import (
     PassTable,
     Totals,
-    as_totals,
     reduce_stored,
     totals_by_torch,
-    with_those_of_all,
+    totals_of,
 )
 from stepforge.backends.spec import KernelSpec, ParamSpec
 from stepforge.program import evaluate
@@ -81,7 +80,7 @@ def run(
             kept = _step_param(chunk, index, [column[index] for column in coefficients])
             if graph.reductions:
                 rows.append(reduce_stored(chunk, index, kept))
-    return as_totals(with_those_of_all(graph, torch.stack(rows))) if rows else None
+    return totals_of(graph, torch.stack(rows)) if rows else None
 
 
 def _step_param(batch: Batch, index: int, given: list[Any]) -> list[torch.Tensor]:

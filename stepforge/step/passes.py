@@ -53,8 +53,7 @@ class Rows:
     def over(self, members: np.ndarray[Any, Any] | None) -> list[Any]:
         """Return the reductions over some parameters, by their index; None for all."""
         ops = [node.op for node in self.graph.reductions]
-        columns = self.columns(members)
-        return [_number(combined(op, column)) for op, column in zip(ops, columns)]
+        return _combined(ops, self.columns(members))
 
     def columns(self, members: np.ndarray[Any, Any] | None = None) -> list[Any]:
         """Return each reduction of some parameters, in the optimizer's order."""
@@ -154,7 +153,10 @@ def _make_pass(
     over_all = [[n for n, node in enumerate(own) if node.value == "all"] for own in nodes]
     ops = [nodes[0][n].op for n in over_all[0]]
     together = [part[:-1, columns] for part, columns in zip(parts, over_all)]
-    of_step = _combined(ops, together, [launch.launch for launch, _ in launches]) if ops else []
+    of_step: list[Any] = []
+    if ops:
+        rows, _ = _in_order(together, [launch.launch for launch, _ in launches])
+        of_step = _combined(ops, rows.T)
     for (_, known), part, columns in zip(launches, parts, over_all):
         for n in range(part.shape[1]):
             column = part[:-1, n]
@@ -174,10 +176,10 @@ def _with_values(
     return replace(launch, batch=batch, scalar_values=scalar_values)
 
 
-def _combined(ops: Sequence[str], parts: Sequence[Totals], launches: Sequence[Launch]) -> list[Any]:
-    """Return the reductions over the parameters of several launches, in the optimizer's order."""
-    rows, _ = _in_order(parts, launches)
-    return [_number(combined(op, column)) for op, column in zip(ops, rows.T)]
+def _combined(ops: Sequence[str], columns: Iterable[Any]) -> list[Any]:
+    """Return reductions over parameters from those of each: numbers, or tensors on a device."""
+    found = [combined(op, column) for op, column in zip(ops, columns)]
+    return [x if isinstance(x, torch.Tensor) else float(x) for x in found]
 
 
 def _in_order(
@@ -195,11 +197,6 @@ def _in_order(
     if not is_ordered:
         on_device = on_device[torch.as_tensor(order).to(device)]
     return on_device, indices[order]
-
-
-def _number(x: Any) -> Any:
-    """Return a number as Python's, unless it is on a device."""
-    return x if isinstance(x, torch.Tensor) else float(x)
 
 
 def _whole(graph: Graph, launch: Launch, totals: Totals) -> Totals:

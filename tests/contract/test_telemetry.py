@@ -263,7 +263,7 @@ def test_a_change_far_below_the_last_place_is_one() -> None:
 
 
 def test_a_metric_of_ones_own() -> None:
-    """Of all parameters it is computed from the reductions over all, not from those of each."""
+    """Reductions over all parameters make that of all, not the metrics of each."""
     metrics = {
         "signal": lambda p, g, new_p: norm(new_p - p) / norm(g),
         "rms": lambda size, new_p: norm(new_p) / size**0.5,
@@ -339,7 +339,7 @@ def test_parameters_without_names_are_numbered() -> None:
 
 
 def test_a_step_without_gradients_is_no_step() -> None:
-    """What was known stays known."""
+    """It leaves what was known."""
     optimizer, params = built("AdamW", telemetry=True, max_grad_norm=1.0)
     run(optimizer, params, [gradients(0)])
     before = optimizer.metrics()

@@ -27,10 +27,9 @@ from stepforge.backends.native.table import Table
 from stepforge.backends.reduction import (
     PassTable,
     Totals,
-    as_totals,
     in_one_order,
     totals_by_torch,
-    with_those_of_all,
+    totals_of,
 )
 from stepforge.backends.spec import KernelSpec, ParamSpec, memory_problem
 
@@ -151,7 +150,7 @@ def run(
     if kernel.reductions:  # their order is that of whole parameters
         for index in others:
             _enter(rows, [index], _run_through_buffers(batch.select([index]), grad_scale))
-        return as_totals(with_those_of_all(batch.spec.graph, torch.from_numpy(rows)))
+        return totals_of(batch.spec.graph, torch.from_numpy(rows))
     for chunk in batch.select(others).chunks(CHUNK_ELEMENTS):
         _run_through_buffers(chunk, grad_scale)
     return None

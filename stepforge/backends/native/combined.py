@@ -27,14 +27,6 @@ static APART double sum_of(double *restrict x, int64_t count) {
     int64_t width = 1;
     while (width < count) width *= 2;
     for (int64_t i = count; i < width; i++) x[i] = -0.0;    /* changes no sum, and is no memset */
-    if (width == REDUCED) {
-        width /= 8;
-        for (int64_t i = 0; i < REDUCED / 8; i++) {
-            double parts[8];
-            for (int part = 0; part < 8; part++) parts[part] = x[i + part * (REDUCED / 8)];
-            x[i] = SUM_OF_8(parts);
-        }
-    }
     while (width >= 2 * LANES) {
         width /= 2;
         for (int64_t i = 0; i < width; i += LANES)
@@ -166,6 +158,7 @@ class _Way:
         return not self.neutral
 
 
+#: The C of each reduction.
 WAYS = {
     "total": _Way("number", "sum_of_all"),
     "squares": _Way("number", "sum_of_all"),
@@ -194,8 +187,6 @@ typedef {"int64_t" if double else "int32_t"} sort_key;
 #define REDUCTIONS {len(spec.graph.reductions)}
 #define REDUCED {BLOCK}    /* elements of a block */
 #define LANES 16
-/* What halving makes of eight parts, one after the other in a block. */
-#define SUM_OF_8(x) (((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])))
 
 {_COMBINED}"""
 

@@ -22,7 +22,8 @@ class CType:
         widen: the function that converts a block from memory to elements; ``""`` if a loop works on
             memory itself.
         narrow: the function that converts a block back.
-        stored: the expression of a number as it is read once it was written.
+        rounded: the expression of a number as a loop on elements of a longer type will store it;
+            ``""`` if the elements are what is stored.
     """
 
     memory: str
@@ -31,11 +32,12 @@ class CType:
     write: str
     widen: str = ""
     narrow: str = ""
-    stored: str = ""
+    rounded: str = ""
 
-    def __post_init__(self) -> None:
-        if not self.stored:
-            object.__setattr__(self, "stored", self.read.format(self.write))
+    @property
+    def stored(self) -> str:
+        """The expression of a number as it is read once it was written."""
+        return self.rounded or self.read.format(self.write)
 
 
 #: The dtypes of parameters, gradients and states without a format.

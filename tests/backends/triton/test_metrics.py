@@ -163,7 +163,7 @@ def trained(backend: str, case: Case, steps: int = len(SCALES)) -> list[dict[str
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_have_the_bits_of_the_reference(name: str) -> None:
-    """What is stored, and its reductions. The second step is skipped on the device."""
+    """Compare what is stored, and its reductions. The second step is skipped on the device."""
     found, wanted = trained("triton", CASES[name]), trained("reference", CASES[name])
     for step, (got, oracle) in enumerate(zip(found, wanted, strict=True)):
         assert_same_bits(got, oracle, f"step {step}:")

@@ -246,7 +246,7 @@ def test_clipped_steps_clip(name: str) -> None:
 
 @pytest.mark.parametrize("implementation", [TORCH, OURS], ids=lambda i: i.name)
 def test_measured_steps_are_plain_ones(implementation: Any) -> None:
-    """Of stepforge they have metrics, too. Oracle: a plain step of torch.optim."""
+    """Oracle: a plain step of torch.optim. Those of stepforge have metrics, too."""
     gradients = [torch.full((4, 3), 3.0), torch.full((4,), 2.0)]
     with MEASURED.arrangement() as arrangement:
         runner: Any = implementation.start("Adagrad", gradients, arrangement)
