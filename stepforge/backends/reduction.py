@@ -1,11 +1,12 @@
 """Reductions: one number of a value of every element, with the same bits on every backend.
 
 Sums in float64 depend on their order, so there is one order, whatever the number of threads. The
-elements of a parameter are in blocks of 1,024, in the order of :func:`in_one_order`. The second
-half of a block is added to the first, then the second half of the sums to their first, until there
-is one; what a last block lacks is zero. The sums of the blocks are added in the same way, as often
-as there are several. So are the sums of parameters, in the order of the optimizer, where a
-reduction is over all of them.
+elements of a parameter are in blocks of 1,024, in the order of :func:`in_one_order`. A block is a
+table of 16 parts x 4 rows x 16 lanes; what a last one lacks is zero. The rows of each part are
+added up first, then the parts, then the lanes: always the second half to the first, until there is
+one. A processor has the rows of a part in registers, and begins with the next part meanwhile. The
+sums of the blocks are added in the same way, as often as there are several. So are the sums of
+parameters, in the order of the optimizer, where a reduction is over all of them.
 
 A step whose states share scales goes through chunks of 128 elements, which restart at every row of
 dimension 0. Its blocks are of eight such chunks, of which each row's last may be filled with zeros.
@@ -27,6 +28,8 @@ from stepforge.program import NEW_P, Graph, evaluate
 
 __all__ = [
     "BLOCK",
+    "LANES",
+    "ROWS",
     "PassTable",
     "Totals",
     "as_totals",
@@ -39,8 +42,8 @@ __all__ = [
     "totals_of",
 ]
 
-#: The elements of a block.
-BLOCK = 1024
+#: The elements of a block, and the lanes and rows of its parts.
+BLOCK, LANES, ROWS = 1024, 16, 4
 #: The elements whose sum is one number after two rounds of blocks.
 _CHUNK = BLOCK * BLOCK
 
@@ -167,12 +170,21 @@ def combined(op: str, values: np.ndarray[Any, Any] | torch.Tensor) -> Any:
 def _of_blocks(op: str, values: Any) -> Any:
     """Return one number for each block, of which there is one at least."""
     width = BLOCK if len(values) > BLOCK else 1 << max(0, len(values) - 1).bit_length()
-    blocks = _filled(values, _neutral(op), width).reshape(-1, width)
-    while width > 1:
-        width //= 2
-        one, other = blocks[:, :width], blocks[:, width:]
-        blocks = _larger(one, other) if op == "largest" else one + other
-    return blocks[:, 0]
+    lanes = min(width, LANES)
+    rows = min(width // lanes, ROWS)
+    blocks = _filled(values, _neutral(op), width).reshape(-1, width // lanes // rows, rows, lanes)
+    for axis in (2, 1, 3):
+        while blocks.shape[axis] > 1:
+            one, other = _halves(blocks, axis)
+            blocks = _larger(one, other) if op == "largest" else one + other
+    return blocks.reshape(-1)
+
+
+def _halves(values: Any, axis: int) -> tuple[Any, Any]:
+    """Return the first and the second half of an even number of slices."""
+    half = values.shape[axis] // 2
+    before = (slice(None),) * axis
+    return values[(*before, slice(half))], values[(*before, slice(half, None))]
 
 
 def _filled(values: Any, neutral: float, width: int) -> Any:

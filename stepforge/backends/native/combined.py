@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from stepforge.backends.native.share import share_function
-from stepforge.backends.reduction import BLOCK
+from stepforge.backends.reduction import BLOCK, LANES, ROWS
 from stepforge.backends.spec import KernelSpec
 from stepforge.expr import Expr
 
@@ -22,21 +22,34 @@ __all__ = ["WAYS", "frame", "functions", "key_of"]
 # The largest number and the count do not depend on the order: they are found by integers, whose
 # loops GCC vectorizes.
 _COMBINED = """\
-/* Adds the second half to the first, until one is left. The numbers are overwritten. */
-static APART double sum_of(double *restrict x, int64_t count) {
-    int64_t width = 1;
-    while (width < count) width *= 2;
-    for (int64_t i = count; i < width; i++) x[i] = -0.0;    /* changes no sum, and is no memset */
-    while (width >= 2 * LANES) {
-        width /= 2;
-        for (int64_t i = 0; i < width; i += LANES)
-            for (int64_t lane = 0; lane < LANES; lane++) x[i + lane] += x[width + i + lane];
-    }
+/* Adds the second half to the first, until one is left, of a power of two; it is overwritten. */
+static double sum_of_lanes(double *restrict x, int64_t width) {
     while (width > 1) {
         width /= 2;
         for (int64_t i = 0; i < width; i++) x[i] += x[width + i];
     }
     return x[0];
+}
+
+/* Adds up the numbers of a block, which are overwritten: rows, then parts, then lanes. */
+static APART double sum_of(double *restrict x, int64_t count) {
+    const int64_t unit = count > LANES ? ROWS * LANES : 1;
+    int64_t width = unit;
+    while (width < count) width *= 2;
+    for (int64_t i = count; i < width; i++) x[i] = -0.0;    /* changes no sum, and is no memset */
+    if (unit == 1) return sum_of_lanes(x, width);
+    int64_t parts = width / unit;
+    for (int64_t part = 0; part < parts; part++) {
+        const double *y = x + part * unit;
+        for (int64_t i = 0; i < LANES; i++)
+            x[part * LANES + i] = (y[i] + y[2 * LANES + i]) + (y[LANES + i] + y[3 * LANES + i]);
+    }
+    while (parts > 1) {
+        parts /= 2;
+        for (int64_t i = 0; i < parts * LANES; i += LANES)
+            for (int64_t lane = 0; lane < LANES; lane++) x[i + lane] += x[parts * LANES + i + lane];
+    }
+    return sum_of_lanes(x, LANES);
 }
 
 /* The numbers of blocks are overwritten by those of blocks of blocks, until there is one. */
@@ -104,9 +117,8 @@ typedef struct {
 _EACH = """\
 for (int64_t block = begin; block < stop; block++) {
     int64_t first = (block - w->starts[row]) * REDUCED;
-    int64_t left = w->sizes[row] - first;
     run_block(w->records + row * RECORD, w->numbers + row * COEFFICIENTS, w->unscale,
-              first, left < REDUCED ? left : REDUCED, w->partial + block, w->starts[w->rows]);
+              first, w->sizes[row], w->partial + block, w->starts[w->rows]);
 }
 """
 
@@ -139,37 +151,26 @@ class _Way:
     """The C of a reduction.
 
     Attributes:
-        kind: the type of what is kept: of each element if it is to be added up, else of a block.
+        kind: the type of what is kept of an element.
+        kept: the expression that makes it of ``{value}``.
+        neutral: what changes no result.
         of_all: the function of the numbers of all blocks.
-        neutral: what is kept of no element; "" for a sum.
-        kept: the statement that keeps ``{value}`` of an element, but for a sum.
-        of_block: the number of a block, but for a sum.
+        is_sum: True if the result depends on the order.
     """
 
     kind: str
-    of_all: str
-    neutral: str = ""
-    kept: str = ""
-    of_block: str = ""
-
-    @property
-    def is_sum(self) -> bool:
-        """True if the numbers of elements are added up."""
-        return not self.neutral
+    kept: str
+    neutral: str
+    of_all: str = "sum_of_all"
+    is_sum: bool = False
 
 
 #: The C of each reduction.
 WAYS = {
-    "total": _Way("number", "sum_of_all"),
-    "squares": _Way("number", "sum_of_all"),
-    "largest": _Way(
-        "sort_key",
-        "largest_of_all",
-        "key_of(-INFINITY)",
-        "{{ const sort_key own = {key_of}({value}); *{out} = *{out} > own ? *{out} : own; }}",
-        "number_of({out})",
-    ),
-    "count": _Way("int32_t", "sum_of_all", "0", "*{out} += {value} ? 1 : 0;", "{out}"),
+    "total": _Way("number", "{value}", "-0.0f", is_sum=True),
+    "squares": _Way("number", "{value}", "-0.0f", is_sum=True),
+    "largest": _Way("sort_key", "{key_of}({value})", "key_of(-INFINITY)", "largest_of_all"),
+    "count": _Way("int32_t", "{value} ? 1 : 0", "0"),
 }
 
 
@@ -186,7 +187,8 @@ typedef {"int64_t" if double else "int32_t"} sort_key;
 #define LARGEST_KEY {"INT64_MAX" if double else "INT32_MAX"}
 #define REDUCTIONS {len(spec.graph.reductions)}
 #define REDUCED {BLOCK}    /* elements of a block */
-#define LANES 16
+#define LANES {LANES}
+#define ROWS {ROWS}    /* of a part, whose numbers are added up first */
 
 {_COMBINED}"""
 
@@ -194,9 +196,10 @@ typedef {"int64_t" if double else "int32_t"} sort_key;
 def frame(spec: KernelSpec) -> str:
     """Return what follows the function of a block, ``run_block``: its callers, and the last step.
 
-    ``run_block(at, c, unscale, first, count, partial, blocks)`` is given the record and the
-    coefficients of a parameter, the factor of its gradient, its first element and their number, and
-    where to write the number of the first reduction; that of the next is ``blocks`` later.
+    ``run_block(at, c, unscale, first, size, partial, blocks)`` is given the record and the
+    coefficients of a parameter, the factor of its gradient, the first element of the block, the
+    number of all elements of the parameter, and where to write the number of the first reduction;
+    that of the next is ``blocks`` later.
     """
     return f"{_combine_function(spec)}\n{_WORK}\n{share_function(_EACH)}{_RUN}"
 

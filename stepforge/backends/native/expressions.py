@@ -26,7 +26,7 @@ OPERATIONS: dict[str, str] = {
     "sign": "({number})(({0} > 0) - ({0} < 0))",
     "maximum": "({0} >= {1} || {0} != {0} ? {0} : {1}) + 0",
     "minimum": "({0} <= {1} || {0} != {0} ? {0} : {1}) + 0",
-    "finite": "{0} > LARGEST ? LARGEST : {0} < -LARGEST ? -LARGEST : {0}",
+    "finite": "to_finite({0})",
     "where": "{0} ? {1} : {2}",
     "lt": "{0} < {1}",
     "le": "{0} <= {1}",

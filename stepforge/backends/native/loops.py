@@ -20,10 +20,11 @@ from stepforge.program import NEW_P, Program
 
 __all__ = [
     "Stage",
+    "conditions",
     "functions",
     "in_c",
+    "kept",
     "loop",
-    "measures",
     "parameters",
     "read",
     "scale_function",
@@ -117,7 +118,7 @@ def _scale_body(format_: Format) -> str:
 def parameters(spec: KernelSpec) -> dict[str, str]:
     """Return the declarations of a loop's parameters, by name; the number of elements is first."""
     declared = {"count": "int64_t count", "c": "const number *c", "unscale": "number unscale"}
-    declared |= {name: f"int {name}" for name in _conditions(spec)}
+    declared |= {name: f"int {name}" for name in conditions(spec)}
     if spec.is_random:
         declared |= {"index": "uint32_t index", "key": "uint32_t key"}
     for name in spec.elements:
@@ -132,20 +133,17 @@ def parameters(spec: KernelSpec) -> dict[str, str]:
             "new": "const float *restrict new",
             "largest": "uint32_t *restrict largest",
         }
-    return declared | measures(spec)
+    return declared
 
 
-def measures(spec: KernelSpec) -> dict[str, str]:
-    """Return the declarations of a loop's parameters for reductions, by name.
-
-    What is to be added up is kept of every element; of anything else one number is.
-    """
+def kept(spec: KernelSpec) -> dict[str, str]:
+    """Return the declarations of what a loop keeps of each element, for the reductions, by name."""
     kinds = [WAYS[node.op].kind for node in spec.graph.reductions]
-    return {f"out{n}_at": f"{kind} *restrict out{n}_at" for n, kind in enumerate(kinds)}
+    return {f"out{n}": f"{kind} *restrict out{n}" for n, kind in enumerate(kinds)}
 
 
 def loop(stage: Stage, spec: KernelSpec, *, double: bool) -> str:
-    """Return the function of a loop; in blocks, also that of a whole block, ``..._whole``."""
+    """Return the function of a loop, ``..._inline``."""
     program, formats = stage.program, spec.formats
     with_scales = spec.block_results
     coefficients = spec.graph.varying.given
@@ -183,54 +181,18 @@ def loop(stage: Stage, spec: KernelSpec, *, double: bool) -> str:
     if not stage.holds:
         for column in with_scales:
             body += _write(column, f"{column}_numbers[i]", spec)
-    before: list[str] = []
-    after: list[str] = []
-    if spec.graph.reductions and not stage.holds:
-        before, each, after = _measure(spec, values[len(stage.columns) :], double=double)
-        body += each
-    lines += before
+    declared = parameters(spec)
+    if not stage.holds:
+        declared |= kept(spec)
+        body += _keep(spec, values[len(stage.columns) :], double=double)
     lines += ["for (int64_t i = 0; i < count; i++) {", *(f"    {line}" for line in body), "}"]
-    lines += after
     if stage.holds:
         lines += [f"largest[{n}] = {column}_largest;" for n, column in enumerate(with_scales)]
-    return _function(stage.name, lines, spec)
-
-
-def _function(name: str, lines: Sequence[str], spec: KernelSpec) -> str:
-    declared = parameters(spec)
-    if not spec.in_blocks:
-        return f"""\
-static APART void {name}(
-    {_joined(list(declared.values()), ",")}
-) {{
-    {_joined(lines)}
-}}
-"""
-    # For a whole block with the usual arguments, the compiler drops operations without effect.
-    usual = {"count": "BLOCK", "unscale": "1", **dict.fromkeys(_conditions(spec), "1")}
-    is_usual = " && ".join(f"{name} == {value}" for name, value in usual.items() if name != "count")
-    given = list(declared)
-    whole = ["BLOCK", *given[1:]]
     return f"""\
-static INLINE void {name}_inline(
+static INLINE void {stage.name}_inline(
     {_joined(list(declared.values()), ",")}
 ) {{
     {_joined(lines)}
-}}
-
-static APART void {name}(
-    {_joined(list(declared.values()), ",")}
-) {{
-    {name}_inline({", ".join(given)});
-}}
-
-static APART void {name}_whole(
-    {_joined(list(declared.values())[1:], ",")}
-) {{
-    if ({is_usual})
-        {name}_inline({", ".join(usual.get(name, name) for name in given)});
-    else
-        {name}_inline({", ".join(whole)});
 }}
 """
 
@@ -239,7 +201,7 @@ def _salt(spec: KernelSpec, column: str) -> str:
     return f"UINT32_C({result_salt(spec.graph.results.index(column)):#x})"
 
 
-def _conditions(spec: KernelSpec) -> list[str]:
+def conditions(spec: KernelSpec) -> list[str]:
     """Return the names of the boolean coefficients."""
     return [f"c{n}" for n, node in enumerate(spec.graph.varying.given) if node.boolean]
 
@@ -316,31 +278,23 @@ def _stored_type(part: Part) -> str:
     return "float" if part.dtype.is_floating_point else "uint32_t"
 
 
-def _measure(
-    spec: KernelSpec, kept: Sequence[str], *, double: bool
-) -> tuple[list[str], list[str], list[str]]:
-    """Return the lines that reduce what is stored: before the loop, of an element, and after.
+def _keep(spec: KernelSpec, values: Sequence[str], *, double: bool) -> list[str]:
+    """Return the lines that keep what is to be reduced of an element.
 
     Args:
         spec: the kernel.
-        kept: what the measure is given.
+        values: what the measure is given.
         double: True if the arithmetic is double.
     """
     graph = spec.graph
     new_p = f"{NEW_P}_in" if "p" in graph.results else "p_in"
-    given = [*(new_p for _ in graph.measure.inputs), *kept]
-    each = computed(graph.measure, given, number="number", double=double, prefix="y")
-    before, after = [], []
+    given = [*(new_p for _ in graph.measure.inputs), *values]
+    lines = computed(graph.measure, given, number="number", double=double, prefix="y")
     operands = results(graph.measure, given, number="number", prefix="y")
     for n, (node, operand) in enumerate(zip(graph.reductions, operands)):
-        way, out = WAYS[node.op], f"out{n}"
-        if way.is_sum:
-            each.append(f"{out}_at[i] = {operand};")
-        else:
-            before.append(f"{way.kind} {out} = *{out}_at;")
-            each.append(way.kept.format(out=f"&{out}", value=operand, key_of=key_of(node)))
-            after.append(f"*{out}_at = {out};")
-    return before, each, after
+        number = WAYS[node.op].kept.format(value=operand, key_of=key_of(node))
+        lines.append(f"out{n}[i] = {number};")
+    return lines
 
 
 def _scale_index(column: str, spec: KernelSpec) -> int:

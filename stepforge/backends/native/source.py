@@ -13,16 +13,28 @@ from dataclasses import dataclass
 
 import torch
 
-from stepforge.backends.native import loops, metering
+from stepforge.backends.native import loops, metering, parts
 from stepforge.backends.native.dtypes import C_TYPES, conversions
 from stepforge.backends.native.share import share_function
 from stepforge.backends.spec import KernelSpec
-from stepforge.formats import BLOCK
 
 __all__ = ["KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
+# By integers, because GCC makes vectors of comparisons and choices of floats that cost three times
+# as much.
+_TO_FINITE = """\
+/* The largest number for an infinity, whose bits are one more; NaN stays. */
+static inline number to_finite(number x) {{
+    {bits} bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits -= (bits & {size}) == {infinity};
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}}
+"""
+
 _WORK = """\
 typedef struct {
     int64_t rows;
@@ -58,15 +70,6 @@ void stepforge_run(int64_t rows, const int64_t *starts, void *const *records,
 
 _FRAME = f"{_WORK}\n{share_function(_EACH)}{_RUN}"
 
-_FETCH_AHEAD = """\
-/* Asks for a later block: the processor foresees what follows, up to the end of a page. */
-static inline void fetch_ahead(const void *at, uintptr_t size) {
-    uintptr_t begin = (uintptr_t)at + 4 * BLOCK * size;    /* as far as measured the fastest */
-    for (uintptr_t line = 0; line < BLOCK * size; line += 64)
-        __builtin_prefetch((const void *)(begin + line));
-}
-"""
-
 
 @dataclass(frozen=True)
 class KernelArgs:
@@ -100,10 +103,13 @@ def c_source(spec: KernelSpec) -> str:
     metered = bool(spec.graph.reductions)
     bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
     texts = [conversions(spec.dtypes, bitcasts=bitcasts, stores=metered)]
-    texts += [_FETCH_AHEAD] if args.row_length else []
-    texts += [metering.kept(spec)] if metered else []
+    if any(node.op == "finite" for node in spec.graph.varying.nodes):
+        texts += [_to_finite(double=double)]
+    texts += [parts.constants(spec)]
+    texts += [metering.functions(spec)] if metered else []
     texts += loops.functions(spec)
-    texts += [loops.loop(stage, spec, double=double) for stage in loops.stages(spec)]
+    for stage in loops.stages(spec):
+        texts += [loops.loop(stage, spec, double=double), parts.functions(stage, spec)]
     grain = 1 if args.row_length or metered else 64
     return f"""\
 #include <float.h>
@@ -112,11 +118,9 @@ def c_source(spec: KernelSpec) -> str:
 #include <string.h>
 
 typedef {"double" if double else "float"} number;
-#define LARGEST {"DBL_MAX" if double else "FLT_MAX"}
 #define COLUMNS {len(args.tensors)}
 #define RECORD {args.width}
 #define COEFFICIENTS {len(spec.graph.varying.given)}
-#define BLOCK {BLOCK if args.row_length else 512}    /* elements that stay in the first cache */
 #define GRAIN {grain}    /* of which a thread has a whole number */
 #define AHEAD 3     /* rows: far enough for small ones to arrive in time, as measured */
 /* Of functions that are not inlined: with its call GCC forgets what restrict promised. */
@@ -129,6 +133,13 @@ typedef {"double" if double else "float"} number;
 {metering.frame(spec) if metered else _FRAME}"""
 
 
+def _to_finite(*, double: bool) -> str:
+    if double:
+        infinity = 0x7FF << 52
+        return _TO_FINITE.format(bits="uint64_t", size=hex(2**63 - 1), infinity=hex(infinity))
+    return _TO_FINITE.format(bits="uint32_t", size=hex(2**31 - 1), infinity=hex(0xFF << 23))
+
+
 def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
     """Return the function that passes a slice of a parameter to the loops.
 
@@ -136,6 +147,7 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
     """
     written, read = set(spec.written), set(spec.read)
     widened = [name for name in args.tensors if C_TYPES[spec.dtype_of[name]].widen]
+    metered = bool(spec.graph.reductions)
     lines = []
     for position, name in enumerate(args.tensors):
         const = "" if name in written else "const "
@@ -151,13 +163,16 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
             "const uint32_t start = (uint32_t)(random >> 32), key = (uint32_t)random;",
         ]
     at = "i" if args.row_length or widened else "low"
-    given = {name: name for name in loops.parameters(spec)}
+    given = {name: name for name in parts.parameters(spec)}
     given |= {"index": f"start + (uint32_t){at}"} if args.random else {}
     for name in spec.elements:
         c = loops.in_c(name)
         given[f"{c}_at"] = f"{c}_block" if name in widened else f"{c}_at + {at}"
-    offset = "(block - low) * BLOCK" if args.row_length else "i - low" if widened else ""
-    given |= metering.outputs(spec, offset)
+    if not args.row_length:
+        lines += [] if metered else ["const int64_t until = fetch_until(low, high);"]
+        given["fetched"] = f"until - {at}"
+    offset = "(block - low) * BLOCK" if args.row_length else "(i - low)" if widened else ""
+    given |= metering.arguments(spec, offset)
     given.pop("count")
     arguments = ", ".join(given.values())
     lines += [f"float {loops.in_c(name)}_block[BLOCK];" for name in widened]
@@ -167,6 +182,9 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
         lines += [
             "for (int64_t i = low; i < high; i += BLOCK) {",
             "    const int64_t count = high - i < BLOCK ? high - i : BLOCK;",
+            "    if (i < until) {",
+            *_indented([parts.fetch_of(name, "i", "BLOCK") for name in widened], 8),
+            "    }",
             *_conversions("widen", read, spec),
             *_indented(_call("step_elements", f"count, {arguments}")),
             *_conversions("narrow", written, spec),
@@ -174,9 +192,11 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
         ]
     else:
         lines += _call("step_elements", f"high - low, {arguments}")
+    more = ", kept *k" if metered else ""
+    more = f", int64_t until{more}" if metered and not args.row_length else more
     return f"""\
 static void step_row(void *const *at, const number *c, number unscale,
-                     int64_t low, int64_t high{", kept *k" if spec.graph.reductions else ""}) {{
+                     int64_t low, int64_t high{more}) {{
     {_joined(lines)}
 }}
 """
@@ -194,7 +214,7 @@ def _in_blocks(arguments: str, spec: KernelSpec, args: KernelArgs) -> list[str]:
         f"{loops.scale_function(spec, c)}(largest[{n}]);"
         for n, c in enumerate(results)
     ]
-    ahead = [f"fetch_ahead({c}_at + i, sizeof *{c}_at);" for c in map(loops.in_c, spec.elements)]
+    ahead = [parts.fetch_of(name, "i", "BLOCK") for name in spec.elements]
     whole = [_call(f"{name}_whole", arguments) for name in names]
     part = [_call(name, f"count, {arguments}") for name in names]
     return [
@@ -216,7 +236,6 @@ def _in_blocks(arguments: str, spec: KernelSpec, args: KernelArgs) -> list[str]:
         *_indented([*part[0], *scales, *itertools.chain(*part[1:])], 8),
         "    }",
         *_conversions("narrow", written, spec),
-        *metering.filled(spec),
         "    within += BLOCK;",
         "    if (within >= length) { within = 0; first += length; }",
         "}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from stepforge.backends.reduction import BLOCK
+from stepforge.backends.reduction import BLOCK, LANES, ROWS
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
@@ -21,13 +21,15 @@ _HEAD = "import triton\nimport triton.language as tl\n\n\n"
 
 
 def _sum_function() -> str:
-    """Return the function that adds the second half to the first, until one is left."""
-    lines = ["@triton.jit", "def sum_of(x):", '    """The sum of a block, by halving."""']
-    width = BLOCK
-    while width > 1:
-        width //= 2
-        lines.append(f"    x = tl.sum(tl.reshape(x, (2, {width})), axis=0)")
-    return "\n".join([*lines, "    return x", "", "", ""])
+    """Return the function that adds up the rows of each part, then the parts, then the lanes."""
+    lines = ["@triton.jit", "def sum_of(x):", '    """The sum of a block."""']
+    parts = BLOCK // ROWS // LANES
+    # Of each axis: the numbers before it, in it and after it.
+    for before, slices, after in ((parts, ROWS, LANES), (1, parts, LANES), (1, LANES, 1)):
+        while slices > 1:
+            slices //= 2
+            lines.append(f"    x = tl.sum(tl.reshape(x, ({before}, 2, {slices * after})), axis=1)")
+    return "\n".join([*lines, "    return tl.reshape(x, (1,))", "", "", ""])
 
 
 _LARGEST = '''\
