@@ -91,6 +91,24 @@ def test_torchs_operations_add_up_what_they_say() -> None:
     )
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 17, 63, 64, 65, 700, BLOCK])
+def test_the_order_within_a_block(size: int) -> None:
+    """Oracle: Python's floats, added up as ``backends/reduction.py`` says: rows, parts, lanes."""
+
+    def halved(numbers: list[float]) -> float:
+        half = len(numbers) // 2
+        return halved([a + b for a, b in zip(numbers, numbers[half:])]) if half else numbers[0]
+
+    values = normal((size,), torch.float64, size) ** 5
+    block = values.tolist() + [0.0] * (BLOCK - size)
+    parts = [block[begin : begin + 64] for begin in range(0, BLOCK, 64)]
+    rows = [[halved(part[lane::16]) for lane in range(16)] for part in parts]
+    lanes = [halved([row[lane] for row in rows]) for lane in range(16)]
+    assert combined("total", values).item() == halved(lanes)
+    if size == BLOCK:  # any other order has other bits
+        assert halved(lanes) not in (halved(block), sum(block))
+
+
 def test_more_than_two_rounds_of_blocks() -> None:
     """Oracle: the same order, of an array at once."""
     size = BLOCK * BLOCK + 3 * BLOCK + 1

@@ -126,5 +126,5 @@ def test_infinities_are_replaced_where_a_format_has_them() -> None:
     for format_ in (WITH_INFINITY, int8_blocks(unsigned=False)):
         columns = {name: [torch.zeros(1, dtype=dtype)] for name, dtype in names.items()}
         sources[format_.name] = c_source(Batch.of(step, columns, [], {"m": format_}).spec)
-    assert "LARGEST ?" in sources["e5m2"]
-    assert "LARGEST ?" not in sources["int8"]
+    assert "= to_finite(" in sources["e5m2"]
+    assert "= to_finite(" not in sources["int8"]

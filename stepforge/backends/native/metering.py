@@ -132,10 +132,10 @@ _OF_PARTS = {
 
 @dataclass(frozen=True)
 class _Kept:
-    """What is kept of a block for a reduction.
+    """Rows of numbers that are kept of a block for a reduction.
 
-    A sum has a row for each part, because the parts are added up in an order of their own; any
-    other has one row for all parts.
+    A sum has a row for each part, because parts are added up in an order of their own; any other
+    has one row for all parts.
 
     Attributes:
         position: the position of the reduction.
@@ -238,12 +238,12 @@ def reduced(spec: KernelSpec, count: str, room: str, first: str = "") -> list[st
 def frame(spec: KernelSpec) -> str:
     """Return what follows the function of a slice, ``step_row``."""
     kept = _kept(spec)
-    # Chunks may lack parts at the end of any row.
-    all_full = "0" if spec.in_blocks else "size - first >= REDUCED"
+    # Chunks may lack a part at the end of any row.
+    has_all = "0" if spec.in_blocks else "size - first >= REDUCED"
     unit, until = (f" / {CHUNK}", "") if spec.in_blocks else ("", " fetch_until(0, size),")
     lines = [
         "const int64_t end = size - first < REDUCED ? size : first + REDUCED;",
-        f"const int all_full = {all_full};",
+        f"const int has_all = {has_all};    /* parts */",
         "kept k;",
         *(
             f"for (int i = 0; i < {x.size}; i++) k.{x.name}[i] = {WAYS[x.op].neutral};"
@@ -251,7 +251,7 @@ def frame(spec: KernelSpec) -> str:
             if not WAYS[x.op].is_sum
         ),
         *(
-            f"for (int i = 0; !all_full && i < {x.size}; i++) k.{x.name}[i] = -0.0;"
+            f"for (int i = 0; !has_all && i < {x.size}; i++) k.{x.name}[i] = -0.0;"
             for x in kept
             if WAYS[x.op].is_sum
         ),

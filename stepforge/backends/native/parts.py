@@ -43,11 +43,11 @@ def constants(spec: KernelSpec) -> str:
 #define FAR {4 * BLOCK}    /* to ask for memory, as measured */
 
 {_FETCH}"""
-    # A part has four lines at least of each tensor.
-    part = max(256 // min(dtype.itemsize for dtype in spec.dtypes), metering.PART)
+    # Of narrow numbers a vector has more, and a part has some vectors.
+    part = metering.PART * (2 if min(dtype.itemsize for dtype in spec.dtypes) < 4 else 1)
     return f"""\
 #define BLOCK 512    /* elements that stay in the first cache */
-#define PART {part}
+#define PART {part}    /* elements between two looks ahead: with more, they come in gusts */
 #define FAR {4096 // spec.arithmetic.itemsize}    /* to ask for memory: a page, as measured */
 #define LONG 16384    /* of a slice: in a shorter one the processor does as well alone */
 

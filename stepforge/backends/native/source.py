@@ -15,6 +15,7 @@ import torch
 
 from stepforge.backends.native import loops, metering, parts
 from stepforge.backends.native.dtypes import C_TYPES, conversions
+from stepforge.backends.native.expressions import to_finite
 from stepforge.backends.native.share import share_function
 from stepforge.backends.spec import KernelSpec
 
@@ -22,19 +23,6 @@ __all__ = ["KernelArgs", "c_source"]
 
 # One parallel region a call. libgomp is torch's own, handed in as pointers: linking would bring a
 # second copy and with it a second pool of threads.
-# By integers, because GCC makes vectors of comparisons and choices of floats that cost three times
-# as much.
-_TO_FINITE = """\
-/* The largest number for an infinity, whose bits are one more; NaN stays. */
-static inline number to_finite(number x) {{
-    {bits} bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits -= (bits & {size}) == {infinity};
-    memcpy(&x, &bits, sizeof bits);
-    return x;
-}}
-"""
-
 _WORK = """\
 typedef struct {
     int64_t rows;
@@ -104,7 +92,7 @@ def c_source(spec: KernelSpec) -> str:
     bitcasts = bool(spec.formats) or any(node.uint32 for node in spec.graph.varying.nodes)
     texts = [conversions(spec.dtypes, bitcasts=bitcasts, stores=metered)]
     if any(node.op == "finite" for node in spec.graph.varying.nodes):
-        texts += [_to_finite(double=double)]
+        texts += [to_finite(double=double)]
     texts += [parts.constants(spec)]
     texts += [metering.functions(spec)] if metered else []
     texts += loops.functions(spec)
@@ -131,13 +119,6 @@ typedef {"double" if double else "float"} number;
 {_joined(texts, indent=0)}
 {_step_row(spec, args)}
 {metering.frame(spec) if metered else _FRAME}"""
-
-
-def _to_finite(*, double: bool) -> str:
-    if double:
-        infinity = 0x7FF << 52
-        return _TO_FINITE.format(bits="uint64_t", size=hex(2**63 - 1), infinity=hex(infinity))
-    return _TO_FINITE.format(bits="uint32_t", size=hex(2**31 - 1), infinity=hex(0xFF << 23))
 
 
 def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
@@ -192,11 +173,11 @@ def _step_row(spec: KernelSpec, args: KernelArgs) -> str:
         ]
     else:
         lines += _call("step_elements", f"high - low, {arguments}")
-    more = ", kept *k" if metered else ""
-    more = f", int64_t until{more}" if metered and not args.row_length else more
+    more = ["int64_t until"] if metered and not args.row_length else []
+    more += ["kept *k"] if metered else []
     return f"""\
 static void step_row(void *const *at, const number *c, number unscale,
-                     int64_t low, int64_t high{more}) {{
+                     {", ".join(["int64_t low", "int64_t high", *more])}) {{
     {_joined(lines)}
 }}
 """
