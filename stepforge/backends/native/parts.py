@@ -48,7 +48,7 @@ def constants(spec: KernelSpec) -> str:
     return f"""\
 #define BLOCK 512    /* elements that stay in the first cache */
 #define PART {part}    /* elements between two looks ahead: with more, they come in gusts */
-#define FAR {4096 // spec.arithmetic.itemsize}    /* to ask for memory: a page, as measured */
+#define FAR {3584 // spec.arithmetic.itemsize}    /* to ask for memory; a page is worse */
 #define LONG 16384    /* of a slice: in a shorter one the processor does as well alone */
 
 {_FETCH}
