@@ -95,8 +95,8 @@ def _of_slices(stage: Stage, spec: KernelSpec) -> str:
             *_block(
                 "for (; low + PART <= count; low += PART)",
                 [
-                    *_block("if (low < fetched)", ahead),
                     *part,
+                    *_block("if (low < fetched)", ahead),  # memory rests while numbers add up
                     *metering.reduced(spec, "PART", "PART", "low"),
                 ],
             ),
