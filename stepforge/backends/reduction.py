@@ -8,6 +8,9 @@ one. A processor has the rows of a part in registers, and begins with the next p
 sums of the blocks are added in the same way, as often as there are several. So are the sums of
 parameters, in the order of the optimizer, where a reduction is over all of them.
 
+A GPU whose float64 is slow adds up a block in pairs of float32, in this order, too. Its sums differ
+from those of others by 2**-44 at most: backends/triton/pairs.py.
+
 A step whose states share scales goes through chunks of 128 elements, which restart at every row of
 dimension 0. Its blocks are of eight such chunks, of which each row's last may be filled with zeros.
 """

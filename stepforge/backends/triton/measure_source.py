@@ -11,17 +11,20 @@ from collections.abc import Sequence
 import torch
 
 from stepforge.backends.triton.expressions import commented, function
-from stepforge.backends.triton.reduction_source import OPERANDS, REDUCTION_FUNCTIONS, way
+from stepforge.backends.triton.reduction_source import (
+    in_pairs,
+    operand_of,
+    reduction_functions,
+    way,
+)
 from stepforge.backends.triton.variant import Target
 from stepforge.program import NEW_P, Graph, Program
 
-__all__ = ["MEASURE_FUNCTIONS", "kept_names", "measure_functions", "measure_lines", "read_at_rest"]
+__all__ = ["kept_names", "measure_functions", "measure_helpers", "measure_lines", "read_at_rest"]
 
 
-#: The functions that make one number of a block. Integers add up to a count in any order.
-MEASURE_FUNCTIONS = (
-    REDUCTION_FUNCTIONS
-    + '''\
+# Integers add up to a count in any order.
+_COUNT = '''\
 @triton.jit
 def count_of(x):
     """The elements of a block that are true."""
@@ -29,7 +32,6 @@ def count_of(x):
 
 
 '''
-)
 
 
 def kept_names(graph: Graph) -> list[str]:
@@ -40,6 +42,11 @@ def kept_names(graph: Graph) -> list[str]:
 def read_at_rest(graph: Graph) -> tuple[str, ...]:
     """Return the columns that the reductions of a skipped step are made of."""
     return _at_rest(graph)[1].inputs
+
+
+def measure_helpers(arithmetic: torch.dtype, target: Target) -> str:
+    """Return the functions that make one number of a block."""
+    return reduction_functions(pairs=in_pairs(arithmetic, target)) + _COUNT
 
 
 def measure_functions(graph: Graph, arithmetic: torch.dtype, target: Target) -> list[str]:
@@ -55,7 +62,9 @@ def measure_functions(graph: Graph, arithmetic: torch.dtype, target: Target) -> 
     return texts
 
 
-def measure_lines(graph: Graph, new_p: Sequence[str], *, shape: str, masked: bool) -> list[str]:
+def measure_lines(
+    graph: Graph, new_p: Sequence[str], *, shape: str, masked: bool, pairs: bool
+) -> list[str]:
     """Return the lines that store the reductions of a block.
 
     Args:
@@ -63,6 +72,7 @@ def measure_lines(graph: Graph, new_p: Sequence[str], *, shape: str, masked: boo
         new_p: the lines that find :data:`NEW_P`.
         shape: the expression of a block in one dimension, in which ``{}`` stands for it.
         masked: True if there may be elements outside the parameter, or the step may be skipped.
+        pairs: True if sums are in pairs of float32.
     """
     operands = [f"y{position}" for position in range(len(graph.reductions))]
     lines = list(new_p if NEW_P in graph.measure.inputs else ())
@@ -81,8 +91,9 @@ def measure_lines(graph: Graph, new_p: Sequence[str], *, shape: str, masked: boo
         if node.op == "count":
             made, value = "count_of", f"{operand} & inside" if masked else operand
         else:
-            wide, neutral = (text.format(operand) for text in OPERANDS[node.op])
-            made, value = way(node.op), f"tl.where(inside, {wide}, {neutral})" if masked else wide
+            wide, neutral = (text.format(operand) for text in operand_of(node.op, pairs=pairs))
+            made = way(node.op, pairs=pairs)
+            value = f"tl.where(inside, {wide}, {neutral})" if masked else wide
         lines += [
             commented(f"{operand} = {value}", node, 92),
             f"tl.store(to + {position} * blocks, {made}({shape.format(operand)}))",

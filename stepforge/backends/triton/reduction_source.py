@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from stepforge.backends.reduction import BLOCK, LANES, ROWS
 from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, function, type_name
+from stepforge.backends.triton.pairs import PAIR_FUNCTIONS, folds
 from stepforge.backends.triton.variant import Target
 
-__all__ = ["OPERANDS", "REDUCTION_FUNCTIONS", "combine_source", "pass_source", "way"]
+__all__ = [
+    "combine_source",
+    "in_pairs",
+    "operand_of",
+    "pass_source",
+    "reduction_functions",
+    "way",
+]
 
 _HEAD = "import triton\nimport triton.language as tl\n\n\n"
 
@@ -23,12 +30,7 @@ _HEAD = "import triton\nimport triton.language as tl\n\n\n"
 def _sum_function() -> str:
     """Return the function that adds up the rows of each part, then the parts, then the lanes."""
     lines = ["@triton.jit", "def sum_of(x):", '    """The sum of a block."""']
-    parts = BLOCK // ROWS // LANES
-    # Of each axis: the numbers before it, in it and after it.
-    for before, slices, after in ((parts, ROWS, LANES), (1, parts, LANES), (1, LANES, 1)):
-        while slices > 1:
-            slices //= 2
-            lines.append(f"    x = tl.sum(tl.reshape(x, ({before}, 2, {slices * after})), axis=1)")
+    lines += [f"    x = tl.sum(tl.reshape(x, {shape}), axis=1)" for shape in folds()]
     return "\n".join([*lines, "    return tl.reshape(x, (1,))", "", "", ""])
 
 
@@ -43,16 +45,38 @@ def largest_of(x):
 
 '''
 
-#: The functions that :func:`way` names.
-REDUCTION_FUNCTIONS = _sum_function() + _LARGEST
+_FUNCTIONS = _sum_function() + _LARGEST
 
 #: The number that is kept of an operand, in float64, and that of elements that are not there.
-OPERANDS = {
+_OPERANDS = {
     "total": ("{0}.to(tl.float64)", "0.0"),
     "squares": ("{0}.to(tl.float64) * {0}.to(tl.float64)", "0.0"),
     "largest": ("{0}.to(tl.float64)", 'float("-inf")'),
     "count": ("{0}.to(tl.float64)", "0.0"),
 }
+_SUMS = ("total", "squares")  # of numbers; counts are of integers
+
+
+def in_pairs(arithmetic: torch.dtype, target: Target) -> bool:
+    """Return True if sums of blocks are in pairs of float32, not in float64."""
+    return arithmetic == torch.float32 and not target.has_fast_float64
+
+
+def reduction_functions(*, pairs: bool) -> str:
+    """Return the functions that :func:`way` names."""
+    return _FUNCTIONS + (PAIR_FUNCTIONS if pairs else "")
+
+
+def operand_of(op: str, *, pairs: bool) -> tuple[str, str]:
+    """Return what is kept of an operand ``{0}``, and the number for elements that are not there."""
+    return ("{0}", "0.0") if pairs and op in _SUMS else _OPERANDS[op]
+
+
+def way(op: str, *, pairs: bool = False) -> str:
+    """Return the function that makes one number of a block."""
+    if pairs and op in _SUMS:
+        return f"{op}_in_pairs"
+    return "largest_of" if op == "largest" else "sum_of"
 
 
 def pass_source(spec: KernelSpec, target: Target) -> str:
@@ -69,7 +93,8 @@ def pass_source(spec: KernelSpec, target: Target) -> str:
     inputs = [f"{name}_in" for name in program.inputs]
     text = f'"""Reductions in {type_name(spec.arithmetic)}; written by stepforge."""\n\n{_HEAD}'
     update = function("operands", program, inputs, spec.arithmetic, target)
-    text += REDUCTION_FUNCTIONS
+    pairs = in_pairs(spec.arithmetic, target)
+    text += reduction_functions(pairs=pairs)
     if torch.bfloat16 in spec.dtypes and not target.rounds_bfloat16:
         text += BFLOAT16_FUNCTIONS
     if " sqrt(" in update:
@@ -100,10 +125,10 @@ def pass_source(spec: KernelSpec, target: Target) -> str:
     results = [kept[register] for register in graph.measure.outputs]
     lines.append("one = tl.arange(0, 1)")
     for position, (node, result) in enumerate(zip(graph.reductions, results)):
-        wide, neutral = OPERANDS[node.op]
+        wide, neutral = operand_of(node.op, pairs=pairs)
         masked = f"tl.where(inside, {wide.format(result)}, {neutral})"
         to = f"partial + {position} * blocks + block + one"
-        lines.append(f"tl.store({to}, {way(node.op)}({masked}))  # {node}")
+        lines.append(f"tl.store({to}, {way(node.op, pairs=pairs)}({masked}))  # {node}")
     body = "\n    ".join(lines)
     return f"""{text}@triton.jit(do_not_specialize=["blocks"])
 def reduce(
@@ -135,7 +160,7 @@ def combine_source(ops: tuple[str, ...]) -> str:
     for position, op in enumerate(ops):
         at = f"numbers + {position} * size + begin + tl.arange(0, BLOCK)"
         lines += [
-            f"x = tl.load({at}, inside, other={OPERANDS[op][1]})",
+            f"x = tl.load({at}, inside, other={_OPERANDS[op][1]})",
             # No zero is -0.
             f"tl.store(out + {position} * results + result + one, {way(op)}(x) + 0.0)  # {op}",
         ]
@@ -143,7 +168,7 @@ def combine_source(ops: tuple[str, ...]) -> str:
     return f"""\
 \"\"\"Numbers made of the numbers of blocks; written by stepforge.\"\"\"
 
-{_HEAD}{REDUCTION_FUNCTIONS}@triton.jit(do_not_specialize=["size", "results"])
+{_HEAD}{_FUNCTIONS}@triton.jit(do_not_specialize=["size", "results"])
 def combine(
     numbers,  # of each reduction
     size,  # of each reduction's numbers
@@ -155,8 +180,3 @@ def combine(
 ):
     {body}
 """
-
-
-def way(op: str) -> str:
-    """Return the function that makes one number of a block."""
-    return "largest_of" if op == "largest" else "sum_of"

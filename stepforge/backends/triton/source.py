@@ -17,12 +17,13 @@ from stepforge.backends.spec import KernelSpec
 from stepforge.backends.triton.dtypes import BFLOAT16_FUNCTIONS, triton_type
 from stepforge.backends.triton.expressions import SQRT_FUNCTION, commented, function, type_name
 from stepforge.backends.triton.measure_source import (
-    MEASURE_FUNCTIONS,
     kept_names,
     measure_functions,
+    measure_helpers,
     measure_lines,
     read_at_rest,
 )
+from stepforge.backends.triton.reduction_source import in_pairs
 from stepforge.backends.triton.variant import Target, Variant, elements_of_thread
 from stepforge.backends.triton.words import NUMBER_FUNCTIONS, number_of
 from stepforge.formats import BLOCK as CHUNK
@@ -117,7 +118,7 @@ def triton_source(spec: KernelSpec, variant: Variant) -> str:
     if any(" sqrt(" in text for text in functions):
         helpers += SQRT_FUNCTION
     if spec.graph.reductions:
-        helpers += MEASURE_FUNCTIONS
+        helpers += measure_helpers(spec.arithmetic, target)
     return f"""\
 {textwrap.fill(about, 100)}
 
@@ -494,7 +495,9 @@ def _work(spec: KernelSpec, variant: Variant, *, masked: bool) -> list[str]:
         lines += _write(spec, variant, column, masked=masked)
     if graph.reductions:
         shape = "tl.reshape({}, (BLOCK,))" if spec.in_blocks else "{}"
-        lines += measure_lines(graph, _stored_p(spec, variant), shape=shape, masked=masked)
+        pairs = in_pairs(spec.arithmetic, variant.target)
+        new_p = _stored_p(spec, variant)
+        lines += measure_lines(graph, new_p, shape=shape, masked=masked, pairs=pairs)
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,11 +36,13 @@ class Target:
         root_takes_denormals: False if Triton's rounded root of a denormal is NaN, as on AMD: it is
             made from the reciprocal root, which takes a denormal for 0.
         rounds_bfloat16: True if an instruction rounds to bfloat16, to nearest, ties to even.
+        has_fast_float64: True if float64 takes a few times as long as float32, not 32 or 64 times.
     """
 
     lanes: int = 32
     root_takes_denormals: bool = True
     rounds_bfloat16: bool = False
+    has_fast_float64: bool = True
 
     @property
     def is_amd(self) -> bool:
@@ -50,6 +52,11 @@ class Target:
 
 #: NVIDIA's GPUs from compute capability 8.0, which was called Ampere.
 AMPERE = Target(rounds_bfloat16=True)
+
+
+#: The compute capabilities of P100, V100, A100, H100 and H200, B200: NVIDIA's CUDA C++ Programming
+#: Guide, throughput of arithmetic instructions. In all others float64 takes 32 or 64 times as long.
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 def target_of(device: torch.device) -> Target:
@@ -63,8 +70,11 @@ def _target_of(kind: str, index: int | None) -> Target:
         return Target()
     if torch.version.hip:
         lanes = torch.cuda.get_device_properties(index).warp_size
-        return Target(lanes, root_takes_denormals=False)
-    return AMPERE if torch.cuda.get_device_capability(index) >= (8, 0) else Target()
+        # Those for computing have warps of 64, all others of 32.
+        return Target(lanes, root_takes_denormals=False, has_fast_float64=lanes == 64)
+    capability = torch.cuda.get_device_capability(index)
+    target = AMPERE if capability >= (8, 0) else Target()
+    return replace(target, has_fast_float64=capability in _FAST_FLOAT64)
 
 
 @dataclass(frozen=True)
